@@ -1,0 +1,240 @@
+"""Which rows of an encoded prompt a concept owns.
+
+A prompt is encoded as one or more chunks of 77 token rows. A concept is bound to the rows of its class word,
+found by token ids, so that punctuation, weights and chunk borders do not matter and "cat" never means "catfish".
+Nothing here knows a tokenizer: the host hands one in as a function from text to chunks of ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ConceptSplitError
+
+# `<rex>`: a name of letters, digits, '_', '-', '.', no spaces or colons at all, so "<3", "<lora:x:1>" and
+# "a < b > c" stay text. Unicode letters are allowed: people name concepts in their own language.
+PLACEHOLDER = re.compile(r"<([^\W_][\w.\-]*)>")
+_NAME = re.compile(r"[^\W_][\w.\-]*\Z")
+
+Tokenize = Callable[[str], Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A thing to draw: `name` is what the prompt writes as ``<name>``, `class_word` what the model knows it as."""
+
+    name: str
+    class_word: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name or ""):
+            raise ConceptSplitError(
+                f"The concept name {self.name!r} cannot be written as a placeholder: use letters, digits, '-', '_' "
+                "or '.', starting with a letter or digit, and no spaces."
+            )
+        if not self.class_word or not self.class_word.strip():
+            raise ConceptSplitError(
+                f"Concept '{self.name}' has no class word: give the plain word for it, such as 'dog'."
+            )
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Rows (0-based, chunk · 77 + position) of one encoded text that belong to the concept named `concept`."""
+
+    concept: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Specials:
+    """Ids that frame a chunk: `start` once at its head, then content up to the first `end`; the rest is padding.
+
+    A tokenizer without such ids (None) has only content.
+    """
+
+    start: int | None = 49406
+    end: int | None = 49407
+    pad: int | None = 49407
+
+
+@dataclass(frozen=True)
+class BoundPrompt:
+    """`text` with its placeholders replaced, what is bound where, and what a user should be told."""
+
+    text: str
+    bindings: tuple[Binding, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def content(chunks: Sequence[Sequence[int]], special: Specials) -> tuple[list[int], list[int]]:
+    """Token ids between the frames of every chunk, joined, and the row each of them stands in.
+
+    Joining is what finds a word whose sub-tokens are split by a chunk border.
+    """
+    ids: list[int] = []
+    rows: list[int] = []
+    offset = 0
+    for chunk in chunks:
+        for position, token in enumerate(chunk):
+            if position == 0 and token == special.start:
+                continue
+            if special.end is not None and token == special.end:
+                break
+            ids.append(token)
+            rows.append(offset + position)
+        else:
+            # A chunk without an end may be padded with an id of its own.
+            while ids and special.pad is not None and special.pad != special.end and ids[-1] == special.pad:
+                ids.pop()
+                rows.pop()
+        offset += len(chunk)
+    return ids, rows
+
+
+def find_rows(chunks: Sequence[Sequence[int]], word: Sequence[int], special: Specials) -> list[tuple[int, ...]]:
+    """Rows of every occurrence of the id sequence `word`, in order, not overlapping."""
+    ids, rows = content(chunks, special)
+    found: list[tuple[int, ...]] = []
+    at = 0
+    size = len(word)
+    while size and at + size <= len(ids):
+        if ids[at : at + size] == list(word):
+            found.append(tuple(rows[at : at + size]))
+            at += size
+        else:
+            at += 1
+    return found
+
+
+def placeholders(text: str) -> list[str]:
+    """Names written as ``<name>`` in `text`, in order, repeats included."""
+    return [match.group(1) for match in PLACEHOLDER.finditer(text)]
+
+
+def bind(
+    text: str,
+    concepts: Sequence[Concept],
+    tokenize: Tokenize,
+    tokenize_plain: Tokenize | None = None,
+    special: Specials | None = None,
+) -> BoundPrompt:
+    """Replaces placeholders by class words and finds the rows each concept owns.
+
+    A placeholder ``<name>`` binds exactly where it stands, and may stand several times. A concept without one is
+    bound to the class word itself: of the occurrences no placeholder took, the n-th goes to the n-th such concept
+    of that class.
+
+    Args:
+        text: the prompt as the user wrote it.
+        concepts: the loaded concepts, in loading order; names are unique.
+        tokenize: text to chunks of token ids as the host encodes them; what is not a word of the vocabulary
+            (an embedding's vector) is any id that no word has, such as -1.
+        tokenize_plain: the same with weight brackets taken literally. Used for single words and for what stands
+            before a placeholder; defaults to `tokenize`.
+        special: the ids that frame a chunk; CLIP's when None.
+
+    Raises:
+        ConceptSplitError: an unknown placeholder, a name loaded twice, or a placeholder that cannot be found again
+            among the tokens.
+    """
+    special = special or Specials()
+    plain = tokenize_plain or tokenize
+    by_name: dict[str, Concept] = {}
+    for concept in concepts:
+        if concept.name in by_name:
+            raise ConceptSplitError(
+                f"Two loaded concepts are named '{concept.name}': give one of them another name in its loader."
+            )
+        by_name[concept.name] = concept
+
+    shown = text if len(text) <= 120 else text[:117] + "..."
+    unknown = sorted({name for name in placeholders(text) if name not in by_name})
+    if unknown:
+        have = ", ".join(f"<{name}>" for name in by_name) or "none"
+        raise ConceptSplitError(
+            f"Prompt \"{shown}\" uses <{unknown[0]}>, which no connected loader provides (loaded: {have}): load a "
+            "value adapter under that name or correct the prompt."
+        )
+
+    # Text with class words in place of placeholders, and for each placeholder the text before it.
+    pieces: list[str] = []
+    before: list[tuple[str, str]] = []
+    end = 0
+    for match in PLACEHOLDER.finditer(text):
+        pieces.append(text[end : match.start()])
+        before.append((match.group(1), "".join(pieces)))
+        pieces.append(by_name[match.group(1)].class_word)
+        end = match.end()
+    pieces.append(text[end:])
+    expanded = "".join(pieces)
+
+    chunks = tokenize(expanded)
+    words: dict[str, list[int]] = {}
+    places: dict[str, list[tuple[int, ...]]] = {}
+    for concept in concepts:
+        word = concept.class_word
+        if word not in words:
+            words[word] = content(plain(word), special)[0]
+            if not words[word]:
+                raise ConceptSplitError(
+                    f"The class word {word!r} of concept '{concept.name}' is empty for this text encoder: use a word "
+                    "it can read."
+                )
+            places[word] = find_rows(chunks, words[word], special)
+
+    owned: dict[str, list[int]] = {concept.name: [] for concept in concepts}
+    taken: dict[str, set[int]] = {word: set() for word in words}
+    for name, prefix in before:
+        word = by_name[name].class_word
+        # Counting the word in what stands before the placeholder, with the tokenizer itself, tells which of the
+        # prompt's occurrences this one is, whatever else the prompt contains.
+        ordinal = len(find_rows(plain(prefix), words[word], special)) if prefix.strip() else 0
+        if ordinal >= len(places[word]):
+            raise ConceptSplitError(
+                f"Placeholder <{name}> in prompt \"{shown}\" does not stand as the word '{word}' after tokenizing: "
+                "put spaces around it."
+            )
+        taken[word].add(ordinal)
+        owned[name].extend(places[word][ordinal])
+
+    written = {name for name, _ in before}
+    free = {word: iter([rows for n, rows in enumerate(found) if n not in taken[word]])
+            for word, found in places.items()}
+    for concept in concepts:
+        if concept.name not in written:
+            owned[concept.name].extend(next(free[concept.class_word], ()))
+
+    bindings = tuple(Binding(name, tuple(sorted(rows))) for name, rows in owned.items() if rows)
+    missing = [by_name[name] for name, rows in owned.items() if not rows]
+    warnings = tuple(
+        f"Prompt \"{shown}\" contains neither <{concept.name}> nor a free '{concept.class_word}': "
+        f"concept '{concept.name}' has no effect in it."
+        for concept in missing
+    )
+    return BoundPrompt(expanded, bindings, warnings)
+
+
+def row_mask(bindings: Sequence[Binding], concepts: Sequence[str], length: int) -> torch.Tensor:
+    """Binding as a mask [length, len(concepts)], 1.0 where the row belongs to the concept.
+
+    Raises:
+        ConceptSplitError: a row outside the text, which means that text and binding are not of the same prompt.
+    """
+    mask = torch.zeros(length, len(concepts))
+    index = {name: i for i, name in enumerate(concepts)}
+    for binding in bindings:
+        if binding.concept not in index:
+            continue
+        for row in binding.rows:
+            if not 0 <= row < length:
+                raise ConceptSplitError(
+                    f"Concept '{binding.concept}' is bound to row {row} of a conditioning with {length} rows: encode "
+                    "the prompt again with the CLIP of the value adapter loader."
+                )
+            mask[row, index[binding.concept]] = 1.0
+    return mask
