@@ -112,8 +112,7 @@ class ValueAdapter:
             raise ConceptSplitError(f"Rank {info.rank} is not possible: use 1 or more, for instance 8.")
         generator = torch.Generator().manual_seed(seed)
         down = {
-            layer: torch.randn(info.rank, layers[layer][0], generator=generator) / info.rank
-            for layer in sorted(layers)
+            layer: torch.randn(info.rank, layers[layer][0], generator=generator) / info.rank for layer in sorted(layers)
         }
         up = {layer: torch.zeros(layers[layer][1], info.rank) for layer in sorted(layers)}
         return cls(info, down, up)
@@ -323,7 +322,11 @@ def _info(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Fields of AdapterInfo found in a file's metadata, each of its own type; strange ones are refused."""
     known = {f.name: f for f in fields(AdapterInfo)}
     kinds: dict[str, tuple[type, ...]] = {
-        "rank": (int,), "context_dim": (int,), "format_version": (int,), "alpha": (int, float), "training": (dict,),
+        "rank": (int,),
+        "context_dim": (int,),
+        "format_version": (int,),
+        "alpha": (int, float),
+        "training": (dict,),
     }
     found: dict[str, Any] = {}
     for key, text in metadata.items():

@@ -81,9 +81,7 @@ def match_mask(mask: Tensor, rows: int, length: int) -> Tensor | None:
     return None
 
 
-def hook_values(
-    to_v: Mapping[str, nn.Module], state: ValueState
-) -> list[torch.utils.hooks.RemovableHandle]:
+def hook_values(to_v: Mapping[str, nn.Module], state: ValueState) -> list[torch.utils.hooks.RemovableHandle]:
     """Registers one forward hook per value projection; `to_v` maps canonical layer names to modules."""
 
     def make(layer: str):

@@ -75,7 +75,7 @@ class LodaConfig:
         need(self.smooth_sigma >= 0, f"smoothing is {self.smooth_sigma} pixels, use 0 or more")
         need(self.afg_sigma >= 0, f"AFG smoothing is {self.afg_sigma} pixels, use 0 or more")
         need(0 < self.afg_fraction <= 1, f"AFG region share is {self.afg_fraction}, use more than 0 and at most 1")
-        need(self.afg_negative <= 0 <= self.afg_positive, "AFG adds a positive number inside and a negative one outside")
+        need(self.afg_negative <= 0 <= self.afg_positive, "AFG adds a positive number inside, a negative one outside")
         need(self.map_downscale in (0, 1, 2, 4, 8, 16, 32), f"map downscale {self.map_downscale}, use 0, 1, 2, 4 or 8")
         need(0 <= self.afg_end <= 1, f"AFG end is {self.afg_end}, use 0 to 1")
 
@@ -186,12 +186,12 @@ def separate(
             (gradient,) = torch.autograd.grad(loss.sum() * loss_scale, leaf)
             trace.backwards += 1
         gradient = gradient.detach().to(torch.float32 if leaf.dtype != torch.float64 else torch.float64) / loss_scale
-        update = _update(gradient, loss.detach(), eta, config)
-        finite = torch.isfinite(update).flatten(1).all(dim=1)
+        finite = torch.isfinite(gradient).flatten(1).all(dim=1)
         if not bool(finite.all()):
             # Half precision can overflow in the backward pass; leaving that image as it is keeps it a picture.
             trace.skipped += int((~finite).sum())
-            update = torch.where(finite.view(-1, *[1] * (update.ndim - 1)), update, torch.zeros_like(update))
+            gradient = torch.where(finite.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0)
+        update = _update(gradient, loss.detach(), eta, config)
         update = update * widen
         if denoise_mask is not None:
             update = update * denoise_mask.to(update)
@@ -246,9 +246,7 @@ def resize_regions(region: Tensor, size: tuple[int, int]) -> Tensor:
     return (share > 0) & winner
 
 
-def region_bias(
-    region: Tensor, mask: Tensor, size: tuple[int, int], positive: float, negative: float
-) -> Tensor:
+def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: float, negative: float) -> Tensor:
     """AFG's logit bias for one layer: `positive` on a concept's rows inside its region, `negative` outside.
 
     Args:
@@ -267,7 +265,7 @@ def region_bias(
 
 
 def overlap(maps: Tensor, config: LodaConfig) -> Tensor:
-    """How much the concepts share, per image [B]: Σ min_i P_i over pairs' mean; 1 identical, 0 disjoint. For reports."""
+    """What two concepts share, Σ min(P_i, P_j), mean over pairs, per image [B]: 1 identical, 0 disjoint. For reports."""
     p = distributions(maps, config.smooth_sigma)
     n = p.shape[1]
     shared = [torch.minimum(p[:, i], p[:, j]).sum(dim=(-2, -1)) for i in range(n) for j in range(i + 1, n)]

@@ -77,7 +77,7 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
 
     Borders replicate, so a map of one pixel or one row is fine and a constant map stays constant.
     """
-    if sigma <= 0:
+    if sigma < 0.1:  # the nearest neighbour would get e⁻⁵⁰: no smoothing at all, and no division by almost zero
         return maps
     radius = max(1, int(3.0 * sigma + 0.5))
     offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
@@ -152,9 +152,7 @@ def distributions(maps: Tensor, sigma: float) -> Tensor:
     return normalise(gaussian_blur(maps, sigma))
 
 
-def separation_loss(
-    maps: Tensor, divergence: str, threshold: float, sigma: float
-) -> tuple[Tensor, Tensor]:
+def separation_loss(maps: Tensor, divergence: str, threshold: float, sigma: float) -> tuple[Tensor, Tensor]:
     """ReLU(t − HM(D)) of each image, and its divergences (paper, LODA's objective).
 
     Args:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ConceptSplitError
+from .loda import LodaTrace
 
 Picture = NDArray[np.uint8]
 
@@ -110,8 +111,10 @@ def overlay(
     if region is not None and np.any(region):
         inside = np.asarray(Image.fromarray(np.asarray(region, dtype=np.uint8) * 255).resize(size, 0)) > 127
         edge = inside & ~(
-            np.pad(inside, 2)[:-4, 2:-2] & np.pad(inside, 2)[4:, 2:-2]
-            & np.pad(inside, 2)[2:-2, :-4] & np.pad(inside, 2)[2:-2, 4:]
+            np.pad(inside, 2)[:-4, 2:-2]
+            & np.pad(inside, 2)[4:, 2:-2]
+            & np.pad(inside, 2)[2:-2, :-4]
+            & np.pad(inside, 2)[2:-2, 4:]
         )
         mixed[edge] = (255, 255, 255)
     picture = Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
@@ -199,3 +202,34 @@ def separation_curve(steps: Sequence[int], series: Sequence[tuple[str, Sequence[
             draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
         draw.text((left + 90 * n, 28), name, fill=colour, font=_font(12))
     return np.asarray(picture)
+
+
+def trace_sheets(trace: LodaTrace, images: NDArray, side: int = 256) -> list[Picture]:
+    """One sheet per image [N, h, w, C] of a run: each concept's map before LODA, after it, and its region outlined.
+
+    Raises:
+        ConceptSplitError: another number of images than the run had.
+    """
+    before, after = trace.before.numpy(), trace.after.numpy()
+    if len(images) != len(before):
+        raise ConceptSplitError(
+            f"{len(images)} pictures but attention maps of {len(before)}: decode the latent of the same sampler."
+        )
+    sheets = []
+    for i, image in enumerate(images):
+        region = None if trace.regions is None else trace.regions[i].numpy()
+        tiles = [
+            *concept_overlays(image, before[i], [f"{name}: before" for name in trace.concepts], None, side),
+            *concept_overlays(image, after[i], [f"{name}: after" for name in trace.concepts], region, side),
+        ]
+        sheets.append(contact_sheet(tiles, None, len(trace.concepts), side))
+    return sheets
+
+
+def trace_curve(trace: LodaTrace) -> Picture:
+    """The separation loss of a run at every evaluation, one line per image."""
+    steps = [step for step, _ in trace.losses]
+    count = len(trace.losses[0][1]) if trace.losses else 0
+    return separation_curve(
+        steps, [(f"image {i + 1}", [float(loss[i]) for _, loss in trace.losses]) for i in range(count)]
+    )

@@ -157,7 +157,7 @@ def bind(
     if unknown:
         have = ", ".join(f"<{name}>" for name in by_name) or "none"
         raise ConceptSplitError(
-            f"Prompt \"{shown}\" uses <{unknown[0]}>, which no connected loader provides (loaded: {have}): load a "
+            f'Prompt "{shown}" uses <{unknown[0]}>, which no connected loader provides (loaded: {have}): load a '
             "value adapter under that name or correct the prompt."
         )
 
@@ -203,8 +203,9 @@ def bind(
         owned[name].extend(places[word][ordinal])
 
     written = {name for name, _ in before}
-    free = {word: iter([rows for n, rows in enumerate(found) if n not in taken[word]])
-            for word, found in places.items()}
+    free = {
+        word: iter([rows for n, rows in enumerate(found) if n not in taken[word]]) for word, found in places.items()
+    }
     for concept in concepts:
         if concept.name not in written:
             owned[concept.name].extend(next(free[concept.class_word], ()))

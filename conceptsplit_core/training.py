@@ -122,7 +122,7 @@ class TrainData:
         for prompt in self.prompts:
             if not prompt.rows:
                 raise ConceptSplitError(
-                    f"Training prompt \"{prompt.text}\" does not contain the class word: put {{}} where it belongs."
+                    f'Training prompt "{prompt.text}" does not contain the class word: put {{}} where it belongs.'
                 )
         if self.masks is not None:
             n, _, h, w = self.latents.shape
@@ -440,7 +440,7 @@ def expand_templates(templates: Sequence[str], class_word: str) -> list[str]:
         raise ConceptSplitError("There is no prompt template: write at least one line, such as 'a photo of a {}'.")
     for line in kept:
         if line.count("{}") != 1:
-            raise ConceptSplitError(f"Template \"{line}\" needs exactly one {{}} where the class word goes.")
+            raise ConceptSplitError(f'Template "{line}" needs exactly one {{}} where the class word goes.')
     return [line.replace("{}", class_word.strip()) for line in kept]
 
 

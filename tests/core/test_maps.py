@@ -1,0 +1,139 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.maps import (
+    DIVERGENCES,
+    choose_downscale,
+    find_size,
+    gaussian_blur,
+    harmonic_mean,
+    level_sizes,
+    normalise,
+    pairwise,
+    separation_loss,
+)
+
+SYMMETRIC = ("jsd", "symmetric_kl", "bhattacharyya")
+
+
+def blob(x, y, sigma=2.0, side=16, power=1.0):
+    g = torch.arange(side, dtype=torch.float64)
+    return power * torch.exp(-((g[None] - x) ** 2 + (g[:, None] - y) ** 2) / (2 * sigma**2))
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_order_of_the_words_does_not_matter(name):
+    # Two blobs of different shape: where one-sided KL gives two different losses.
+    maps = torch.stack([blob(4, 4, 1.0), blob(9, 9, 3.0)])[None]
+    there, _ = separation_loss(maps, name, 30.0, 0.5)
+    back, _ = separation_loss(maps.flip(1), name, 30.0, 0.5)
+    torch.testing.assert_close(there, back)
+    assert (there < 30.0).all()
+
+
+def test_kl_of_the_papers_code_is_one_sided():
+    maps = torch.stack([blob(4, 4, 1.0), blob(9, 9, 3.0)])[None]
+    there, _ = separation_loss(maps, "kl", 30.0, 0.5)
+    back, _ = separation_loss(maps.flip(1), "kl", 30.0, 0.5)
+    assert abs(float(there - back)) > 1.0
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence_is_zero_for_the_same_and_grows_with_distance(name):
+    values = [pairwise(normalise(torch.stack([blob(8, 8), blob(8 + d, 8)])[None]), name) for d in (0, 1, 3, 6)]
+    assert abs(float(values[0])) < 1e-6
+    assert values[0] < values[1] < values[2] < values[3]
+
+
+def test_jsd_of_disjoint_maps_is_ln_2():
+    maps = torch.zeros(1, 2, 4, 4)
+    maps[0, 0, 0], maps[0, 1, 3] = 1, 1
+    torch.testing.assert_close(pairwise(normalise(maps), "jsd"), torch.log(torch.tensor([[2.0]])), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 9, 24])
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 4.0])
+def test_blur_keeps_size_and_constants(side, sigma):
+    maps = torch.rand(2, 3, side, side + 1, dtype=torch.float64)
+    assert gaussian_blur(maps, sigma).shape == maps.shape
+    torch.testing.assert_close(gaussian_blur(torch.ones_like(maps), sigma), torch.ones_like(maps))
+
+
+def test_blur_has_the_sigma_asked_for():
+    maps = torch.zeros(1, 1, 61, 61, dtype=torch.float64)
+    maps[0, 0, 30, 30] = 1
+    out = gaussian_blur(maps, 2.5)[0, 0]
+    g = torch.arange(61, dtype=torch.float64) - 30
+    variance = (out.sum(0) * g**2).sum() / out.sum()
+    assert abs(float(variance.sqrt()) - 2.5) < 0.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(list(DIVERGENCES)),
+    st.sampled_from([(1, 1), (1, 5), (8, 8)]),
+    st.sampled_from(["same", "zero", "one zero", "spike", "random"]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.floats(0, 3),
+)
+def test_value_and_gradient_are_finite_for_every_input(name, size, kind, dtype, sigma):
+    maps = torch.rand(2, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    if kind == "same":
+        maps = maps[:, :1].repeat(1, 3, 1, 1)
+    elif kind == "zero":
+        maps = maps * 0
+    elif kind == "one zero":
+        maps[:, 0] = 0
+    elif kind == "spike":
+        maps = maps * 0
+        maps[..., 0, 0] = 1.0
+    maps.requires_grad_(True)
+    loss, values = separation_loss(maps, name, 5.0, sigma)
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(values).all()
+    (gradient,) = torch.autograd.grad(loss.sum(), maps)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradient_against_finite_differences(name):
+    maps = torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    maps.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda m: separation_loss(m, name, 30.0, 1.0)[0], (maps,))
+
+
+def test_each_image_has_its_own_loss():
+    near = torch.stack([blob(8, 8), blob(8, 9)])
+    far = torch.stack([blob(3, 3, 1.0), blob(13, 13, 1.0)])
+    loss, values = separation_loss(torch.stack([near, far]), "jsd", 0.3, 0.5)
+    assert loss[0] > 0
+    assert loss[1] == 0
+    assert values.shape == (2, 1)
+
+
+def test_harmonic_mean_is_ruled_by_the_worst_pair():
+    values = torch.tensor([[1.0, 1.0, 0.01]])
+    torch.testing.assert_close(harmonic_mean(values), 3 / (1 / values).sum(-1))
+    assert float(harmonic_mean(values)) < 0.03
+
+
+def test_fewer_than_two_concepts_is_told():
+    with pytest.raises(ConceptSplitError, match="at least two"):
+        pairwise(torch.rand(1, 1, 4, 4), "jsd")
+    with pytest.raises(ConceptSplitError, match="Unknown divergence"):
+        pairwise(torch.rand(1, 2, 4, 4), "wasserstein")
+
+
+def test_resolution_is_found_from_the_latent():
+    assert level_sizes((65, 48))[4] == (17, 12)
+    assert find_size(17 * 12, (65, 48)) == (4, (17, 12))
+    assert find_size(13, (65, 48)) is None
+    assert choose_downscale([1, 2, 4, 8]) == 4  # SD1.5: 64² latents, 16² maps
+    assert choose_downscale([2, 4]) == 4  # SDXL: 128² latents, 32² maps
+    assert choose_downscale([1, 2]) == 2
+    assert choose_downscale([1, 2, 4, 8], wanted=8) == 8
+    with pytest.raises(ConceptSplitError, match="no cross-attention at 1/16"):
+        choose_downscale([1, 2], wanted=16)

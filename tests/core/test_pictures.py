@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.pictures import (
+    COLOURS,
+    as_picture,
+    concept_overlays,
+    contact_sheet,
+    loss_curve,
+    overlay,
+    separation_curve,
+)
+
+
+def test_loss_curve_shows_falling_losses_lower_at_the_end():
+    picture = loss_curve(list(np.linspace(1.0, 0.1, 200)))
+    blue = (picture == np.array(COLOURS[1], dtype=np.uint8)).all(-1)
+    left, right = blue[:, 70:120].nonzero()[0].mean(), blue[:, -60:-20].nonzero()[0].mean()
+    assert left < right, "rows count downwards"
+
+
+@pytest.mark.parametrize("losses", [[], [1.0], [0.5, 0.5], [float("nan"), 1.0, float("inf")], [0.0] * 5])
+def test_loss_curve_of_odd_inputs(losses):
+    assert loss_curve(losses).shape == (360, 640, 3)
+
+
+def test_overlay_is_warm_where_the_map_is_high():
+    image = np.full((32, 32, 3), 128, np.uint8)
+    values = np.zeros((8, 8))
+    values[:4, :4] = 1
+    out = overlay(image, values, colour=COLOURS[0], side=64).astype(int)
+    inside, outside = out[8:24, 8:24].mean((0, 1)), out[48:, 48:].mean((0, 1))
+    assert inside[0] - inside[2] > 50
+    assert abs(outside[0] - outside[2]) < 5
+
+
+def test_region_is_outlined():
+    image, region = np.zeros((32, 32, 3), np.uint8), np.zeros((8, 8), bool)
+    region[2:4, 2:4] = True
+    with_region, without = (overlay(image, np.ones((8, 8)), region=r, side=64) for r in (region, None))
+    assert (with_region != without).any()
+    assert (with_region == without)[40:].all()
+
+
+def test_contact_sheet_places_every_image():
+    tiles = [np.full((16, 16, 3), c, np.uint8) for c in (10, 90, 170)]
+    sheet = contact_sheet(tiles, ["a", "b", "c"], columns=2, side=32)
+    for c in (10, 90, 170):
+        assert (sheet == c).all(-1).sum() >= 32 * 32
+    with pytest.raises(ConceptSplitError):
+        contact_sheet([])
+    with pytest.raises(ConceptSplitError):
+        contact_sheet(tiles, ["a"])
+
+
+def test_pictures_of_any_mode():
+    for shape in ((4, 5), (4, 5, 1), (4, 5, 3), (4, 5, 4)):
+        assert as_picture(np.zeros(shape)).shape == (4, 5, 3)
+    assert as_picture(np.full((2, 2), np.nan)).max() == 0
+    with pytest.raises(ConceptSplitError):
+        as_picture(np.zeros((0, 4, 3)))
+
+
+def test_one_overlay_per_concept_and_names_must_match():
+    maps = np.random.default_rng(0).random((2, 4, 4))
+    assert len(concept_overlays(np.zeros((8, 8, 3), np.uint8), maps, ["a", "b"])) == 2
+    with pytest.raises(ConceptSplitError, match="2 maps but 1 names"):
+        concept_overlays(np.zeros((8, 8, 3), np.uint8), maps, ["a"])
+
+
+def test_separation_curve():
+    assert (separation_curve([0, 0, 1], [("image 1", [0.3, 0.2, 0.1])]) != separation_curve([], [])).any()
