@@ -1,0 +1,106 @@
+"""Adapter files where the host keeps models: names chosen in the UI become paths here, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import folder_paths
+import torch
+
+from ...adapters import ValueAdapter, load_adapter, save_adapter
+from ...errors import ConceptSplitError
+
+log = logging.getLogger("ConceptSplit")
+
+FOLDER = "value_adapters"
+_NAME = re.compile(r"[\w][\w .()+\-]*\Z")
+
+
+def register_folder() -> None:
+    """Adds models/value_adapters, keeping folders that an extra_model_paths file added before."""
+    default = os.path.join(folder_paths.models_dir, FOLDER)
+    given = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
+    paths = [*given, *([] if default in given else [default])]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+
+
+def adapter_names() -> list[str]:
+    """Names for the UI, relative to their folder."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def adapter_path(name: str) -> Path:
+    """The file behind a name from the UI.
+
+    Raises:
+        ConceptSplitError: no such file, or a name or link that leads out of the adapter folders.
+    """
+    _refuse_strange(name)
+    found = folder_paths.get_full_path(FOLDER, name)
+    if found is None or Path(found).suffix != ".safetensors":
+        raise ConceptSplitError(
+            f"There is no value adapter {name!r} in models/{FOLDER}: refresh the page, or train or copy the file first."
+        )
+    real = Path(found).resolve()
+    if not any(_inside(real, root) for root in folder_paths.get_folder_paths(FOLDER)):
+        raise ConceptSplitError(
+            f"The value adapter {name!r} is a link that leads out of models/{FOLDER}: copy the file there instead."
+        )
+    return real
+
+
+def new_path(name: str) -> Path:
+    """Where a new adapter of this name is written: the first adapter folder, subfolders allowed.
+
+    Raises:
+        ConceptSplitError: an empty or strange name, or a subfolder that leads elsewhere.
+    """
+    name = name.strip().replace("\\", "/")
+    if name.lower().endswith(".safetensors"):
+        name = name[: -len(".safetensors")]
+    _refuse_strange(name)
+    parts = name.split("/")
+    if not all(_NAME.match(part) for part in parts) or len(name) > 150:
+        raise ConceptSplitError(
+            f"The file name {name[:60]!r} cannot be used: write letters, digits, spaces, '-', '_' and '.', at most 150."
+        )
+    root = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    path = root.joinpath(*parts[:-1], parts[-1] + ".safetensors")
+    if not _inside(path.resolve(), root) or path.is_symlink():
+        raise ConceptSplitError(f"The file name {name[:60]!r} leads out of models/{FOLDER}: choose another.")
+    return path
+
+
+def load_named(name: str) -> ValueAdapter:
+    """The adapter behind a name from the UI, made of ordinary tensors that outlive the host's inference mode."""
+    with torch.inference_mode(False):
+        return load_adapter(adapter_path(name))
+
+
+def save_named(adapter: ValueAdapter, name: str) -> Path:
+    """Writes the adapter, whole or not at all; the UI lists it on its next refresh."""
+    path = new_path(name)
+    save_adapter(adapter, path)
+    return path
+
+
+def save_reduced(adapter: ValueAdapter, name: str, rank: int) -> ValueAdapter:
+    """Writes the adapter truncated to `rank` (0 keeps it), tells the error, and returns what was written."""
+    if rank > 0:
+        adapter, error = adapter.truncated(rank)
+        log.info("[ConceptSplit] %s reduced to rank %d: relative error %.4f", name, rank, error)
+    log.info("[ConceptSplit] wrote %s", save_named(adapter, name).name)
+    return adapter
+
+
+def _refuse_strange(name: str) -> None:
+    parts = name.replace("\\", "/").split("/")
+    if not name.strip() or ".." in parts or os.path.isabs(name) or re.match(r"^[A-Za-z]:", name) or "\0" in name:
+        raise ConceptSplitError(f"The file name {name[:60]!r} cannot be used: choose one inside models/{FOLDER}.")
+
+
+def _inside(path: Path, root: str | os.PathLike[str]) -> bool:
+    return path.is_relative_to(Path(root).resolve())

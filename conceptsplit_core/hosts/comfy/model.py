@@ -1,0 +1,127 @@
+"""What a ComfyUI MODEL is: its cross-attention layers by name, its family, its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import comfy.model_base
+import comfy.utils
+import torch
+from torch import nn
+
+from ...adapters import family
+from ...errors import ConceptSplitError
+
+KEY = "conceptsplit"
+_SUFFIX = ".to_v.weight"
+
+
+def layer_paths(model: comfy.model_base.BaseModel) -> dict[str, str]:
+    """Canonical (diffusers) layer name to the host's module path, for every cross-attention layer of the UNet.
+
+    Args:
+        model: a BaseModel (``patcher.model``).
+
+    Raises:
+        ConceptSplitError: the model is not a UNet with cross-attention (Flux, SD3 and other transformers).
+    """
+    unet_config = model.model_config.unet_config
+    names: dict[str, str] = {}
+    if "num_res_blocks" in unet_config and "transformer_depth" in unet_config:
+        for key, path in comfy.utils.unet_to_diffusers(unet_config).items():
+            if key.endswith(".attn2" + _SUFFIX):
+                names[key.removesuffix(_SUFFIX)] = path.removesuffix(_SUFFIX)
+    if not names:
+        raise ConceptSplitError(
+            f"This model ({type(model).__name__}) has no UNet with cross-attention: ConceptSplit works on SD1.5, SD2.x "
+            "and SDXL checkpoints."
+        )
+    return names
+
+
+def layer_modules(model: comfy.model_base.BaseModel) -> dict[str, nn.Module]:
+    """Canonical layer name to its living attn2 module, looked up now: hosts swap modules between runs."""
+    return {name: comfy.utils.get_attr(model.diffusion_model, path) for name, path in layer_paths(model).items()}
+
+
+def layer_shapes(model: comfy.model_base.BaseModel) -> dict[str, tuple[int, int]]:
+    """Canonical layer name to (d_ctx, d_v), read from the modules so that quantised storage does not matter."""
+    return {
+        name: (attn2.to_v.in_features, attn2.to_v.out_features) for name, attn2 in layer_modules(model).items()
+    }
+
+
+def layer_downscale(name: str, levels: int) -> int:
+    """How many times smaller than the latent a layer's maps are, per side, read from its canonical name."""
+    block, _, rest = name.partition(".")
+    if block == "mid_block":
+        return 2 ** (levels - 1)
+    index = int(rest.partition(".")[0])
+    return 2 ** (index if block == "down_blocks" else levels - 1 - index)
+
+
+def downscales(model: comfy.model_base.BaseModel) -> dict[str, int]:
+    """Canonical layer name to its downscale factor, in the order the UNet runs them."""
+    levels = len(model.model_config.unet_config["channel_mult"])
+    names = sorted(layer_paths(model), key=_run_order)
+    return {name: layer_downscale(name, levels) for name in names}
+
+
+def _run_order(name: str) -> tuple[int, list[int]]:
+    stage = ("down_blocks", "mid_block", "up_blocks").index(name.partition(".")[0])
+    return stage, [int(part) for part in name.split(".") if part.isdigit()]
+
+
+def base_family(model: comfy.model_base.BaseModel) -> str:
+    """'sd15', 'sd21', 'sdxl', 'demo' or 'unknown'."""
+    shapes = layer_shapes(model)
+    width = next(iter(shapes.values()))[0]
+    return family(width, demo=bool(model.model_config.__dict__.get("conceptsplit_demo", False)))
+
+
+def prediction_type(model_sampling: object) -> str:
+    """'epsilon' or 'v_prediction'.
+
+    Raises:
+        ConceptSplitError: the model predicts something else (flow, EDM), which ConceptSplit does not train on.
+    """
+    import comfy.model_sampling as ms
+
+    if isinstance(model_sampling, ms.V_PREDICTION):
+        return "v_prediction"
+    if isinstance(model_sampling, ms.EPS) and not isinstance(model_sampling, ms.CONST):
+        return "epsilon"
+    raise ConceptSplitError(
+        f"This model's prediction type ({type(model_sampling).__mro__[1].__name__}) is not supported: use an epsilon or "
+        "v-prediction checkpoint."
+    )
+
+
+def adopt_parameters(module: nn.Module) -> int:
+    """Replaces inference tensors of `module` by equal ordinary ones, so that autograd can pass through it.
+
+    The host runs prompts under ``torch.inference_mode()``; what it loads or patches there cannot be saved for a
+    backward pass. Values and addresses in the module tree stay; one tensor at a time, so memory stays flat.
+
+    Returns:
+        How many tensors were replaced.
+    """
+    replaced = 0
+    with torch.inference_mode(False), torch.no_grad():
+        for owner in module.modules():
+            for name, parameter in _inference(owner._parameters):
+                fresh = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                # The host hangs flags on parameters (offloading, quantisation); they belong to the name.
+                fresh.__dict__.update(parameter.__dict__)
+                owner._parameters[name] = fresh
+                replaced += 1
+            for name, buffer in _inference(owner._buffers):
+                owner._buffers[name] = buffer.detach().clone()
+                replaced += 1
+    return replaced
+
+
+def _inference(table: dict[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in list(table.items()):
+        if tensor is not None and tensor.is_inference():
+            yield name, tensor

@@ -1,0 +1,412 @@
+"""Value adapters on a MODEL, and what our wrappers do in each run and each call of the UNet.
+
+Three of the host's wrappers, all under our own key and stateless:
+
+- OUTER_SAMPLE starts a `Run`: it turns the bindings carried by the conditionings into one row mask per conditioning,
+  handed to the host as a model conditioning, so that the host repeats, tiles and batches it exactly like the text.
+- APPLY_MODEL takes that mask out of the call again and publishes it to forward hooks that live for this one call.
+- SAMPLER_SAMPLE (module `sampling`) runs LODA.
+
+Nothing of ours stays on the model between two calls, so there is nothing to clean up after an exception.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.conds
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ...adapters import ValueAdapter
+from ...attention import bound_attention
+from ...errors import ConceptSplitError
+from ...hooks import ValueState, hook_values, match_mask, remove_hooks
+from ...loda import LodaConfig, LodaTrace, region_bias
+from ...maps import find_size
+from ...tokens import row_mask
+from .clip import BoundText
+from .model import KEY, base_family, layer_modules, layer_shapes
+
+log = logging.getLogger("ConceptSplit")
+
+ROWS = "conceptsplit_rows"
+COMPILE_KEY = "torch.compile"
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A value adapter under the name that prompts use, and when it acts: `start` to `end` of the schedule, 0 to 1."""
+
+    name: str
+    adapter: ValueAdapter
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass
+class MapsHandle:
+    """Where a run leaves its trace for the nodes after it. Replaced as a whole, never changed."""
+
+    trace: LodaTrace | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What ConceptSplit knows about one MODEL; an attachment, shared by its clones and never changed."""
+
+    adapters: tuple[LoadedAdapter, ...] = ()
+    loda: LodaConfig | None = None
+    maps: MapsHandle | None = None
+
+
+def patch_of(model: comfy.model_patcher.ModelPatcher) -> Patch:
+    return model.get_attachment(KEY) or Patch()
+
+
+def with_adapter(model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` with one more value adapter.
+
+    Raises:
+        ConceptSplitError: no UNet, another family or shape, or a name that is loaded already.
+    """
+    if model is None:
+        raise ConceptSplitError("There is no MODEL: connect the MODEL of the checkpoint loader.")
+    patch = patch_of(model)
+    if loaded.name in {other.name for other in patch.adapters}:
+        raise ConceptSplitError(
+            f"The concept <{loaded.name}> is loaded twice: remove one of its loaders or give one another concept name."
+        )
+    loaded.adapter.check_fits(layer_shapes(model.model), base_family(model.model))
+    return _patched(model, replace(patch, adapters=(*patch.adapters, loaded)))
+
+
+def with_loda(
+    model: comfy.model_patcher.ModelPatcher, config: LodaConfig, maps: MapsHandle
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` whose samplers run LODA; `maps` receives the trace of each run."""
+    layer_shapes(model.model)  # refuses what is not a UNet before anything is sampled
+    return _patched(model, replace(patch_of(model), loda=config, maps=maps))
+
+
+def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.model_patcher.ModelPatcher:
+    from .sampling import sampler_wrapper
+
+    clone = model.clone()
+    clone.set_attachments(KEY, patch)
+    wrappers: list[tuple[str, Callable]] = [
+        (WrappersMP.OUTER_SAMPLE, _outer_sample),
+        (WrappersMP.APPLY_MODEL, _apply_model),
+        (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
+        (WrappersMP.SAMPLER_SAMPLE, sampler_wrapper),
+    ]
+    for kind, wrapper in wrappers:
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+@dataclass
+class Capture:
+    """One pass that reads maps: of which layers, and what was read. `missing` empties as layers report."""
+
+    layers: frozenset[str]
+    found: dict[str, Tensor] = field(default_factory=dict)
+    queries: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return len(self.found) == len(self.layers)
+
+
+class PassDone(Exception):
+    """The last wanted map is there; the rest of the UNet would be thrown away. Never leaves this module."""
+
+
+@dataclass
+class Run:
+    """The state of one sampling run.
+
+    names: concepts, the channels of every row mask of this run.
+    adapters: aligned with `names`; None is a concept that is only marked.
+    spans: aligned; (highest, lowest) sigma at which the adapter acts.
+    capture: set for the length of one map-reading pass.
+    regions: AFG's regions [B, n, h, w] over the whole latent, from the end of LODA on.
+    areas: conditional uuid to the (y, x, height, width) of its area in the latent, None for the whole.
+    """
+
+    names: tuple[str, ...]
+    adapters: tuple[LoadedAdapter | None, ...]
+    spans: tuple[tuple[float, float], ...]
+    patch: Patch
+    capture: Capture | None = None
+    gradient: bool = False
+    regions: Tensor | None = None
+    regions_until: float = 0.0
+    areas: dict[Any, tuple[int, int, int, int] | None] = field(default_factory=dict)
+    latent: tuple[int, int] = (0, 0)
+
+    def strengths(self, sigma: float) -> tuple[float, ...]:
+        return tuple(
+            0.0 if one is None or not low <= sigma <= high else one.strength
+            for one, (high, low) in zip(self.adapters, self.spans, strict=True)
+        )
+
+
+def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    guider = executor.class_obj
+    patch = patch_of(guider.model_patcher)
+    bound = [carried for conds in guider.conds.values() for cond in conds if (carried := _carried(cond))]
+    if patch.adapters and not bound:
+        log.warning(
+            "[ConceptSplit] No prompt of this run mentions %s: the value adapters have no effect. Encode the prompt with "
+            "the CLIP of the value adapter loader.",
+            " or ".join(f"<{loaded.name}>" for loaded in patch.adapters),
+        )
+    if not bound or not (patch.loda or any(loaded.strength != 0.0 for loaded in patch.adapters)):
+        return executor(*args, **kwargs)
+
+    names = [loaded.name for loaded in patch.adapters]
+    for carried in bound:
+        names += [binding.concept for binding in carried.bindings if binding.concept not in names]
+    by_name = {loaded.name: loaded for loaded in patch.adapters}
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    adapters = tuple(by_name.get(name) for name in names)
+    spans = tuple(
+        (0.0, 0.0) if one is None
+        else (float(sampling.percent_to_sigma(one.start)), float(sampling.percent_to_sigma(one.end)))
+        for one in adapters
+    )
+    run = Run(tuple(names), adapters, spans, patch)
+    for kind, conds in guider.conds.items():
+        for cond in conds:
+            if cond.get("cross_attn") is None:
+                continue
+            carried = _carried(cond)
+            # Every conditioning gets a mask, also one of zeros: unequal keys would keep the host from batching
+            # positive and negative, and rounding would differ from the stock run. First n channels: whose value
+            # rows; second n: whose attention LODA and AFG may touch, which is the positive prompt's only.
+            mask = row_mask(carried.bindings if carried else (), names, cond["cross_attn"].shape[1])
+            mask = torch.cat([mask, mask if kind == "positive" else torch.zeros_like(mask)], dim=-1)
+            cond["model_conds"] = {**cond["model_conds"], ROWS: comfy.conds.CONDCrossAttn(mask.unsqueeze(0))}
+    options = guider.model_options.setdefault("transformer_options", {})
+    options[KEY] = run
+    _strip_compile(options)
+    return executor(*args, **kwargs)
+
+
+def _carried(cond: Mapping[str, Any]) -> BoundText | None:
+    carried = cond.get(KEY)
+    return carried if isinstance(carried, BoundText) and carried.bindings else None
+
+
+def _strip_compile(transformer_options: dict[str, Any]) -> None:
+    """Runs the plain model instead of a compiled one: hooks added after compilation are silently ignored."""
+    wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if wrappers.pop(COMPILE_KEY, None):
+        log.warning("[ConceptSplit] torch.compile is switched off for this run: it would hide the value adapters.")
+
+
+def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+    out = executor(model, noise_shape, conds, *args, **kwargs)
+    if patch_of(model).loda is not None:
+        # Streaming parts of the model overwrites weights before the backward pass has used them.
+        need = model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+        comfy.model_management.load_models_gpu([model], memory_required=2 * need, force_full_load=True)
+    return out
+
+
+def _apply_model(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    rows = kwargs.pop(ROWS, None)
+    options = transformer_options or {}
+    run: Run | None = options.get(KEY)
+    if run is None or rows is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    with _call(run, executor.class_obj, rows.to(x.device), x, t, options) as inner:
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
+        except PassDone:
+            return torch.zeros_like(x)
+
+
+@contextmanager
+def _call(
+    run: Run, model: Any, rows: Tensor, x: Tensor, t: Tensor, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Everything of ours that is in force during one call of the UNet; taken back however the call ends.
+
+    Args:
+        rows: the row masks of this very batch, [b, L, 2n]: for values, then for attention.
+        x: [b, C, h, w].
+    """
+    rows, attended = rows.split(len(run.names), dim=-1)
+    sigma = float(t.flatten()[0])
+    modules = layer_modules(model)
+    handles: list[Any] = []
+    mark = Mark()
+    try:
+        strengths = run.strengths(sigma)
+        if any(strengths):
+            state = ValueState(rows, tuple(one.adapter if one else None for one in run.adapters), strengths)
+            handles += hook_values({name: attn2.to_v for name, attn2 in modules.items()}, state)
+        if run.capture is not None:
+            handles += _hook_capture(modules, run.capture, attended)
+        bias = None
+        if run.regions is not None and run.capture is None and sigma > run.regions_until:
+            bias = RegionBias(_chunk_regions(run, x, options), attended, run.patch.loda, tuple(x.shape[-2:]))
+            handles += _hook_marks(modules, mark)
+        if bias is not None or run.gradient:
+            options = dict(options)
+            options["optimized_attention_override"] = _override(
+                options.get("optimized_attention_override"), mark, bias, run.gradient
+            )
+        yield options
+    finally:
+        remove_hooks(handles)
+
+
+def _hook_capture(modules: Mapping[str, nn.Module], capture: Capture, rows: Tensor) -> list[Any]:
+    """Reads queries and keys where they arise, so that whatever computes the attention after them may differ."""
+
+    def on_query(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            capture.queries[name] = output
+
+        return hook
+
+    def on_key(name: str, heads: int) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            query = capture.queries.pop(name, None)
+            mask = match_mask(rows, output.shape[0], output.shape[1])
+            if query is None or mask is None or query.shape[0] != output.shape[0]:
+                return
+            capture.found[name] = bound_attention(query, output, heads, mask)
+            if capture.done:
+                raise PassDone
+
+        return hook
+
+    handles = []
+    for name in capture.layers:
+        attn2 = modules[name]
+        handles.append(attn2.to_q.register_forward_hook(on_query(name)))
+        handles.append(attn2.to_k.register_forward_hook(on_key(name, attn2.heads)))
+    return handles
+
+
+@dataclass
+class Mark:
+    """Which cross-attention layer is between its queries and its output right now, if any."""
+
+    layer: str | None = None
+
+
+def _hook_marks(modules: Mapping[str, nn.Module], mark: Mark) -> list[Any]:
+    def enter(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            mark.layer = name
+
+        return hook
+
+    def leave(module: nn.Module, inputs: tuple) -> None:
+        mark.layer = None
+
+    handles = []
+    for name, attn2 in modules.items():
+        handles.append(attn2.to_q.register_forward_pre_hook(enter(name)))
+        handles.append(attn2.to_out.register_forward_pre_hook(leave))
+    return handles
+
+
+@dataclass
+class RegionBias:
+    """AFG's logit bias for the cross-attention layers of one call, worked out once per layer size."""
+
+    regions: Tensor
+    rows: Tensor
+    config: LodaConfig
+    latent: tuple[int, int]
+    known: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+
+    def for_layer(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """[b, Lq, L] in q's dtype, or None if this attention does not read the whole text over the whole latent."""
+        key = (q.shape[1], k.shape[1])
+        if key not in self.known:
+            place = find_size(q.shape[1], self.latent)
+            mask = match_mask(self.rows, q.shape[0], k.shape[1])
+            self.known[key] = None if place is None or mask is None else region_bias(
+                self.regions.to(q.device), mask, place[1], self.config.afg_positive, self.config.afg_negative
+            ).clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        return self.known[key]
+
+
+def _override(chained: Callable | None, mark: Mark, bias: RegionBias | None, gradient: bool) -> Callable:
+    """The host's attention, with AFG's bias where a cross-attention is marked, and differentiable if asked for."""
+
+    def attention(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        added = None
+        if bias is not None and mark.layer is not None and not kwargs.get("skip_reshape", False):
+            added = bias.for_layer(q, k)
+        if added is not None:
+            given = args[0] if args else kwargs.get("mask")
+            if given is not None:
+                given = given if given.ndim == 3 else given.reshape(-1, *given.shape[-2:])
+                given = given.to(added.dtype) if given.dtype != torch.bool else torch.where(given, 0.0, -torch.inf)
+                added = added + given
+            kwargs = {**kwargs, "mask": added}
+            args = args[1:]
+        if gradient or added is not None:
+            # Sage, flash and int8 kernels neither differentiate nor take a bias per row.
+            func = host_attention.attention_pytorch
+        if chained is not None and not gradient:
+            return chained(func, q, k, v, heads, *args, **kwargs)
+        return func(q, k, v, heads, *args, **kwargs)
+
+    return attention
+
+
+def _chunk_regions(run: Run, x: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """The regions of each row of this batch: repeated per chunk, cropped to the chunk's area.
+
+    Returns:
+        bool [b, n, h', w'].
+    """
+    whole = run.regions
+    uuids = options.get("uuids") or [None]
+    per_chunk = x.shape[0] // len(uuids)
+    if whole.shape[0] != per_chunk:
+        whole = whole[:1].expand(per_chunk, -1, -1, -1)
+    chunks = []
+    for uuid in uuids:
+        area = run.areas.get(uuid)
+        chunks.append(whole if area is None else crop_regions(whole, area, run.latent))
+    return torch.cat(chunks).to(x.device)
+
+
+def crop_regions(regions: Tensor, area: tuple[int, int, int, int], latent: tuple[int, int]) -> Tensor:
+    """The part of regions [B, n, h, w] that lies in `area` = (y, x, height, width) of a latent, at least one cell."""
+    h, w = regions.shape[-2:]
+    y, x, height, width = area
+    top, left = min(h - 1, y * h // latent[0]), min(w - 1, x * w // latent[1])
+    bottom = max(top + 1, -(-(y + height) * h // latent[0]))
+    right = max(left + 1, -(-(x + width) * w // latent[1]))
+    return regions[..., top:bottom, left:right]

@@ -1,0 +1,311 @@
+"""LODA around the host's samplers.
+
+The host's sampler function is wrapped, not replaced: before each of the first K steps the latent is optimised, the
+step itself is taken by the sampler where one step of it is exact on its own, by Euler where the sampler keeps a history,
+and the sampler runs undisturbed from sigma K on.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+import torch.nn.functional as F
+from comfy.k_diffusion import sampling as k_diffusion
+from comfy.patcher_extension import WrapperExecutor
+from torch import Tensor
+
+from ...loda import LodaConfig, LodaTrace, regions, separate
+from ...maps import aggregate, choose_downscale, level_sizes
+from .model import KEY, adopt_parameters, downscales
+from .patch import ROWS, Capture, Run
+
+log = logging.getLogger("ConceptSplit")
+
+# Samplers of which one step on its own equals that step within a run (tried on both supported hosts, see
+# tests/host). The ancestral ones need one noise source over all segments, or every step draws the same noise.
+ONE_STEP = {"sample_euler", "sample_heun", "sample_dpm_2"}
+ONE_STEP_NOISE = {
+    "sample_euler_ancestral",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2s_ancestral",
+    "sample_lcm",
+    "sample_ddpm",
+}
+
+
+def sampler_wrapper(
+    executor: Any,
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable | None,
+    noise: Tensor,
+    latent_image: Tensor | None = None,
+    denoise_mask: Tensor | None = None,
+    disable_pbar: bool = False,
+) -> Tensor:
+    """SAMPLER_SAMPLE: the same call with a sampler that runs LODA first; the call itself where there is nothing to do."""
+    rest = (sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+    sampler = executor.class_obj
+    run: Run | None = guider.model_options.get("transformer_options", {}).get(KEY)
+    config = _config_of(guider)
+    if config is None or config.steps == 0 or config.step_size == 0 and not config.afg:
+        return executor(guider, *rest)
+    bound = [] if run is None else bound_concepts(guider, run)
+    if len(bound) < 2:
+        log.warning(
+            "[ConceptSplit] LODA needs two concepts in the prompt and found %s: sampling without it.",
+            f"only <{run.names[bound[0]]}>" if bound else "none",
+        )
+        return executor(guider, *rest)
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        log.warning("[ConceptSplit] LODA does not know the sampler %s: sampling without it.", type(sampler).__name__)
+        return executor(guider, *rest)
+
+    ours = copy.copy(sampler)
+    ours.sampler_function = LodaSampler(sampler.sampler_function, guider, run, config, tuple(bound))
+    # The wrappers of other packs that come after this one stay in force.
+    following = WrapperExecutor.new_class_executor(ours.sample, ours, executor.wrappers, executor.idx + 1)
+    try:
+        return following.execute(guider, *rest)
+    finally:
+        run.regions = None
+
+
+def _config_of(guider: Any) -> LodaConfig | None:
+    patch = guider.model_patcher.get_attachment(KEY)
+    return None if patch is None else patch.loda
+
+
+def bound_concepts(guider: Any, run: Run) -> list[int]:
+    """Channels of the run's masks that some positive conditioning binds."""
+    used = torch.zeros(len(run.names), dtype=torch.bool)
+    for cond in guider.conds.get("positive", []):
+        used |= _attended(cond, run).any(dim=(0, 1)).cpu()
+    return used.nonzero().flatten().tolist()
+
+
+class LodaSampler:
+    """A sampler function that optimises the latent in its first steps.
+
+    Args (of a call): as every k-diffusion sampler; x is x₀ + σ·ε, [B, C, H, W].
+    """
+
+    def __init__(self, base: Callable, guider: Any, run: Run, config: LodaConfig, bound: tuple[int, ...]):
+        self.base = base
+        self.guider = guider
+        self.run = run
+        self.config = config
+        self.bound = bound
+        self.__name__ = getattr(base, "__name__", "sampler")
+        factors = downscales(guider.inner_model)
+        self.factor = choose_downscale(sorted(set(factors.values())), config.map_downscale)
+        self.layers = frozenset(name for name, factor in factors.items() if factor == self.factor)
+        self.trace = LodaTrace(concepts=tuple(run.names[i] for i in bound), settings=asdict(config))
+
+    def __call__(
+        self,
+        model: Any,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, Any] | None = None,
+        callback: Callable | None = None,
+        disable: bool | None = None,
+        **options: Any,
+    ) -> Tensor:
+        extra_args = extra_args or {}
+        total = len(sigmas) - 1
+        count = min(self.config.steps, total)
+        if self.run.patch.maps is not None:
+            self.run.patch.maps.trace = self.trace
+        adopt_parameters(self.guider.inner_model)
+        conds = self._optimised_conds(x)
+        one_step, options = self._one_step(x, extra_args, options)
+        mask = extra_args.get("denoise_mask")
+        for k in range(count):
+            # Clones: some samplers write into the sigmas they are given.
+            segment = sigmas[k : k + 2].clone()
+            x = separate(
+                x, segment[0], k, lambda v, s=segment[0]: self._maps(model, v, s, conds, extra_args), self.config,
+                self.trace, mask, comfy.model_management.throw_exception_if_processing_interrupted,
+                loss_scale=1024.0 if self.guider.inner_model.get_dtype() == torch.float16 else 1.0,
+            )
+            x = one_step(model, x, segment, extra_args=extra_args, callback=_shifted(callback, k), disable=True)
+        if self.config.afg and count < total:
+            self._fix_regions(model, x, sigmas[count], conds, extra_args)
+        if count == total:
+            return x
+        return self.base(
+            model, x, sigmas[count:].clone(), extra_args=extra_args, callback=_shifted(callback, count),
+            disable=disable, **options,
+        )
+
+    def _one_step(
+        self, x: Tensor, extra_args: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Callable, dict[str, Any]]:
+        """The function that takes the first K steps, and the base sampler's options."""
+        name = getattr(self.base, "__name__", "")
+        if name in ONE_STEP:
+            return lambda *a, **k: self.base(*a, **k, **options), options
+        if name in ONE_STEP_NOISE and "noise_sampler" in inspect.signature(self.base).parameters:
+            shared = k_diffusion.default_noise_sampler(x, seed=extra_args.get("seed"))
+            options = {"noise_sampler": shared, **options}
+            return lambda *a, **k: self.base(*a, **k, **options), options
+        return k_diffusion.sample_euler, options
+
+    def _optimised_conds(self, x: Tensor) -> list[dict[str, Any]]:
+        """The positive conditionings that bind a concept, as copies that autograd may read."""
+        self.run.latent = tuple(x.shape[-2:])
+        kept = []
+        for cond in self.guider.conds.get("positive", []):
+            area = _area(cond, self.run.latent)
+            self.run.areas[cond.get("uuid")] = area
+            if not bool(_attended(cond, self.run).any()):
+                continue
+            with torch.inference_mode(False):
+                own = {
+                    key: value._copy_with(value.cond.clone()) if _holds_tensor(value) else value
+                    for key, value in cond["model_conds"].items()
+                }
+            own_cond = {**cond, "model_conds": own}
+            if own_cond.get("control") is not None:
+                own_cond["control"] = FrozenControl(own_cond["control"])
+            if "gligen" in own_cond:
+                adopt_parameters(own_cond["gligen"][1].model)
+            kept.append(own_cond)
+        return kept
+
+    def _maps(
+        self, model: Any, x: Tensor, sigma: Tensor, conds: list[dict[str, Any]], extra_args: dict[str, Any]
+    ) -> Tensor:
+        """Maps [B, n, h, w] of the bound concepts: one forward of the conditional branch, left after the last layer."""
+        run, inner = self.run, self.guider.inner_model
+        with torch.inference_mode(False):
+            level = sigma.detach().clone().reshape(1).expand(x.shape[0]).clone()
+        x = _composed(model, x, level, extra_args)
+        options = dict(extra_args.get("model_options", self.guider.model_options))
+        options.pop("multigpu_clones", None)
+        size = level_sizes(run.latent)[self.factor]
+        total: Tensor | float = 0.0
+        weight: Tensor | float = 0.0
+        run.gradient = torch.is_grad_enabled()
+        try:
+            for cond in conds:
+                run.capture = Capture(self.layers)
+                # One conditioning at a time: then the batch is x's, and its area is known.
+                comfy.samplers.calc_cond_batch(inner, [[cond]], x, level, options)
+                found = run.capture.found
+                if not found:
+                    continue  # outside its timestep range
+                area = _area(cond, run.latent)
+                part = size if area is None else level_sizes(area[2:])[self.factor]
+                maps = aggregate([found[name] for name in sorted(found)], part)[:, list(self.bound)]
+                has = _attended(cond, run).any(dim=1)[:, list(self.bound)].to(maps)[..., None, None]
+                total = total + _placed(maps, area, run.latent, size)
+                weight = weight + has
+        finally:
+            run.capture, run.gradient = None, False
+        if not torch.is_tensor(total):
+            # No conditioning acts at this noise level: nothing to separate, and a loss of zero gradient.
+            return x.new_zeros(x.shape[0], len(self.bound), *size) + 0.0 * x.sum()
+        return total / weight.clamp(min=1.0)
+
+    def _fix_regions(
+        self, model: Any, x: Tensor, sigma: Tensor, conds: list[dict[str, Any]], extra_args: dict[str, Any]
+    ) -> None:
+        """AFG: takes the maps once, at the first step that is not optimised, and fixes each concept's region."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with torch.inference_mode(False), torch.no_grad():
+            maps = self._maps(model, x.detach().clone(), sigma, conds, extra_args)
+            found = regions(maps.float(), self.config.afg_fraction, self.config.afg_sigma)
+            self.trace.after = maps.detach().to("cpu", torch.float32)
+            self.trace.regions = found.cpu()
+            # Channels of the run's masks, most of which may be unbound: no region, no bias.
+            whole = found.new_zeros(found.shape[0], len(self.run.names), *found.shape[-2:])
+            whole[:, list(self.bound)] = found
+        self.run.regions = whole
+        sampling = self.guider.inner_model.model_sampling
+        end = self.config.afg_end
+        self.run.regions_until = -1.0 if end >= 1.0 else float(sampling.percent_to_sigma(end))
+
+
+class FrozenControl:
+    """A ControlNet whose residuals are constants for the gradient: its weights are the host's inference tensors."""
+
+    def __init__(self, control: Any):
+        self._control = control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._control, name)
+
+    def get_control(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            out = self._control.get_control(x.detach(), *args, **kwargs)
+        return {
+            key: [None if tensor is None else tensor.detach().clone() for tensor in tensors]
+            for key, tensors in out.items()
+        } if out is not None else None
+
+
+def _attended(cond: dict[str, Any], run: Run) -> Tensor:
+    """Which rows of a conditioning's text LODA reads, bool [1, L, n]; L is 1 where it has no text."""
+    rows = cond["model_conds"].get(ROWS)
+    if rows is None:
+        return torch.zeros(1, 1, len(run.names), dtype=torch.bool)
+    return rows.cond[..., len(run.names) :] != 0
+
+
+def _holds_tensor(value: Any) -> bool:
+    return hasattr(value, "_copy_with") and torch.is_tensor(getattr(value, "cond", None))
+
+
+def _area(cond: dict[str, Any], latent: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """(y, x, height, width) of a conditioning's area in the latent, clipped as the host clips it; None for the whole."""
+    if "area" not in cond:
+        return None
+    height, width, y, x = cond["area"]
+    return y, x, min(latent[0] - y, height), min(latent[1] - x, width)
+
+
+def _placed(maps: Tensor, area: tuple[int, int, int, int] | None, latent: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Maps of an area at their place in maps of the whole latent, zero elsewhere."""
+    if area is None:
+        return maps
+    y, x, height, width = area
+    top, left = min(size[0] - 1, y * size[0] // latent[0]), min(size[1] - 1, x * size[1] // latent[1])
+    h = max(1, min(size[0] - top, round(height * size[0] / latent[0])))
+    w = max(1, min(size[1] - left, round(width * size[1] / latent[1])))
+    fitted = F.interpolate(maps, size=(h, w), mode="area")
+    return F.pad(fitted, (left, size[1] - left - w, top, size[0] - top - h))
+
+
+def _composed(model: Any, x: Tensor, sigma: Tensor, extra_args: dict[str, Any]) -> Tensor:
+    """x as the host's inpainting shows it to the UNet: the kept part is the noised original."""
+    mask = extra_args.get("denoise_mask")
+    if mask is None:
+        return x
+    changer = extra_args.get("model_options", {}).get("denoise_mask_function")
+    with torch.no_grad():
+        if changer is not None:
+            mask = changer(sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})
+        kept = model.inner_model.inner_model.scale_latent_inpaint(
+            x=x.detach(), sigma=sigma, noise=model.noise, latent_image=model.latent_image, denoise_mask=mask
+        )
+    with torch.inference_mode(False):
+        mask, kept = mask.clone(), kept.clone()
+    return x * mask + kept * (1.0 - mask)
+
+
+def _shifted(callback: Callable | None, offset: int) -> Callable | None:
+    """The host's step callback for a segment that starts at step `offset` of the run."""
+    if callback is None or offset == 0:
+        return callback
+    return lambda info: callback({**info, "i": info["i"] + offset})

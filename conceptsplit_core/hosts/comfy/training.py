@@ -1,0 +1,254 @@
+"""The host's UNet as a training objective, and everything that is encoded once before it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...adapters import AdapterInfo, ValueAdapter
+from ...errors import ConceptSplitError
+from ...hooks import ValueState, hook_values, remove_hooks
+from ...tokens import Concept
+from ...training import (
+    Prompt,
+    TrainBatch,
+    TrainConfig,
+    TrainData,
+    TrainEvent,
+    TrainResult,
+    expand_templates,
+    train,
+)
+from .clip import with_concepts
+from .model import KEY, adopt_parameters, base_family, layer_modules, layer_shapes, prediction_type
+
+log = logging.getLogger("ConceptSplit")
+
+MAX_SIDE = 2048
+
+
+def check_images(images: Tensor | None) -> Tensor:
+    """Training pictures [N, H, W, 3] in 0…1 from what the host's IMAGE may hold; grey and alpha are fine.
+
+    Raises:
+        ConceptSplitError: none, too small, too large, or not finite.
+    """
+    if images is None or images.ndim != 4 or 0 in images.shape:
+        raise ConceptSplitError("There is no training image: connect at least one picture of the concept.")
+    if images.shape[-1] == 1:
+        images = images.expand(-1, -1, -1, 3)
+    images = images[..., :3].float()
+    height, width = images.shape[1:3]
+    if min(height, width) < 16 or max(height, width) > MAX_SIDE:
+        raise ConceptSplitError(
+            f"The training images are {width} x {height} pixels: resize them to between 16 and {MAX_SIDE}, best the size "
+            "the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL)."
+        )
+    bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ConceptSplitError(f"Training image {bad[0] + 1} holds values that are not finite: replace it.")
+    return images.clamp(0, 1)
+
+
+def check_masks(masks: Tensor | None, count: int, size: tuple[int, int]) -> Tensor | None:
+    """Masks [N, 1, h, w] at the latents' size from the host's MASK [N or 1, H, W]; None stays None.
+
+    Raises:
+        ConceptSplitError: neither one mask nor one per image.
+    """
+    if masks is None:
+        return None
+    masks = masks.reshape(-1, *masks.shape[-2:]).float()
+    if masks.shape[0] not in (1, count):
+        raise ConceptSplitError(
+            f"There are {masks.shape[0]} masks for {count} images: give one mask for all or one per image."
+        )
+    resized = F.interpolate(torch.nan_to_num(masks).clamp(0, 1).unsqueeze(1), size=size, mode="area")
+    return resized.expand(count, -1, -1, -1).contiguous()
+
+
+def encode_prompts(
+    clip: comfy.sd.CLIP, model: Any, concept: Concept, templates: Sequence[str], size: tuple[int, int]
+) -> list[Prompt]:
+    """Each template with the class word, encoded once by the host's text encoder.
+
+    Args:
+        model: the BaseModel, which knows what SDXL wants besides the text.
+        size: (height, width) of the pictures in pixels.
+    """
+    if clip is None:
+        raise ConceptSplitError("There is no CLIP: connect the CLIP of the checkpoint loader.")
+    knowing = with_concepts(_without_concepts(clip), [concept])
+    prompts = []
+    for text in expand_templates(templates, f"<{concept.name}>"):
+        encoded = knowing.encode_from_tokens(knowing.tokenize(text), return_pooled=True, return_dict=True)
+        carried = encoded[KEY]
+        rows = next((binding.rows for binding in carried.bindings if binding.concept == concept.name), ())
+        extra = {}
+        adm = model.encode_adm(
+            pooled_output=encoded.get("pooled_output"), width=size[1], height=size[0], device=torch.device("cpu")
+        ) if model.adm_channels else None
+        if adm is not None:
+            extra["y"] = _own(adm[0])
+        prompts.append(Prompt(carried.text, _own(encoded["cond"][0]), rows, extra))
+    return prompts
+
+
+def _without_concepts(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    plain = clip.clone()
+    plain.conceptsplit_concepts = ()
+    return plain
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A plain fp32 CPU copy that autograd may save; the host's tensors are inference tensors."""
+    with torch.inference_mode(False):
+        return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def train_adapter(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    images: Tensor,
+    masks: Tensor | None,
+    concept: Concept,
+    templates: Sequence[str],
+    rank: int,
+    alpha: float,
+    config: TrainConfig,
+    gradient_checkpointing: bool = False,
+    checkpoint_path: Path | None = None,
+    resume: bool = False,
+    on_event: Callable[[TrainEvent], None] | None = None,
+) -> TrainResult:
+    """Trains a value adapter on a few pictures of one concept; the MODEL stays as it is.
+
+    Args:
+        images: [N, H, W, C] in 0…1.  masks: [N or 1, H, W], 1 on the concept, or None.
+        config: its prediction type is replaced by the model's own.
+
+    Raises:
+        ConceptSplitError: bad input, told in one sentence.
+        comfy.model_management.InterruptProcessingException: the stop button; the checkpoint holds the last step.
+    """
+    if model is None or vae is None:
+        raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
+    if getattr(model, "is_dynamic", bool)():
+        model = model.get_non_dynamic_delegate()
+    shapes = layer_shapes(model.model)
+    sampling = model.get_model_object("model_sampling")
+    kind = prediction_type(sampling)
+    images = check_images(images)
+    size = tuple(images.shape[1:3])
+    templates = list(templates)
+    facts = {**asdict(config), "images": images.shape[0], "templates": templates, "width": size[1], "height": size[0]}
+    info = AdapterInfo(
+        concept.name, concept.class_word, base_family(model.model), next(iter(shapes.values()))[0], rank, alpha or rank,
+        kind, facts,
+    )
+
+    prompts = encode_prompts(clip, model.model, concept, templates, size)
+    latents = torch.cat([vae.encode(image[None]) for image in images])
+    with torch.inference_mode(False):
+        latents = _own(model.model.process_latent_in(latents))
+        masks = check_masks(None if masks is None else _own(masks), latents.shape[0], tuple(latents.shape[-2:]))
+        alphas_cumprod = _own(1.0 / (sampling.sigmas.double() ** 2 + 1.0))
+
+    model = model.clone()
+    rows = config.batch_size * (1 if gradient_checkpointing else 4)  # activations are kept for the backward pass
+    need = model.memory_required([rows, *latents.shape[1:]])
+    comfy.model_management.load_models_gpu([model], memory_required=need, force_full_load=True)
+    device = model.load_device
+    adopt_parameters(model.model)
+    half = model.model.get_dtype_inference() if hasattr(model.model, "get_dtype_inference") else model.model.get_dtype()
+    config = TrainConfig(**{
+        **asdict(config), "prediction_type": kind, "loss_scale": 1024.0 if half == torch.float16 else 1.0,
+    })
+    with torch.inference_mode(False):
+        adapter = ValueAdapter.create(shapes, info, config.seed)
+        adapter = ValueAdapter(
+            info, {k: v.to(device) for k, v in adapter.down.items()}, {k: v.to(device) for k, v in adapter.up.items()}
+        )
+        data = TrainData(latents.to(device), prompts, None if masks is None else masks.to(device))
+
+    def watched(event: TrainEvent) -> None:
+        if on_event is not None:
+            on_event(event)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    with objective(model.model, adapter, gradient_checkpointing) as denoise:
+        result = train(adapter, data, alphas_cumprod, denoise, config, watched, checkpoint_path, resume)
+    return TrainResult(result.adapter.detached(), result.losses, result.seconds)
+
+
+@contextmanager
+def objective(
+    model: Any, adapter: ValueAdapter, gradient_checkpointing: bool = False
+) -> Iterator[Callable[[TrainBatch], Tensor]]:
+    """The UNet of a loaded BaseModel as a function of a TrainBatch, with `adapter` on its value projections.
+
+    Hooks and checkpointing live inside the `with` only.
+    """
+    unet = model.diffusion_model
+    dtype = model.manual_cast_dtype or model.get_dtype()
+    state = ValueState(None, (adapter,), (1.0,))
+    handles: list[Any] = []
+    wrapped: list[Any] = []
+
+    def attention(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        # The host's faster kernels (sage, flash, sub-quadratic) do not all differentiate.
+        return host_attention.attention_pytorch(*args, **kwargs)
+
+    def denoise(batch: TrainBatch) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        state.mask = batch.mask
+        options = {"optimized_attention_override": attention}
+        try:
+            return unet(
+                batch.x_t.to(dtype),
+                batch.timesteps.float(),
+                context=batch.context.to(dtype),
+                y=batch.extra["y"].to(dtype) if "y" in batch.extra else None,
+                transformer_options=options,
+            ).float()
+        finally:
+            # The mask is not cleared: with checkpointing the backward pass runs the layers again.
+            state.used.clear()
+
+    try:
+        modules = layer_modules(model)
+        handles += hook_values({name: attn2.to_v for name, attn2 in modules.items()}, state)
+        if gradient_checkpointing:
+            for module in unet.modules():
+                if isinstance(module, host_attention.BasicTransformerBlock):
+                    module.forward = _checkpointed(module.forward)
+                    wrapped.append(module)
+        yield denoise
+    finally:
+        remove_hooks(handles)
+        for module in wrapped:
+            del module.forward
+        state.clear()
+
+
+def _checkpointed(forward: Callable) -> Callable:
+    def run(x: Tensor, context: Tensor | None = None, transformer_options: dict[str, Any] | None = None) -> Tensor:
+        # A copy of the options per block: the host writes the block's name into one shared dict, and the
+        # recomputation would see the last block's everywhere.
+        return checkpoint(forward, x, context, dict(transformer_options or {}), use_reentrant=False)
+
+    return run

@@ -1,0 +1,20 @@
+"""ComfyUI nodes by user task. No mathematics here: a node reads its inputs, calls the core, and hands out results."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..conceptsplit_core.hosts.comfy.files import register_folder
+from . import demo, inspect, load, sample, train
+
+NODES: list[type[io.ComfyNode]] = [*load.NODES, *train.NODES, *sample.NODES, *inspect.NODES, *demo.NODES]
+
+
+class ConceptSplitExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> ConceptSplitExtension:
+    register_folder()  # here, because older hosts never call on_load
+    return ConceptSplitExtension()

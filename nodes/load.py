@@ -1,0 +1,204 @@
+"""Loading value adapters and marking words: MODEL and CLIP in, MODEL and CLIP that know a concept out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..conceptsplit_core.adapters import ValueAdapter
+from ..conceptsplit_core.errors import ConceptSplitError
+from ..conceptsplit_core.hosts.comfy import files
+from ..conceptsplit_core.hosts.comfy.clip import with_concepts
+from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
+from ..conceptsplit_core.tokens import Concept
+from .types import ValueAdapterType, field, out, schema
+
+_MODEL = "The model to teach the concept to. Loaders chain: connect one loader's outputs to the next loader's inputs."
+_CLIP = "The text encoder. Encode all prompts with the CLIP that leaves the last loader, or the concept is not found."
+
+
+def _concept_fields() -> list[Any]:
+    return [
+        field(
+            io.String, "concept_name", "What prompts call the concept: 'rex' is written <rex>. Leave empty for the name "
+            "stored in the file. Change it when two files have the same name.", default="",
+        ),
+        field(
+            io.String, "class_word", "The plain word the concept stands for, such as 'dog'. Leave empty for the word "
+            "stored in the file; only files of other tools lack one.", default="", optional=True, advanced=True,
+        ),
+        field(
+            io.Float, "strength", "How much of the concept's look is added: 0 is exactly the plain model, 1 is as "
+            "trained. Lower it when the concept takes over the picture, raise it when the likeness is weak.",
+            default=1.0, min=-4.0, max=4.0, step=0.05, round=0.001,
+        ),
+        field(
+            io.Float, "start_percent", "Share of the sampling schedule (0 to 1) at which the concept starts to act. Raise "
+            "it to leave the composition to the plain model.", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
+            optional=True, advanced=True,
+        ),
+        field(
+            io.Float, "end_percent", "Share of the sampling schedule (0 to 1) at which the concept stops to act. Lower it "
+            "when fine detail suffers.", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001, optional=True,
+            advanced=True,
+        ),
+    ]
+
+
+def _outputs() -> list[Any]:
+    return [
+        out(io.Model, "MODEL", "The model with this concept added."),
+        out(io.Clip, "CLIP", "The text encoder that knows this concept; encode prompts with it."),
+    ]
+
+
+def _apply(
+    model: Any, clip: Any, adapter: ValueAdapter, concept_name: str, class_word: str, strength: float, start: float,
+    end: float,
+) -> tuple[Any, Any]:
+    if start > end:
+        raise ConceptSplitError(
+            f"The start ({start}) lies after the end ({end}): the concept would never act; swap the two."
+        )
+    name = concept_name.strip().strip("<>") or adapter.info.concept
+    word = class_word.strip() or adapter.info.class_word
+    if not word:
+        raise ConceptSplitError(f"The value adapter '{name}' stores no class word: write it into class_word, e.g. 'dog'.")
+    knowing = with_concepts(clip, [Concept(name, word)])
+    return with_adapter(model, LoadedAdapter(name, adapter, strength, start, end)), knowing
+
+
+class ConceptSplitLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitLoader", "Value Adapter Loader (ToVA)",
+            description="Loads a concept trained by Train Value Adapter. Use it like a LoRA loader, once per concept, "
+            "and write <concept name> where the concept belongs in the prompt. Unlike a LoRA it changes only the words "
+            "that carry the concept, so several concepts do not mix.",
+            search_aliases=["tova", "value adapter", "concept", "lora loader", "conceptsplit"],
+            inputs=[
+                field(io.Model, "model", _MODEL),
+                field(io.Clip, "clip", _CLIP),
+                field(
+                    io.Combo, "adapter", "A file in models/value_adapters. Files trained a moment ago appear after a "
+                    "refresh (R).", options=files.adapter_names(),
+                ),
+                *_concept_fields(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter: str = "", **_: Any) -> str:
+        # A file trained again under the same name must be loaded again.
+        try:
+            status = os.stat(files.adapter_path(adapter))
+        except (ConceptSplitError, OSError):
+            return f"{adapter}:missing"
+        return f"{adapter}:{status.st_mtime_ns}:{status.st_size}"
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, adapter: str, concept_name: str = "", strength: float = 1.0, class_word: str = "",
+        start_percent: float = 0.0, end_percent: float = 1.0,
+    ) -> io.NodeOutput:
+        loaded = files.load_named(adapter)
+        return io.NodeOutput(
+            *_apply(model, clip, loaded, concept_name, class_word, strength, start_percent, end_percent)
+        )
+
+
+class ConceptSplitApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitApply", "Apply Value Adapter",
+            description="Adds a value adapter that another node made, for instance one fresh from training, without a "
+            "file in between.",
+            search_aliases=["tova", "value adapter", "conceptsplit"],
+            inputs=[
+                field(io.Model, "model", _MODEL),
+                field(io.Clip, "clip", _CLIP),
+                field(ValueAdapterType, "value_adapter", "The concept, from Train Value Adapter."),
+                *_concept_fields(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, value_adapter: ValueAdapter, concept_name: str = "", strength: float = 1.0,
+        class_word: str = "", start_percent: float = 0.0, end_percent: float = 1.0,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            *_apply(model, clip, value_adapter, concept_name, class_word, strength, start_percent, end_percent)
+        )
+
+
+class ConceptSplitSave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitSave", "Save Value Adapter",
+            description="Writes a value adapter to models/value_adapters, at full or smaller rank.",
+            search_aliases=["tova", "value adapter", "conceptsplit"],
+            is_output_node=True,
+            inputs=[
+                field(ValueAdapterType, "value_adapter", "The concept to write."),
+                field(
+                    io.String, "file_name", "Name of the file in models/value_adapters; 'dogs/rex' makes a subfolder. An "
+                    "existing file of that name is replaced.", default="my_concept",
+                ),
+                field(
+                    io.Int, "reduce_rank", "Store at this lower rank to make the file smaller; 0 keeps it. The "
+                    "relative error is printed to the console: up to about 0.1 is rarely visible.",
+                    default=0, min=0, max=1024, optional=True, advanced=True,
+                ),
+            ],
+            outputs=[out(ValueAdapterType, "VALUE_ADAPTER", "The adapter as it was written.")],
+        )
+
+    @classmethod
+    def execute(cls, value_adapter: ValueAdapter, file_name: str, reduce_rank: int = 0) -> io.NodeOutput:
+        return io.NodeOutput(files.save_reduced(value_adapter, file_name, reduce_rank))
+
+
+class ConceptSplitMarkWords(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitMarkWords", "Mark Concept Words",
+            description="Marks plain words, such as 'cat, dog', so that KSampler (LODA) keeps them apart on any model, "
+            "without trained concepts.",
+            search_aliases=["loda", "attention", "conceptsplit"],
+            inputs=[
+                field(io.Clip, "clip", "The text encoder. Encode the prompt with the CLIP that leaves this node."),
+                field(
+                    io.String, "words", "The words to keep apart, separated by commas. Each is bound where it stands in "
+                    "the prompt. Write 'name:word' to have a placeholder <name> too, for two of one kind: 'a:dog, b:dog'.",
+                    default="cat, dog",
+                ),
+            ],
+            outputs=[out(io.Clip, "CLIP", "The text encoder that marks these words.")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, words: str) -> io.NodeOutput:
+        return io.NodeOutput(with_concepts(clip, _marked(words)))
+
+
+def _marked(words: str) -> list[Concept]:
+    concepts = []
+    for part in (part.strip() for part in words.split(",")):
+        if part:
+            name, colon, word = part.partition(":")
+            concepts.append(Concept(name.strip(), word.strip()) if colon else Concept(part.replace(" ", "_"), part))
+    if not concepts:
+        raise ConceptSplitError("There is no word to mark: write at least one, such as 'cat, dog'.")
+    return concepts
+
+
+NODES = [ConceptSplitLoader, ConceptSplitApply, ConceptSplitSave, ConceptSplitMarkWords]

@@ -1,0 +1,115 @@
+"""Boots the ComfyUI that this Python belongs to, in process, with the pack as its only custom node.
+
+The host's own folders stay untouched: models, input, output and custom_nodes are in a temporary base directory, and
+the pack is a link there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+HOST = Path(os.environ["CONCEPTSPLIT_HOST"])
+REPO = Path(__file__).resolve().parents[3]
+BASE = Path(tempfile.mkdtemp(prefix="conceptsplit-host-"))
+
+
+def _boot() -> None:
+    for folder in ("custom_nodes", "models/value_adapters", "models/checkpoints", "input", "output", "temp", "user"):
+        (BASE / folder).mkdir(parents=True, exist_ok=True)
+    (BASE / "custom_nodes" / "comfyui-conceptsplit").symlink_to(REPO, target_is_directory=True)
+    sys.path.insert(0, str(HOST))
+    argv, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(BASE)]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401 - reads argv
+    finally:
+        sys.argv = argv
+    import nodes
+    import server  # noqa: F401 - some of the host's own nodes expect it imported
+
+    async def start() -> None:
+        # What the server would be in the real program; nodes register routes on it.
+        server.PromptServer(asyncio.get_running_loop())
+        await nodes.init_extra_nodes(init_custom_nodes=True, init_api_nodes=False)
+
+    asyncio.run(start())
+    missing = {"ConceptSplitLoader", "ConceptSplitKSampler", "ConceptSplitTrain"} - set(nodes.NODE_CLASS_MAPPINGS)
+    assert not missing, f"the pack did not load in {HOST.name}: {sorted(missing)}"
+
+
+_boot()
+
+
+def pack(name: str) -> ModuleType:
+    """A module of the pack, as the host imported it: pack('conceptsplit_core.hosts.comfy.patch')."""
+    import nodes
+
+    root = nodes.NODE_CLASS_MAPPINGS["ConceptSplitLoader"].__module__.rsplit(".nodes.", 1)[0]
+    return importlib.import_module(f"{root}.{name}")
+
+
+def run(node_id: str, **inputs: Any) -> tuple[Any, ...]:
+    """Runs one node as the host's executor does: under inference mode. Gives its outputs."""
+    import nodes
+    import torch
+
+    node = nodes.NODE_CLASS_MAPPINGS[node_id]
+    with torch.inference_mode():
+        if hasattr(node, "define_schema"):
+            out = node.EXECUTE_NORMALIZED(**inputs) if not hasattr(node, "PREPARE_CLASS_CLONE") else (
+                node.PREPARE_CLASS_CLONE(None).execute(**inputs)
+            )
+            return out.result if hasattr(out, "result") else out
+        return getattr(node(), node.FUNCTION)(**inputs)
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    return BASE
+
+
+@pytest.fixture(autouse=True)
+def _not_interrupted() -> Iterator[None]:
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing(False)
+    yield
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(BASE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Callable[[str], SimpleNamespace]:
+    """Random checkpoints by family, loaded once: model, clip, vae."""
+    import torch
+
+    from . import checkpoints
+
+    known: dict[str, SimpleNamespace] = {}
+
+    def get(family: str) -> SimpleNamespace:
+        if family not in known:
+            with torch.inference_mode():  # as in a prompt
+                model, clip, vae = checkpoints.load(family)
+                if family == "sd21":
+                    (model,) = run("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=False)
+            known[family] = SimpleNamespace(model=model, clip=clip, vae=vae)
+        return known[family]
+
+    return get
