@@ -1,0 +1,412 @@
+"""The diffusers host: layers, text, hooks, maps. Each test on tiny models of the real families' layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import REX, bound, every_family, inputs, stock_pipeline
+
+from conceptsplit_core import ConceptSplitError
+from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
+from conceptsplit_core.attention import bound_attention
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.hosts import diffusers_load
+from conceptsplit_core.maps import level_sizes
+from conceptsplit_core.tokens import Concept
+
+# --- layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "count"), [("sd15", 16), ("sd21", 16), ("sdxl", 70)])
+def test_full_size_families_have_the_known_number_of_layers(family, count):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(diffusers_load.UNET_CONFIGS[family])
+    layers = host.layer_shapes(unet)
+    assert len(layers) == count
+    assert host.family_of(unet) == family
+    assert {d_ctx for d_ctx, _ in layers.values()} == {unet.config.cross_attention_dim}
+    order = [name.split("_")[0] for name in layers]
+    assert order == sorted(order, key=["down", "mid", "up"].index)
+
+
+@every_family
+@pytest.mark.parametrize("side", [16, 13])
+def test_layer_factors_are_the_sizes_the_unet_really_uses(load, family, side):
+    model = load(family)
+    cond, mask = bound(model)
+    x, t = inputs(model, side=side)
+    names = list(host.cross_attention_layers(model.unet))
+    with host.patched(model) as patch, torch.no_grad():
+        with patch.capturing(names, mask, leave=False) as maps:
+            host.call_unet(model, x, t, cond.context, cond.pooled)
+    sizes = level_sizes((side, side))
+    for name, factor in host.layer_factors(model.unet).items():
+        h, w = sizes[factor]
+        assert maps[name].shape == (1, 2, h * w)
+
+
+def test_a_unet_without_cross_attention_is_refused():
+    with pytest.raises(ConceptSplitError, match="no text cross-attention"):
+        host.cross_attention_layers(torch.nn.Linear(2, 2))
+
+
+# --- text -----------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_text_is_encoded_as_the_stock_pipeline_does(load, folder, family):
+    model = load(family)
+    pipe = stock_pipeline(family, folder(family))
+    cond = host.encode_text(model, "a photo of a dog")
+    if family == "sdxl":
+        rows, _, pooled, _ = pipe.encode_prompt("a photo of a dog", do_classifier_free_guidance=False)
+        assert torch.equal(cond.pooled, pooled)
+    else:
+        rows, _ = pipe.encode_prompt("a photo of a dog", "cpu", 1, False)
+        assert cond.pooled is None
+    assert torch.equal(cond.context, rows)
+
+
+def test_every_sub_token_of_a_class_word_is_bound(load):
+    model = load()
+    cond = host.encode_text(model, "a photo of a <z>", [Concept("z", "zilzi")])
+    # "zilzi" is no word of the tiny vocabulary: five letters, five rows after start, a, photo, of, a.
+    assert cond.bindings[0].rows == (5, 6, 7, 8, 9)
+    assert cond.text == "a photo of a zilzi"
+
+
+def test_a_long_prompt_takes_chunks_and_binds_in_the_second(load):
+    model = load()
+    text = "a photo of " + "the " * 80 + "<rex>"
+    cond = host.encode_text(model, text, [REX])
+    assert cond.context.shape[1] == 154
+    # 83 tokens stand before it: 75 in the first chunk, 8 in the second, whose row 77 is its start token.
+    assert cond.bindings[0].rows == (77 + 1 + 8,)
+
+
+def test_a_word_split_by_a_chunk_border_is_bound_on_both_sides(load):
+    model = load()
+    cond = host.encode_text(model, "the " * 73 + "<z>", [Concept("z", "zilzi")])
+    assert cond.bindings[0].rows == (74, 75, 78, 79, 80)
+
+
+# --- value deltas ---------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("how", ["strength 0", "nothing bound", "no adapter", "zero up weights"])
+def test_a_silent_adapter_is_bit_equal_to_the_base_model(load, adapter_for, family, how):
+    model = load(family)
+    cond, mask = bound(model)
+    x, t = inputs(model)
+    adapter = adapter_for(model)
+    if how == "zero up weights":
+        adapter = ValueAdapter.create(host.layer_shapes(model.unet), adapter.info, 0)
+    with torch.no_grad():
+        plain = host.call_unet(model, x, t, cond.context, cond.pooled)
+        chosen = (None if how == "no adapter" else adapter, 0.0 if how == "strength 0" else 1.0)
+        with host.patched(model, [chosen, (None, 0.0)]) as patch:
+            patch.state.mask = None if how == "nothing bound" else mask
+            assert torch.equal(host.call_unet(model, x, t, cond.context, cond.pooled), plain)
+
+
+@every_family
+def test_values_change_on_bound_rows_of_the_conditional_branch_only(load, adapter_for, family):
+    model = load(family)
+    cond, mask = bound(model)
+    neg = host.encode_text(model, "")
+    adapter = adapter_for(model)
+    layers = host.cross_attention_layers(model.unet)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def run():
+        # Watchers are registered inside `patched`, so they see what attention sees.
+        watchers = [
+            module.to_v.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(out.clone()))
+            for name, module in layers.items()
+        ]
+        x, t = inputs(model, batch=2)
+        pooled = None if cond.pooled is None else torch.cat([neg.pooled, cond.pooled])
+        try:
+            with torch.no_grad():
+                return host.call_unet(model, x, t, torch.cat([neg.context, cond.context]), pooled)
+        finally:
+            for watcher in watchers:
+                watcher.remove()
+
+    plain = run()
+    with host.patched(model, [(adapter, 1.0), (None, 0.0)]) as patch:
+        patch.state.mask = torch.cat([torch.zeros_like(mask), mask])
+        changed = run()
+    rows = set(next(b.rows for b in cond.bindings if b.concept == "rex"))
+    for name, (before, after) in seen.items():
+        differs = (before != after).any(dim=-1)
+        assert not differs[0].any(), name
+        assert set(differs[1].nonzero().flatten().tolist()) == rows, name
+        expected = cond.context[0, sorted(rows)] @ adapter.down[name].t() @ adapter.up[name].t()
+        torch.testing.assert_close((after - before)[1, sorted(rows)], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(plain[0], changed[0])
+    assert not torch.equal(plain[1], changed[1])
+
+
+@every_family
+def test_the_model_is_the_same_bits_after_an_exception(load, adapter_for, family):
+    model = load(family)
+    cond, mask = bound(model)
+    x, t = inputs(model)
+    state = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    with torch.no_grad():
+        plain = host.call_unet(model, x, t, cond.context, cond.pooled)
+    with pytest.raises(RuntimeError, match="stop"), host.patched(model, [(adapter_for(model), 1.0), (None, 0)]) as patch:
+        patch.state.mask = mask
+        host.call_unet(model, x, t, cond.context, cond.pooled)
+        raise RuntimeError("stop")
+    for module in model.unet.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all(torch.equal(v, state[k]) for k, v in model.unet.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(host.call_unet(model, x, t, cond.context, cond.pooled), plain)
+
+
+def test_an_adapter_of_another_family_is_refused_with_both_names(load, adapter_for):
+    adapter = adapter_for(load("sd15"))
+    with pytest.raises(ConceptSplitError, match="SD1.5.*SDXL"), host.patched(load("sdxl"), [(adapter, 1.0)]):
+        pass
+
+
+def test_an_adapter_of_unknown_family_is_refused_by_its_shapes(load, adapter_for):
+    adapter = adapter_for(load("sd15")).with_info(base="unknown")
+    with pytest.raises(ConceptSplitError, match="maps 768 to"), host.patched(load("sd21"), [(adapter, 1.0)]):
+        pass
+
+
+# --- maps -----------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_capturing_maps_does_not_change_the_output(load, family):
+    model = load(family)
+    cond, mask = bound(model)
+    x, t = inputs(model)
+    with torch.no_grad():
+        plain = host.call_unet(model, x, t, cond.context, cond.pooled)
+        with host.patched(model) as patch:
+            with patch.capturing(list(patch.layers), mask, leave=False) as maps:
+                seen = host.call_unet(model, x, t, cond.context, cond.pooled)
+    assert len(maps) == len(patch.layers)
+    assert torch.equal(plain, seen)
+
+
+@every_family
+def test_maps_are_the_attention_the_layer_really_pays(load, family):
+    model = load(family)
+    cond, mask = bound(model)
+    x, t = inputs(model)
+    name, attn = list(host.cross_attention_layers(model.unet).items())[3]
+    grabbed = {}
+    watcher = attn.register_forward_pre_hook(lambda _m, args, kwargs: grabbed.update(x=args[0]), with_kwargs=True)
+    with torch.no_grad(), host.patched(model) as patch:
+        with patch.capturing([name], mask, leave=False) as maps:
+            host.call_unet(model, x, t, cond.context, cond.pooled)
+    watcher.remove()
+    q = attn.head_to_batch_dim(attn.to_q(grabbed["x"]))
+    k = attn.head_to_batch_dim(attn.to_k(cond.context))
+    scores = attn.get_attention_scores(q, k).unflatten(0, (1, attn.heads)).mean(1)
+    for i, concept in enumerate(("rex", "tom")):
+        rows = next(b.rows for b in cond.bindings if b.concept == concept)
+        torch.testing.assert_close(maps[name][0, i], scores[0, :, list(rows)].mean(-1), atol=1e-6, rtol=1e-5)
+
+
+@every_family
+def test_leaving_after_the_last_map_is_exact_and_runs_less(load, family):
+    model = load(family)
+    cond, mask = bound(model)
+    x, t = inputs(model)
+    factors = host.layer_factors(model.unet)
+    wanted = [name for name, factor in factors.items() if factor == 4]
+    ran = []
+    tail = model.unet.conv_out.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad(), host.patched(model) as patch:
+        with patch.capturing(wanted, mask, leave=False) as full:
+            host.call_unet(model, x, t, cond.context, cond.pooled)
+        assert ran == [1]
+        with patch.capturing(wanted, mask) as short:
+            host.call_unet(model, x, t, cond.context, cond.pooled)
+        assert ran == [1]
+    tail.remove()
+    assert set(full) == set(short) == set(wanted)
+    assert all(torch.equal(full[name], short[name]) for name in wanted)
+
+
+def test_an_attention_bias_reaches_the_layer_as_it_reaches_the_map(load):
+    model = load()
+    cond, mask = bound(model)
+    x, t = inputs(model)
+    name, attn = next(iter(host.cross_attention_layers(model.unet).items()))
+    rows = list(next(b.rows for b in cond.bindings if b.concept == "rex"))
+    bias = torch.zeros(1, 16 * 16, 77)
+    bias[:, :, rows] = -1e8
+    with torch.no_grad(), host.patched(model) as patch:
+        patch.bias = {name: bias}
+        with patch.capturing([name], mask, leave=False) as maps:
+            out = host.call_unet(model, x, t, cond.context, cond.pooled)
+        assert maps[name][0, 0].max() == 0 and maps[name][0, 1].min() > 0
+        # Forbidding a row is the same as changing it: nothing of it can be seen in that layer.
+        other = attn.to_v.register_forward_hook(lambda _m, _i, v: v.index_fill(1, torch.tensor(rows), 7.0))
+        assert torch.equal(host.call_unet(model, x, t, cond.context, cond.pooled), out)
+        other.remove()
+
+
+def test_heads_with_their_own_normalisation_are_read_as_they_attend():
+    norm = torch.nn.LayerNorm(8)
+    q, k, mask = torch.randn(1, 5, 16), torch.randn(1, 7, 16), torch.eye(7)[None, :, :2]
+    normed = [norm(t.unflatten(-1, (2, 8))).flatten(-2) for t in (q, k)]
+    expected = bound_attention(*normed, 2, mask)
+    seen = bound_attention(host._head_norm(norm, q, 2), host._head_norm(norm, k, 2), 2, mask)
+    torch.testing.assert_close(seen, expected)
+
+
+# --- loading --------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_a_folder_is_recognised(load, family):
+    model = load(family)
+    assert model.family == family
+    assert model.prediction_type == ("v_prediction" if family == "sd21" else "epsilon")
+    assert model.added_conditions == (family == "sdxl")
+    assert len(model.encoders) == (2 if family == "sdxl" else 1)
+    assert model.default_size == 128
+    assert not any(p.requires_grad for p in model.unet.parameters())
+
+
+def test_half_precision_is_for_the_unet_and_the_vae_stays_wide(load):
+    model = load(dtype=torch.float16)
+    assert model.dtype == torch.float16
+    assert next(model.vae.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nowhere", "no model at"),
+        (lambda p: p, "no model_index.json"),
+        (lambda p: _write(p / "x.ckpt", b"junk"), "not a .safetensors"),
+        (lambda p: _write(p / "x.safetensors", b"junk"), "not a readable safetensors"),
+        (lambda p: _save(p / "x.safetensors", {"weight": torch.zeros(1)}), "not a Stable Diffusion"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_sentence(tmp_path, make, message):
+    with pytest.raises(ConceptSplitError, match=message) as caught:
+        host.load_model(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_a_part_missing_names_it(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder("sd15"), tmp_path / "model")
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(ConceptSplitError, match="no subfolder 'vae'"):
+        host.load_model(copy)
+    (copy / "vae").mkdir()
+    with pytest.raises(ConceptSplitError, match="vae in .* cannot be loaded"):
+        host.load_model(copy)
+
+
+def test_a_checkpoint_file_without_a_tokenizer_says_so(tmp_path):
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    path = _save(tmp_path / "model.safetensors", {key: torch.zeros(8, 768)})
+    assert diffusers_load.detect_file(path) == ("sd15", "epsilon")
+    with pytest.raises(ConceptSplitError, match="--tokenizer"):
+        host.load_model(path)
+
+
+def _write(path, data):
+    path.write_bytes(data)
+    return path
+
+
+def _save(path, tensors):
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    return path
+
+
+# --- files that travel ----------------------------------------------------------------------------------------
+
+
+class OriginalLinear(torch.nn.Module):
+    """As the paper's trainer does: the layer that peft wrapped becomes a child named `original_linear`."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.original_linear = wrapped
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("name", ["default", "default_0"])
+def test_a_file_of_the_papers_trainer_loads(load, tmp_path, wrapped, name):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from conceptsplit_core.adapters import load_adapter
+
+    model = load()
+    shapes = host.layer_shapes(model.unet)
+    config = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["attn2.to_v"])
+    model.unet.add_adapter(config, adapter_name=name)
+    if wrapped:
+        for attn in host.cross_attention_layers(model.unet).values():
+            attn.to_v = OriginalLinear(attn.to_v)
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.unet, adapter_name=name))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state, weight_name="paper.safetensors")
+    adapter = load_adapter(tmp_path / "paper.safetensors")
+    assert adapter.layers == shapes
+    assert adapter.info.rank == 4 and adapter.scale(next(iter(shapes))) == 1.0
+    adapter.check_fits(shapes, "sd15")
+
+
+def test_our_file_loads_in_diffusers_as_a_lora(load, folder, adapter_for, tmp_path):
+    """Bound to every row, a value adapter is a LoRA on to_v; diffusers must agree on what the file says."""
+    from conceptsplit_core.adapters import load_adapter, save_adapter
+
+    model = load()
+    adapter = adapter_for(model)
+    save_adapter(adapter, tmp_path / "rex.safetensors", torch.float32)
+    again = load_adapter(tmp_path / "rex.safetensors")
+    assert again.info.concept == "rex" and again.info.class_word == "dog" and again.layers == adapter.layers
+    cond, _ = bound(model)
+    x, t = inputs(model)
+    with torch.no_grad(), host.patched(model, [(again, 1.0)]) as patch:
+        patch.state.mask = torch.ones(1, 77, 1)
+        ours = host.call_unet(model, x, t, cond.context)
+    pipe = stock_pipeline("sd15", folder("sd15"))
+    pipe.load_lora_weights(tmp_path / "rex.safetensors")
+    with torch.no_grad():
+        theirs = pipe.unet(x, t, cond.context, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@every_family
+def test_an_adapter_file_round_trips_through_the_model(load, adapter_for, tmp_path, family):
+    from conceptsplit_core.adapters import load_adapter, save_adapter
+
+    model = load(family)
+    adapter = adapter_for(model)
+    save_adapter(adapter, tmp_path / "rex.safetensors", torch.float32)
+    again = load_adapter(tmp_path / "rex.safetensors")
+    cond, mask = bound(model)
+    x, t = inputs(model)
+    outs = []
+    for chosen in (adapter, again):
+        with torch.no_grad(), host.patched(model, [(chosen, 1.0), (None, 0.0)]) as patch:
+            patch.state.mask = mask
+            outs.append(host.call_unet(model, x, t, cond.context, cond.pooled))
+    assert torch.equal(*outs)
+    assert isinstance(again.info, AdapterInfo) and again.info.base == family
