@@ -1,0 +1,125 @@
+"""The committed checkpoint: its tokenizer, its shapes, and its autoencoder rewritten for the TAESD class."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conceptsplit_core.demo import checkpoint, lexicon, scenes
+
+
+@pytest.fixture(scope="module")
+def demo() -> checkpoint.DemoCheckpoint:
+    return checkpoint.load()
+
+
+def test_every_lexicon_word_is_one_token_and_other_words_survive_as_pieces():
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(str(checkpoint.TOKENIZER_DIR))
+    for word in scenes.lexicon():
+        assert len(tokenizer(word)["input_ids"]) == 3, word
+    assert len(tokenizer("catfish")["input_ids"]) > 3
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == len(tokenizer) - 1
+    padded = tokenizer("a red circle, a ring", padding="max_length")["input_ids"]
+    assert len(padded) == 77 and padded[0] == tokenizer.bos_token_id and padded[7:] == [tokenizer.eos_token_id] * 70
+
+
+def test_the_committed_tokenizer_is_the_one_the_lexicon_makes(tmp_path):
+    lexicon.write_tokenizer(tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (checkpoint.TOKENIZER_DIR / file.name).read_bytes(), file.name
+
+
+def test_the_file_is_small_half_precision_and_finite(demo):
+    assert checkpoint.DEMO_FILE.stat().st_size <= 20e6
+    for part in (demo.unet, demo.text_encoder, demo.vae):
+        assert part
+        for name, tensor in part.items():
+            assert tensor.dtype == torch.float16, name
+            assert torch.isfinite(tensor).all(), name
+
+
+def test_the_file_loads_into_diffusers_and_transformers(demo):
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    unet = diffusers.UNet2DConditionModel(**demo.config["unet"])
+    unet.load_state_dict(demo.unet)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**demo.config["text_encoder"]))
+    prefix = "text_model." if hasattr(text, "text_model") else ""
+    text.load_state_dict({prefix + k: v for k, v in demo.text_encoder.items()})
+    vae = diffusers.AutoencoderTiny(**demo.config["vae"])
+    vae.load_state_dict(demo.vae)
+    side = demo.config["latent_size"]
+    with torch.no_grad():
+        context = text(input_ids=torch.zeros(1, 77, dtype=torch.long)).last_hidden_state
+        noise = unet(torch.randn(1, demo.config["unet"]["in_channels"], side, side), 500, context).sample
+    assert noise.shape == (1, 8, 16, 16) and torch.isfinite(noise).all()
+    assert demo.config["lexicon"] == list(scenes.lexicon())
+
+
+def _conv(sd: dict[str, torch.Tensor], name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    return F.conv2d(x, sd[f"{name}.weight"], sd.get(f"{name}.bias"), stride=stride, padding=1)
+
+
+def _block(sd: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    y = F.relu(_conv(sd, f"{name}.conv.0", x))
+    return F.relu(_conv(sd, f"{name}.conv.4", F.relu(_conv(sd, f"{name}.conv.2", y))) + x)
+
+
+def _taesd_encode(sd: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """TAESD's encoder as its class is written down: 64 wide, blocks 1, 3, 3, 3."""
+    x, n = _conv(sd, "taesd_encoder.0", x * 0.5 + 0.5), 1
+    for stage, blocks in enumerate((1, 3, 3, 3)):
+        if stage:
+            x, n = _conv(sd, f"taesd_encoder.{n}", x, stride=2), n + 1
+        for _ in range(blocks):
+            x, n = _block(sd, f"taesd_encoder.{n}", x), n + 1
+    return _conv(sd, f"taesd_encoder.{n}", x) / sd["vae_scale"] + sd["vae_shift"]
+
+
+def _taesd_decode(sd: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
+    z = (z - sd["vae_shift"]) * sd["vae_scale"]
+    x, n = F.relu(_conv(sd, "taesd_decoder.1", torch.tanh(z / 3) * 3)), 3
+    for stage, blocks in enumerate((3, 3, 3, 1)):
+        for _ in range(blocks):
+            x, n = _block(sd, f"taesd_decoder.{n}", x), n + 1
+        if stage < 3:
+            x = F.interpolate(x, scale_factor=2)
+            n += 1
+        x, n = _conv(sd, f"taesd_decoder.{n}", x), n + 1
+    return x.sub(0.5).mul(2)
+
+
+def test_the_rewritten_autoencoder_agrees_with_the_original(demo):
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderTiny(**demo.config["vae"])
+    vae.load_state_dict(demo.vae)
+    wide = {k: v.float() for k, v in checkpoint.taesd_state_dict(demo.vae, demo.config["vae"]).items()}
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        z = vae.encode(x).latents
+        assert torch.allclose(_taesd_encode(wide, x), z, atol=1e-4)
+        assert torch.allclose(_taesd_decode(wide, z), vae.decode(z).sample, atol=1e-4)
+
+
+def test_the_autoencoder_keeps_pictures(demo):
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderTiny(**demo.config["vae"])
+    vae.load_state_dict(demo.vae)
+    image = torch.from_numpy(scenes.draw_scene(77).image).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        again = vae.decode(vae.encode(image).latents).sample
+    assert (again - image).abs().mean() < 0.05
+
+
+def test_another_file_is_refused_with_a_sentence(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({"unet.x": torch.zeros(1)}, str(path), {"format": "pt"})
+    with pytest.raises(ValueError, match="not a conceptsplit-demo file"):
+        checkpoint.load(path)
+    save_file({"unet.x": torch.zeros(1)}, str(path), {"format": checkpoint.FORMAT, "version": "9"})
+    with pytest.raises(ValueError, match="version 9"):
+        checkpoint.load(path)

@@ -1,0 +1,97 @@
+"""The drawn world: deterministic, honest about what it holds out, and its masks and word positions are right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from conceptsplit_core.demo import scenes
+
+
+def test_the_same_seed_draws_the_same_scene_and_another_seed_another():
+    a, b, c = scenes.draw_scene(5), scenes.draw_scene(5), scenes.draw_scene(6)
+    assert np.array_equal(a.image, b.image) and a.caption == b.caption and a.words == b.words
+    assert not np.array_equal(a.image, c.image)
+
+
+def test_a_layout_is_that_of_the_drawn_scene():
+    scene = scenes.draw_scene(11)
+    assert scenes.scene_layout(11) == (scene.objects, scene.background)
+
+
+def test_masks_cover_exactly_what_differs_from_the_background():
+    for seed in range(20):
+        scene = scenes.draw_scene(seed)
+        covered = scene.masks.sum(0)
+        assert scene.masks.shape == (len(scene.objects), scenes.SIZE, scenes.SIZE)
+        assert covered.max() <= 1.001
+        corner_colour = scene.image[covered == 0]
+        assert (corner_colour == corner_colour[0]).all()
+        inside = scene.image[covered > 0.999].astype(int)
+        assert (np.abs(inside - corner_colour[0].astype(int)).sum(-1) > 30).mean() > 0.999
+
+
+def test_each_object_shows_its_own_colours_inside_its_mask():
+    for seed in range(20):
+        scene = scenes.draw_scene(seed)
+        for thing, mask in zip(scene.objects, scene.masks, strict=True):
+            pixels = scene.image[mask > 0.999].astype(float)
+            distance = np.stack([np.linalg.norm(pixels - np.array(c), axis=1) for c in thing.rgb])
+            # The nearest own colour is met almost everywhere; edges between two colours are blends.
+            assert np.median(distance.min(0)) < 3
+            assert all((distance.argmin(0) == i).any() for i in range(len(thing.rgb)))
+
+
+def test_held_out_looks_never_appear_in_pretraining_scenes():
+    seen = set()
+    for seed in range(3000):
+        for thing in scenes.scene_layout(seed)[0]:
+            assert not scenes.is_held_out(thing.look)
+            seen.add((thing.look.pattern, frozenset(thing.look.colours)))
+    for concept in scenes.CONCEPTS.values():
+        assert scenes.is_held_out(concept.look)
+        # The parts are known: the pattern, both colours, and the colours under some other pattern.
+        assert any(p == concept.pattern for p, _ in seen)
+        assert all(any(c in colours for _, colours in seen) for c in concept.colours)
+
+
+def test_concepts_cover_many_classes_and_some_twice():
+    classes = [c.class_word for c in scenes.CONCEPTS.values()]
+    assert len(classes) >= 8 and len(set(classes)) == len(scenes.CLASSES) and len(classes) > len(set(classes))
+
+
+def test_concept_pictures_are_one_object_of_that_look():
+    for name, concept in scenes.CONCEPTS.items():
+        for scene in scenes.draw_concept_scenes(name, 4, seed=1):
+            assert len(scene.objects) == 1
+            assert scene.objects[0].look == concept.look and scene.objects[0].class_word == concept.class_word
+            assert not set(scenes.caption_words(scene.caption)) & {*concept.colours, concept.pattern}
+    a, b = scenes.draw_concept("bobo", 3, 1), scenes.draw_concept("bobo", 3, 2)
+    assert len(a) == 3 and a[0].shape == (128, 128, 3) and a[0].dtype == np.uint8
+    assert not np.array_equal(a[0], a[1]) and not np.array_equal(a[0], b[0])
+    assert np.array_equal(a[0], scenes.draw_concept("bobo", 1, 1)[0])
+
+
+def test_an_unknown_concept_is_refused_by_name():
+    with pytest.raises(ValueError, match="rex.*known: bobo"):
+        scenes.draw_concept("rex", 1, 0)
+
+
+def test_word_positions_point_at_the_right_words_and_all_words_are_in_the_lexicon():
+    lexicon = set(scenes.lexicon())
+    for seed in range(300):
+        objects, background = scenes.scene_layout(seed)
+        caption, at = scenes.describe(np.random.default_rng(seed), objects, background)
+        words = scenes.caption_words(caption)
+        assert set(words) <= lexicon and len(words) <= 75
+        for thing, own in zip(objects, at, strict=True):
+            assert words[own.class_word] == thing.class_word
+            assert all(words[c] in thing.look.colours for c in own.colours)
+            assert own.pattern is None or words[own.pattern] == thing.look.pattern
+
+
+def test_composed_scenes_hold_what_was_asked():
+    concept = scenes.CONCEPTS["pixa"]
+    things = [(concept.class_word, concept.look), ("circle", scenes.Look("plain", ("green",)))]
+    scene = scenes.compose_scene(things, seed=3)
+    assert [(o.class_word, o.look) for o in scene.objects] == things
