@@ -45,7 +45,8 @@ class ConceptSplitDemoImages(io.ComfyNode):
                     f"{CONCEPTS[name].class_word} for {name}" for name in names
                 ) + ".", options=names, default=names[0]),
                 field(io.Int, "count", "How many pictures. 4 to 6 are enough.", default=5, min=1, max=64),
-                field(io.Int, "seed", "Random seed of places, sizes and backgrounds.", default=0, min=0, max=2**31 - 1),
+                field(io.Int, "seed", "Random seed of places, sizes and backgrounds.", default=0, min=0, max=2**31 - 1,
+                      control_after_generate=False),
             ],
             outputs=[
                 out(io.Image, "images", "128 x 128 pictures, for Train Value Adapter."),

@@ -51,7 +51,7 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(io.Int, "rank", "Capacity of the adapter and size of its file. 4 to 16 for one object; higher for "
                       "fine textures.", default=8, min=1, max=256),
                 field(io.Int, "seed", "Random seed of the whole training: the same seed gives the same adapter.",
-                      default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                      default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False),
                 field(io.Mask, "mask", "Optional: white on the concept, one mask for all pictures or one per picture. "
                       "Use it when all pictures share a background.", optional=True),
                 field(io.String, "templates", "One training prompt per line, {} where the class word goes.",

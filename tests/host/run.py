@@ -1,7 +1,7 @@
 """Runs the host tests with each ComfyUI's own Python: `python -m tests.host.run`.
 
 Hosts: COMFYUI_PATH (several joined by the path separator); else the ComfyUI whose custom_nodes holds this folder;
-else every ~/ComfyUI*. pytest is put into a folder of this repository (.cache/host-pytest), never into a host.
+else every ~/ComfyUI*. pytest is put into a folder of this repository (.cache/host-tools), never into a host.
 Arguments are handed to pytest. Exit status 0 only if at least one host was tested and all its tests passed; 77 when
 no host was found.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 SUITE = Path(__file__).resolve().parent / "suite"
-TOOLS = REPO / ".cache" / "host-pytest"
+TOOLS = REPO / ".cache" / "host-tools"
 NO_HOST = 77
 
 
@@ -52,19 +52,25 @@ def host_python(host: Path) -> Path | None:
     return Path(sys.executable) if probe.returncode == 0 else None
 
 
-def tools(python: Path) -> Path | None:
-    """A folder with pytest for `python`, or None when it has its own."""
-    if subprocess.run([str(python), "-c", "import pytest"], capture_output=True).returncode == 0:
-        return None
-    if not (TOOLS / "pytest").is_dir():
-        packages = ["pytest", "pluggy", "iniconfig", "packaging", "pygments"]
-        command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TOOLS), *packages]
-        for pip in (sys.executable, str(python)):
-            if subprocess.run([pip, *command]).returncode == 0:
-                break
-        else:
-            raise SystemExit(f"Could not install pytest into {TOOLS}: see the message above.")
-    return TOOLS
+def tools(python: Path) -> list[Path]:
+    """Folders with what `python` lacks: pytest, and requests, which a host's own requirements may leave out."""
+    wanted = {
+        "pytest": ["pytest", "pluggy", "iniconfig", "packaging", "pygments"],
+        "requests": ["requests", "urllib3", "idna", "charset-normalizer", "certifi"],
+    }
+    folders = []
+    for module, packages in wanted.items():
+        if subprocess.run([str(python), "-c", f"import {module}"], capture_output=True).returncode == 0:
+            continue
+        target = TOOLS / module
+        folders.append(target)
+        if (target / module).is_dir():
+            continue
+        # Pure Python only, so that the installing Python's version does not matter.
+        command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *packages]
+        if not any(subprocess.run([str(pip), *command]).returncode == 0 for pip in (sys.executable, python)):
+            raise SystemExit(f"Could not install {module} into {target}: see the message above.")
+    return folders
 
 
 def version(host: Path) -> str:
@@ -77,11 +83,11 @@ def test(host: Path, arguments: list[str]) -> bool:
     if python is None:
         print(f"{host.name} ({version(host)}): no Python found that can run it.", flush=True)
         return False
-    folder = tools(python)
+    folders = tools(python)
     environment = dict(os.environ, CONCEPTSPLIT_HOST=str(host), PYTHONDONTWRITEBYTECODE="1")
     environment.setdefault("OMP_NUM_THREADS", "1")
-    if folder is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
+    paths = [*map(str, folders), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [
         str(python), "-m", "pytest", str(SUITE), "-p", "no:cacheprovider", "--rootdir", str(SUITE),
         "-c", str(SUITE / "pytest.ini"), *arguments,

@@ -24,13 +24,14 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
+import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...adapters import ValueAdapter
-from ...attention import bound_attention
+from ...attention import BoundRows, bound_attention, bound_rows
 from ...errors import ConceptSplitError
-from ...hooks import ValueState, hook_values, match_mask, remove_hooks
+from ...hooks import ValueState, hook_values, remove_hooks
 from ...loda import LodaConfig, LodaTrace, region_bias
 from ...maps import find_size
 from ...tokens import row_mask
@@ -114,6 +115,31 @@ def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.mod
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone
+
+
+def fit_rows(mask: Tensor, batch: int, length: int) -> Tensor | None:
+    """The row mask [b, L, n] of a call, fitted to a text [batch, length, ·] that reaches one of its layers.
+
+    The host has tiled mask and text alike, so what is longer here has rows that another pack has put behind the text
+    (IPAdapter's older form); those are nobody's. None where the batch is not the call's.
+    """
+    if mask.shape[0] != batch or length < mask.shape[1]:
+        return None
+    return mask if length == mask.shape[1] else F.pad(mask, (0, 0, 0, length - mask.shape[1]))
+
+
+@dataclass
+class CallState(ValueState):
+    """The value rows of one call; each text length met is worked out once for all layers."""
+
+    fitted: dict[tuple[int, int], tuple[Tensor, list[BoundRows | None]] | None] = field(default_factory=dict)
+
+    def rows_for(self, context: Tensor) -> tuple[Tensor, list[BoundRows | None]] | None:
+        key = (context.shape[0], context.shape[1])
+        if key not in self.fitted:
+            mask = None if self.mask is None else fit_rows(self.mask, *key)
+            self.fitted[key] = None if mask is None else (mask, bound_rows(mask))
+        return self.fitted[key]
 
 
 @dataclass
@@ -266,7 +292,7 @@ def _call(
     try:
         strengths = run.strengths(sigma)
         if any(strengths):
-            state = ValueState(rows, tuple(one.adapter if one else None for one in run.adapters), strengths)
+            state = CallState(rows, tuple(one.adapter if one else None for one in run.adapters), strengths)
             handles += hook_values({name: attn2.to_v for name, attn2 in modules.items()}, state)
         if run.capture is not None:
             handles += _hook_capture(modules, run.capture, attended)
@@ -296,7 +322,7 @@ def _hook_capture(modules: Mapping[str, nn.Module], capture: Capture, rows: Tens
     def on_key(name: str, heads: int) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             query = capture.queries.pop(name, None)
-            mask = match_mask(rows, output.shape[0], output.shape[1])
+            mask = fit_rows(rows, output.shape[0], output.shape[1])
             if query is None or mask is None or query.shape[0] != output.shape[0]:
                 return
             capture.found[name] = bound_attention(query, output, heads, mask)
@@ -352,7 +378,7 @@ class RegionBias:
         key = (q.shape[1], k.shape[1])
         if key not in self.known:
             place = find_size(q.shape[1], self.latent)
-            mask = match_mask(self.rows, q.shape[0], k.shape[1])
+            mask = fit_rows(self.rows, q.shape[0], k.shape[1])
             self.known[key] = None if place is None or mask is None else region_bias(
                 self.regions.to(q.device), mask, place[1], self.config.afg_positive, self.config.afg_negative
             ).clamp(min=torch.finfo(q.dtype).min).to(q.dtype)

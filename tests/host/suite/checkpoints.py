@@ -67,12 +67,12 @@ def vae_state(seed: int, channels: int = 4) -> dict[str, torch.Tensor]:
     return {"first_stage_model." + key: value for key, value in state.items()}
 
 
-TEXT_LAYERS = {"num_hidden_layers": 2, "intermediate_size": 512}
+TEXT_LAYERS = {"num_hidden_layers": 3, "intermediate_size": 512}
 SMALL_TEXT = {f"clip_{name}_model_config": TEXT_LAYERS for name in "lgh"}
 
 
 def clip(family: str, seed: int) -> Any:
-    """The host's own CLIP object of a family, two layers deep, with random weights."""
+    """The host's own CLIP object of a family, three layers deep, with random weights."""
     import comfy.sd
     import comfy.sd1_clip
     import comfy.sdxl_clip
@@ -97,3 +97,26 @@ def load(family: str, seed: int = 0) -> tuple[Any, Any, Any]:
     state = {**unet_state(family, seed), **vae_state(seed + 1)}
     model, _, vae, _ = comfy.sd.load_state_dict_guess_config(state, output_clip=False)
     return model, clip(family, seed + 2), vae
+
+
+def tiny(demo: Any, context_dim: int = 768, seed: int = 0) -> Any:
+    """A MODEL of 64 channels and two levels with random weights, through the pack's demo config class."""
+    import comfy.model_base
+    import comfy.model_patcher
+
+    config = demo.DemoConfig({
+        "unet_ldm": dict(
+            image_size=16, in_channels=4, out_channels=4, model_channels=64, channel_mult=[1, 2], num_res_blocks=[1, 1],
+            transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1,
+            context_dim=context_dim, num_heads=4, num_head_channels=-1, use_spatial_transformer=True, legacy=False,
+        ),
+        "scheduler": {
+            "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+            "prediction_type": "epsilon",
+        },
+        "scaling_factor": 1.0,
+    })
+    config.latent_format.latent_channels = 4
+    model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS)
+    model.diffusion_model.load_state_dict(_scaled(model.diffusion_model.state_dict(), seed))
+    return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))

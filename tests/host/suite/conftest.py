@@ -37,8 +37,11 @@ def _boot() -> None:
         import comfy.cli_args  # noqa: F401 - reads argv
     finally:
         sys.argv = argv
-    import nodes
-    import server  # noqa: F401 - some of the host's own nodes expect it imported
+    # In the order of the host's main.py: importing nodes puts the folder comfy first in the path, and its utils.py
+    # would then hide the package of that name.
+    import utils.extra_config  # noqa: F401
+    import server  # isort: skip
+    import nodes  # isort: skip
 
     async def start() -> None:
         # What the server would be in the real program; nodes register routes on it.
@@ -96,7 +99,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def loaded() -> Callable[[str], SimpleNamespace]:
-    """Random checkpoints by family, loaded once: model, clip, vae."""
+    """Random checkpoints by family, loaded once: model, clip, vae. 'tiny' is a small UNet with SD1.5's CLIP."""
     import torch
 
     from . import checkpoints
@@ -106,7 +109,10 @@ def loaded() -> Callable[[str], SimpleNamespace]:
     def get(family: str) -> SimpleNamespace:
         if family not in known:
             with torch.inference_mode():  # as in a prompt
-                model, clip, vae = checkpoints.load(family)
+                if family == "tiny":
+                    model, clip, vae = checkpoints.tiny(pack("conceptsplit_core.hosts.comfy.demo")), get("sd15").clip, None
+                else:
+                    model, clip, vae = checkpoints.load(family)
                 if family == "sd21":
                     (model,) = run("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=False)
             known[family] = SimpleNamespace(model=model, clip=clip, vae=vae)
