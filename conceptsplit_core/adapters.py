@@ -339,7 +339,9 @@ def _info(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = None
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+        # A number of 400 digits is an int to JSON and too large for every use.
+        huge = isinstance(value, (int, float)) and not abs(value) < 2**53
+        if not isinstance(value, kinds[key]) or isinstance(value, bool) or huge:
             raise ConceptSplitError(f"{name} says {key} = {text[:40]!r}, which is not possible: the file is damaged.")
         found[key] = value
     return found

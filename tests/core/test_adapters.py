@@ -248,6 +248,7 @@ def test_truncated_files_are_one_sentence():
         ("training", "[]"),
         ("format", "other"),
         ("format_version", "true"),
+        ("alpha", "9" * 400),
     ],
 )
 def test_metadata_of_the_wrong_kind_is_one_sentence(key, value):
