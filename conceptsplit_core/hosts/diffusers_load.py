@@ -243,8 +243,41 @@ def family_of(unet: Any) -> str:
 # --- the demo model -------------------------------------------------------------------------------------------
 
 
+# The demo model was trained on captions with and without such prefixes.
+DEMO_TEMPLATES = ("a {}", "a photo of a {}", "the {}", "a picture of a {}", "a drawing of a {}")
+
+
 def _load_demo() -> DiffusersModel:
-    raise ConceptSplitError("The demo model is not part of this installation: use a model folder or file.")
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from ..demo import checkpoint
+
+    try:
+        parts = checkpoint.load()
+    except (OSError, ValueError, KeyError, SafetensorError) as problem:
+        raise ConceptSplitError(f"The demo model cannot be loaded: {problem}.") from None
+    config = parts.config
+    unet = UNet2DConditionModel(**config["unet"])
+    vae = AutoencoderTiny(**config["vae"])
+    text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
+    # transformers before 5.6 keeps the encoder one level down, under `text_model`.
+    prefix = "text_model." if hasattr(text, "text_model") else ""
+    try:
+        unet.load_state_dict(parts.unet)
+        vae.load_state_dict(parts.vae)
+        text.load_state_dict({prefix + k: v for k, v in parts.text_encoder.items()})
+    except RuntimeError as problem:
+        raise ConceptSplitError(
+            f"The demo model does not fit this version of diffusers: {str(problem).splitlines()[0]}"
+        ) from None
+    settings = {**_schedule(), **config["scheduler"]}
+    return DiffusersModel(
+        unet=unet, vae=vae,
+        encoders=(_text_encoder(CLIPTokenizer.from_pretrained(str(checkpoint.TOKENIZER_DIR)), text, False),),
+        family="demo", prediction_type=settings["prediction_type"], alphas_cumprod=_alphas(settings),
+        scheduler=settings, source="demo", templates=DEMO_TEMPLATES,
+    )
 
 
 # --- single checkpoint files ----------------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""``train``: one concept from a folder of pictures into a value adapter file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .. import pictures
+from ..adapters import save_adapter
+from ..errors import ConceptSplitError
+from ..tokens import Concept
+from ..training import (
+    DEFAULT_TEMPLATES,
+    Process,
+    TrainConfig,
+    TrainEvent,
+    expand_templates,
+    train,
+    training_facts,
+)
+from .common import (
+    PRECISION,
+    bar,
+    choose_device,
+    list_pictures,
+    open_model,
+    open_picture,
+    read_masks,
+    read_pictures,
+    say,
+    write_picture,
+)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Process]:
+    """This process's part in the training that `accelerate launch` or torchrun started; alone without either."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Process()
+        return
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def average(tensor: torch.Tensor) -> None:
+        # gloo has no average of its own.
+        dist.all_reduce(tensor)
+        tensor /= world
+
+    try:
+        yield Process(dist.get_rank(), world, average)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains and writes FILE, FILE's loss curve, and a state to resume from."""
+    concept = Concept(arguments.name, arguments.class_word)
+    out = Path(arguments.out or f"{arguments.name}.safetensors").expanduser()
+    if out.suffix != ".safetensors":
+        raise ConceptSplitError(f"The adapter file '{out.name}' must end in .safetensors.")
+    if out.is_dir():
+        raise ConceptSplitError(f"'{out}' is a folder: give --out a file name.")
+    state = out.with_name(f"{out.stem}.training.safetensors")
+    if arguments.template:
+        expand_templates(arguments.template, concept.class_word)
+    # Everything about the input that can be wrong is found before a model is opened.
+    files = list_pictures(arguments.images)
+    for file in files:
+        open_picture(file)
+    config = TrainConfig(
+        steps=arguments.steps, batch_size=arguments.batch, learning_rate=arguments.lr,
+        weight_decay=arguments.weight_decay, warmup=arguments.warmup, seed=arguments.seed,
+        save_every=arguments.save_every, background_weight=arguments.background_weight,
+        # Half precision loses small gradients; 1024 keeps them, and training skips steps that overflow.
+        loss_scale=1024.0 if arguments.precision == "fp16" else 1.0,
+    )
+
+    with joined(choose_device(arguments.device)) as process:
+        if config.batch_size % process.world:
+            raise ConceptSplitError(
+                f"A batch of {config.batch_size} cannot be shared by {process.world} processes: use a multiple of it."
+            )
+        model = open_model(arguments)
+        from ..hosts import diffusers as host
+
+        config = TrainConfig(**{**vars(config), "prediction_type": model.prediction_type})
+        size = arguments.size or (model.default_size, model.default_size)
+        if size[0] % model.pixel_factor or size[1] % model.pixel_factor:
+            raise ConceptSplitError(
+                f"A size of {size[1]} × {size[0]} pixels does not fit this model: use multiples of {model.pixel_factor}."
+            )
+        templates = tuple(arguments.template or model.templates or DEFAULT_TEMPLATES)
+        say(f"{len(files)} pictures at {size[1]} × {size[0]}, model family {model.family}, {model.prediction_type}")
+        images = read_pictures(files, size)
+        masks = read_masks(arguments.masks, files, size) if arguments.masks else None
+        data = host.training_data(model, images, concept, templates, masks)
+        adapter = host.new_adapter(model, concept, arguments.rank, arguments.alpha, arguments.seed)
+
+        progress = bar(config.steps, f"<{concept.name}>")
+        recent: list[float] = []
+
+        def on_event(event: TrainEvent) -> None:
+            recent.append(event.loss)
+            del recent[:-50]
+            progress.update(event.step - progress.n)
+            progress.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}", refresh=False)
+
+        try:
+            with host.training_denoiser(model, adapter, arguments.checkpointing) as denoise:
+                result = train(
+                    adapter, data, model.alphas_cumprod, denoise, config, on_event, state, arguments.resume, process
+                )
+        except KeyboardInterrupt:
+            progress.close()
+            if state.exists():
+                say(f"Stopped. The same command with --resume goes on from {state.name}.")
+            raise
+        finally:
+            progress.close()
+        if process.rank == 0:
+            facts = training_facts(config, len(files), templates)
+            facts["size"] = [size[1], size[0]]
+            finished = result.adapter.with_info(training=facts)
+            save_adapter(finished, out, PRECISION[arguments.store])
+            curve = out.with_name(f"{out.stem}.loss.png")
+            write_picture(pictures.loss_curve(result.losses, title=f"training loss of <{concept.name}>"), curve)
+            last = result.losses[-min(50, len(result.losses)):]
+            say(
+                f"{out} ({out.stat().st_size / 2**20:.2f} MiB) after {len(result.losses)} steps in "
+                f"{result.seconds:.0f} s, loss {sum(last) / len(last):.4f}; curve in {curve.name}"
+            )
