@@ -31,10 +31,11 @@ LAYERS = {
     for i in range(2)
 }
 SECONDS = 1.0
+KINDS = ["bits", "bytes", "cut", "grow", "length", "offsets", "dtype", "shape", "metadata", "names", "json"]
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "X", "", 7, None]
 JUNK: list[Any] = [
-    "", "0", "-1", "1e999", "NaN", "null", "true", "[]", "{}", "[" * 3000, '"' * 50, "\u0000", "٣", "9" * 400, "x" * 10000,
-    "../../etc/passwd", "<rex>", "\ud800", 1, None, [], {"a": 1}, True,
+    "", "0", "-1", "1e999", "NaN", "null", "true", "[]", "{}", "[" * 3000, '"' * 50, "\u0000", "٣", "9" * 400,
+    "x" * 10000, "../../etc/passwd", "<rex>", "\ud800", 1, None, [], {"a": 1}, True,
 ]  # fmt: skip
 
 
@@ -105,8 +106,8 @@ def mutate(good: bytes, rng: random.Random) -> tuple[str, bytes]:
             header["__metadata__"] = rng.choice(JUNK)
     else:
         other = rng.choice(
-            [key.replace("to_v", "to_k"), key.replace("attn2", "attn1"), key.replace("unet.", ""), "", "x" * 5000, "unet..",
-             key.replace("lora_A", "lora_B"), key.replace("lora_B", "lora_A"), key + ".", "\n", rng.choice(keys)]
+            [key.replace("to_v", "to_k"), key.replace("attn2", "attn1"), key.replace("unet.", ""), "", "x" * 5000,
+             "unet..", key.replace("lora_A", "lora_B"), key.replace("lora_B", "lora_A"), key + ".", "\n", rng.choice(keys)]
         )  # fmt: skip
         header[other] = header.pop(key)
     return kind, join(header, body)
@@ -119,11 +120,11 @@ def outcome(data: bytes) -> str:
     except ConceptSplitError as error:
         text = str(error)
         return "sentence" if "\n" not in text and len(text) < 600 else f"not one sentence: {text[:80]!r}"
-    except BaseException as error:  # noqa: BLE001 - that is the question
+    except BaseException as error:  # anything at all: that is the question
         return f"{type(error).__name__}: {str(error)[:80]}"
     for layer, (ctx, dv) in adapter.layers.items():
         down, up, scale = adapter.delta(layer, torch.device("cpu"), torch.float32) or (None, None, None)
-        if down is None or tuple(down.shape)[1] != ctx or tuple(up.shape)[0] != dv or scale != scale:
+        if down is None or down.shape[1] != ctx or up.shape[0] != dv or scale != scale:
             return f"adapter of no use in {layer}"
     return "adapter"
 
@@ -160,8 +161,8 @@ def main() -> int:
         if what not in ("adapter", "sentence") or took > SECONDS * (10 if watch else 1):
             bad.append(f"#{n} {kind}: {what} in {took:.2f} s")
     for kind in sorted(table):
-        print(f"{kind:10} {table[kind]['sentence']:7} refused in one sentence, {table[kind]['adapter']:7} still an adapter, "
-              f"{table[kind]['bad']} bad")  # fmt: skip
+        row = table[kind]
+        print(f"{kind:10} {row['sentence']:7} refused, {row['adapter']:7} still an adapter, {row['bad']} bad")
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{args.count} files of {len(good)} bytes, seed {args.seed}: {len(bad)} bad; slowest {slowest * 1e3:.1f} ms; "
           f"{peak} bytes of Python memory beyond the file at most; process peak {rss:.0f} MiB; "
