@@ -107,7 +107,8 @@ def mutate(good: bytes, rng: random.Random) -> tuple[str, bytes]:
     else:
         other = rng.choice(
             [key.replace("to_v", "to_k"), key.replace("attn2", "attn1"), key.replace("unet.", ""), "", "x" * 5000,
-             "unet..", key.replace("lora_A", "lora_B"), key.replace("lora_B", "lora_A"), key + ".", "\n", rng.choice(keys)]
+             "unet..", key.replace("lora_A", "lora_B"), key.replace("lora_B", "lora_A"), key + ".", "\n",
+             rng.choice(keys)]
         )  # fmt: skip
         header[other] = header.pop(key)
     return kind, join(header, body)
