@@ -152,7 +152,15 @@ def bind(
             )
         by_name[concept.name] = concept
 
-    shown = text if len(text) <= 120 else text[:117] + "..."
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Half of a surrogate pair, as broken clipboards make them; tokenizers die of it with a type error.
+        raise ConceptSplitError(
+            f"The prompt holds a broken character at position {error.start + 1}: delete it and type it again."
+        ) from None
+    shown = " ".join(text.split())  # messages are one line
+    shown = shown if len(shown) <= 120 else shown[:117] + "..."
     unknown = sorted({name for name in placeholders(text) if name not in by_name})
     if unknown:
         have = ", ".join(f"<{name}>" for name in by_name) or "none"

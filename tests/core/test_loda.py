@@ -175,6 +175,7 @@ def test_trace_holds_plain_numbers():
         {"step_rule": "adam"},
         {"afg_negative": 1.0},
         {"map_downscale": 3},
+        {"map_part": "up"},
         {"afg_end": 2.0},
     ],
 )

@@ -7,6 +7,7 @@ from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.maps import (
     DIVERGENCES,
     choose_downscale,
+    choose_layers,
     find_size,
     gaussian_blur,
     harmonic_mean,
@@ -137,3 +138,10 @@ def test_resolution_is_found_from_the_latent():
     assert choose_downscale([1, 2, 4, 8], wanted=8) == 8
     with pytest.raises(ConceptSplitError, match="no cross-attention at 1/16"):
         choose_downscale([1, 2], wanted=16)
+
+
+def test_layers_on_the_way_down_only_where_there_are_some():
+    factors = {"down_blocks.1.a": 2, "down_blocks.2.a": 4, "mid_block.a": 8, "up_blocks.1.a": 4}
+    assert choose_layers(factors) == (4, ["down_blocks.2.a", "up_blocks.1.a"])
+    assert choose_layers(factors, part="down") == (4, ["down_blocks.2.a"])
+    assert choose_layers(factors, wanted=8, part="down") == (8, ["mid_block.a"])

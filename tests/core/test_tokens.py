@@ -150,3 +150,8 @@ def test_bound_rows_always_hold_the_class_word(parts):
         assert len(found) == len(word) * max(1, parts.count(f"<{binding.concept}>"))
         taken += binding.rows
     assert len(taken) == len(set(taken)), "no row belongs to two concepts"
+
+
+def test_half_a_surrogate_pair_is_one_sentence():
+    with pytest.raises(ConceptSplitError, match="broken character at position 3"):
+        bind("a \ud83d", [REX], tokenize, special=SPECIAL)
