@@ -1,4 +1,16 @@
-"""Trains the demo model from nothing: `python -m conceptsplit_core.demo.train <stage> --out FOLDER`."""
+"""Trains the demo model from nothing: `python -m conceptsplit_core.demo.train <stage> --out FOLDER`.
+
+Stages in order: `tokenizer` (writes the tokenizer files), `vae` (picture autoencoder), `latents` (draws and encodes
+the training scenes), `unet` (UNet and text encoder together), `export` (one safetensors file); `samples` and
+`grounding` look at a state in between. Every stage is seeded, `vae` and `unet` resume from their last state in OUT.
+
+The UNet's objective is noise prediction, and with `--grounding W` a second term: W times the mean negative log share
+of each class word's and adjective's cross-attention map on its own object (`grounding_loss`). Without it a model
+this small learns to draw long before its maps say which word draws where. The committed checkpoint was trained with
+that term; its weight stands in the file's metadata, and the README beside this file has the comparison.
+
+Nothing of a host is imported at module level; diffusers and transformers are imported where models are built.
+"""
 
 from __future__ import annotations
 
@@ -404,15 +416,36 @@ def grounding_loss(maps: dict[str, torch.Tensor], weight: torch.Tensor, mask: to
     return total / len(maps)
 
 
+def _average_gradients(parameters: list[torch.nn.Parameter], last: bool, world: int) -> bool:
+    """Replace gradients by their mean over the processes; true when any process says that this step is the last."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([p.grad.reshape(-1) for p in parameters] + [torch.tensor([float(last)])])  # type: ignore[union-attr]
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    at = 0
+    for parameter in parameters:
+        parameter.grad.copy_(flat[at : at + parameter.numel()].view(parameter.shape))  # type: ignore[union-attr]
+        at += parameter.numel()
+    return bool(flat[-1] > 0)
+
+
 def train_unet(
-    out: Path, name: str, steps: int, decay_from: int, batch: int, rate: float, grounding: float, seed: int,
-    minutes: float,
+    rank: int, world: int, out: Path, name: str, steps: int, decay_from: int, batch: int, rate: float,
+    grounding: float, seed: int, minutes: float,
 ) -> None:
     """Noise prediction with min-SNR weights (gamma 5), caption dropout 10 %, EMA; resumes from OUT/NAME.pt.
 
     The rate is constant up to step `decay_from` and then falls to 2 % at `steps`. Every random draw depends on
-    (seed, step) alone, so stopping and resuming changes nothing. Stops early after `minutes`.
+    (seed, step, rank) alone, so stopping and resuming changes nothing. Stops early after `minutes`.
+    With `world` processes each one takes `batch` samples and gradients are averaged: one thread per process is
+    steadier on a busy machine than several threads that wait for each other inside every operation.
     """
+    if world > 1:
+        torch.set_num_threads(1)
+        meeting = (out / f"{name}.meeting").resolve()
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     data = Data(out)
     torch.manual_seed(seed)
     model = Model(data.words.vocabulary)
@@ -428,11 +461,12 @@ def train_unet(
         ema, start, spent = state["ema"], int(state["step"]), float(state["seconds"])
     signal = alphas_cumprod().float()
     began = saved = time.time()
-    log = open(out / f"{name}.log", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-    sums = np.zeros(3)
+    log = (out / f"{name}.log").open("a", encoding="utf-8") if rank == 0 else None
+    parameters = list(model.parameters())
+    sums = np.zeros(4)
     for step in range(start, steps):
-        rng = np.random.default_rng([seed, step])
-        torch.manual_seed(seed * 1_000_003 + step)
+        rng = np.random.default_rng([seed, step, rank] if rank else [seed, step])
+        torch.manual_seed(seed * 1_000_003 + step + rank * 500_000_003)
         fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
         for group in optimiser.param_groups:
             group["lr"] = rate * fall * min(1.0, (step + 1) / 200)
@@ -450,29 +484,34 @@ def train_unet(
         ground = grounding_loss(model.cross.maps, b["weight"], b["mask"]) if grounding > 0 else torch.zeros(())
         optimiser.zero_grad(set_to_none=True)
         (loss + grounding * ground).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        last = step == steps - 1 or time.time() - began > 60 * minutes
+        if world > 1:
+            last = _average_gradients(parameters, last, world)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         keep = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             now = model.state_dict()
             floats = [k for k, v in now.items() if v.is_floating_point()]
             torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - keep)
-        sums += (error.mean().item(), loss.item(), ground.item())
-        last = step == steps - 1 or time.time() - began > 60 * minutes
-        if step % 50 == 49 or last:
-            means = sums / (step % 50 + 1) if step % 50 != 49 else sums / 50
+        sums += (error.mean().item(), loss.item(), ground.item(), 1)
+        if log is not None and (step % 50 == 49 or last):
+            means = sums / sums[3]
             line = {"step": step + 1, "eps": round(means[0], 4), "loss": round(means[1], 4),
                     "ground": round(means[2], 4), "seconds": round(spent + time.time() - began)}
             print(json.dumps(line), file=log, flush=True)
             sums[:] = 0
-        if time.time() - saved > 150 or last:
+        if rank == 0 and (time.time() - saved > 150 or last):
             saved = time.time()
             _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "ema": ema, "step": step + 1,
-                   "seconds": spent + saved - began, "grounding": grounding, "seed": seed, "batch": batch,
+                   "seconds": spent + saved - began, "grounding": grounding, "seed": seed, "batch": batch * world,
                    "rate": rate, "scale": data.scale}, path)
         if last:
             break
-    log.close()
+    if log is not None:
+        log.close()
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 # --- looking at what was learned ------------------------------------------------------------------------------
@@ -686,6 +725,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="processes of the unet stage, one thread each is best")
+    parser.add_argument("--per", type=int, default=4, help="pictures per prompt of the samples stage")
     parser.add_argument("--target", type=Path, help="file to export to")
     parser.add_argument("--note", default="")
     args = parser.parse_args(argv)
@@ -700,10 +741,15 @@ def main(argv: list[str] | None = None) -> None:
     elif args.stage == "latents":
         draw_latents(args.out, args.part, args.parts, args.scenes, args.seed)
     elif args.stage == "unet":
-        train_unet(args.out, args.name, args.steps, args.decay_from, args.batch, args.rate, args.grounding,
-                   args.seed, args.minutes)
+        (args.out / f"{args.name}.meeting").unlink(missing_ok=True)
+        run = (args.workers, args.out, args.name, args.steps, args.decay_from, args.batch, args.rate, args.grounding,
+               args.seed, args.minutes)
+        if args.workers > 1:
+            torch.multiprocessing.spawn(train_unet, run, nprocs=args.workers)
+        else:
+            train_unet(0, *run)
     elif args.stage == "samples":
-        write_samples(args.out, args.name, seed=3)
+        write_samples(args.out, args.name, seed=3, per=args.per)
     elif args.stage == "grounding":
         print(json.dumps(grounding_report(args.out, args.name), indent=1))
     else:
