@@ -23,7 +23,7 @@ from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ...loda import LodaConfig, LodaTrace, regions, separate
-from ...maps import aggregate, choose_downscale, level_sizes
+from ...maps import aggregate, choose_layers, level_sizes
 from .model import KEY, adopt_parameters, downscales
 from .patch import ROWS, Capture, Run
 
@@ -107,8 +107,8 @@ class LodaSampler:
         self.bound = bound
         self.__name__ = getattr(base, "__name__", "sampler")
         factors = downscales(guider.inner_model)
-        self.factor = choose_downscale(sorted(set(factors.values())), config.map_downscale)
-        self.layers = frozenset(name for name, factor in factors.items() if factor == self.factor)
+        self.factor, layers = choose_layers(factors, config.map_downscale, config.map_part)
+        self.layers = frozenset(layers)
         self.trace = LodaTrace(concepts=tuple(run.names[i] for i in bound), settings=asdict(config))
 
     def __call__(
@@ -249,10 +249,24 @@ class FrozenControl:
     def get_control(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             out = self._control.get_control(x.detach(), *args, **kwargs)
+        if out is None:
+            return None
         return {
-            key: [None if tensor is None else tensor.detach().clone() for tensor in tensors]
+            key: [None if tensor is None else tensor.detach().clone().as_subclass(Residual) for tensor in tensors]
             for key, tensors in out.items()
-        } if out is not None else None
+        }
+
+
+class Residual(Tensor):
+    """What a ControlNet adds. The host adds it in place (`h += residual`) to tensors that autograd still needs;
+    with this on the right-hand side the same line makes a new tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [arg.as_subclass(Tensor) if isinstance(arg, Residual) else arg for arg in args]
+        if func in (Tensor.__iadd__, Tensor.add_) and len(plain) == 2:
+            return torch.add(*plain)
+        return func(*plain, **(kwargs or {}))
 
 
 def _attended(cond: dict[str, Any], run: Run) -> Tensor:
