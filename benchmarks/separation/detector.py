@@ -1,0 +1,425 @@
+"""Reads a picture of patterned shapes: where the objects are, which shape each has and what it wears.
+
+Nothing here is learned. Objects are components that stand out from the background, shapes are compared with drawn
+templates, textures with a bank of drawn patterns. What fits nothing is UNKNOWN, so that a blend of two shapes or of
+two looks is not forced into one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+from scipy import ndimage
+
+from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo.scenes import COLOURS, Look, SceneObject
+
+UNKNOWN = "unknown"
+
+BACKGROUND_DISTANCE = 40.0
+"""RGB distance from which a pixel is no background. Looks stand 95 or more from theirs, less their jitter."""
+MIN_AREA = 90
+"""Smallest object in pixels; the smallest drawn one, a star of 36 px, has about 350."""
+MIN_SHAPE_OVERLAP = 0.80
+"""Soft IoU with the best template below which a shape is UNKNOWN."""
+WHOLE_OVERLAP = 0.87
+"""Soft IoU from which a component is surely one shape and no search for touching objects is made."""
+SPLIT_OVERLAP = 0.70
+"""Least soft IoU of every part for a component to be taken apart."""
+MIN_PATTERN_CORRELATION = 0.70
+"""Correlation with the best pattern below which a texture is UNKNOWN."""
+PLAIN_DISTANCE = 55.0
+"""Two colour clusters nearer than this are one colour."""
+MAX_COLOUR_DISTANCE = 62.0
+"""RGB distance from the nearest colour word beyond which a colour is UNKNOWN."""
+
+_GRID = 40
+"""Side of the sampled square in which textures are compared, at two pixels a sample."""
+_STEP = 2.0
+_CHECK = 10.0
+_DOT = 5.2
+"""Side of a check and radius of a dot in pixels, as scenes draws them; a test compares."""
+_SHAPE_SIDE = 32
+_TILTS = (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0)
+_NAMES = tuple(COLOURS)
+_PALETTE = np.array([COLOURS[name] for name in _NAMES], np.float32)
+
+
+@dataclass(frozen=True)
+class Texture:
+    """What an object wears as far as it can be told; `colours` ground first for dots, in no order otherwise."""
+
+    pattern: str
+    colours: tuple[str, ...]
+
+    def is_look(self, look: Look) -> bool:
+        """Whether this is the look; the two colours of stripes and checks have no order."""
+        if self.pattern != look.pattern:
+            return False
+        if look.pattern == "dotted":
+            return self.colours == look.colours
+        return frozenset(self.colours) == frozenset(look.colours)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object of a picture.
+
+    shape: a class word or UNKNOWN; overlap: soft IoU with the best template.
+    texture: pattern and colours, each possibly UNKNOWN; correlation: with the best pattern of the bank (1 for plain).
+    fidelity: per asked look, 1 − mean squared distance to the look drawn in its nominal colours, in units of a
+        quarter of the squared distance of those colours; 0 at worst. What a picture all in the mean colour has is 0.
+    shares: per asked look, the share of the object's pixels whose colour word is in the look.
+    colour_shares: share of the object's pixels by nearest colour word.
+    """
+
+    shape: str
+    overlap: float
+    texture: Texture
+    correlation: float
+    area: int
+    centre: tuple[float, float]
+    fidelity: dict[Look, float] = field(default_factory=dict)
+    colour_shares: dict[str, float] = field(default_factory=dict)
+
+
+# --- banks ----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _shape_bank() -> tuple[tuple[str, ...], np.ndarray]:
+    """Class words and normalised masks, [n, side²]."""
+    words, masks = [], []
+    for word in scenes.CLASSES:
+        for tilt in _TILTS:
+            thing = SceneObject(
+                class_word=word, look=Look("plain", ("red",)), centre=(64.0, 64.0), diameter=88.0, pattern_angle=0.0,
+                tilt=tilt, phase=(0.0, 0.0), rgb=((255.0, 0.0, 0.0),),
+            )  # fmt: skip
+            _, mask = scenes.render((0.0, 0.0, 0.0), [thing])
+            words.append(word)
+            masks.append(_normalised(mask[0]))
+    return tuple(words), np.stack(masks)
+
+
+def _normalised(mask: np.ndarray) -> np.ndarray:
+    """A mask in its own coordinates: centred on its centroid, scaled by the root of its area; flat float32."""
+    total = float(mask.sum())
+    rows, columns = np.indices(mask.shape)
+    cy, cx = float((rows * mask).sum()) / total, float((columns * mask).sum()) / total
+    reach = 1.25 * total**0.5
+    at = np.linspace(-reach, reach, _SHAPE_SIDE)
+    grid = np.meshgrid(at + cy, at + cx, indexing="ij")
+    return ndimage.map_coordinates(mask.astype(np.float32), grid, order=1).ravel()
+
+
+def _paint(pattern: str, angle: np.ndarray, phase: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where the second colour lies, 0..1 and soft over a sample's own size, as scenes draws it.
+
+    angle [n] in degrees, phase [n, 2] in pixels, x and y [m] in pixels: gives [n, m].
+    """
+    turn = np.deg2rad(angle.astype(np.float32))[:, None]
+    phase = phase.astype(np.float32)
+    across = np.cos(turn) * y - np.sin(turn) * x + phase[:, :1]
+    along = np.cos(turn) * x + np.sin(turn) * y + phase[:, 1:]
+
+    def wave(at: np.ndarray, period: float) -> np.ndarray:
+        """1 in the second half of every period."""
+        return np.clip((0.25 - np.abs((at / period) % 1.0 - 0.75)) * (period / _STEP) + 0.5, 0, 1)
+
+    if pattern == "striped":
+        return wave(across, scenes.PERIOD)
+    if pattern == "checked":
+        a, b = wave(across, 2 * _CHECK), wave(along, 2 * _CHECK)
+        return a + b - 2 * a * b
+    half = scenes.PERIOD / 2
+    distance = np.hypot(across % scenes.PERIOD - half, along % scenes.PERIOD - half)
+    return np.clip((_DOT - distance) / _STEP + 0.5, 0, 1)
+
+
+_ANGLES = tuple(base + off for base in (0.0, 45.0, 90.0, 135.0) for off in (-6.0, -2.0, 2.0, 6.0))
+
+
+@dataclass(frozen=True)
+class _Bank:
+    pattern: np.ndarray
+    angle: np.ndarray
+    phase: np.ndarray
+    painted: np.ndarray
+
+
+@lru_cache(maxsize=1)
+def _pattern_bank() -> _Bank:
+    """Patterns in all positions worth telling apart: names [n], angles [n], phases [n, 2], painted [n, GRID²]."""
+    at = (np.arange(_GRID, dtype=np.float32) - (_GRID - 1) / 2) * _STEP
+    x, y = (field.ravel() for field in np.meshgrid(at, at))
+    lattice = [a for a in _ANGLES if a < 80.0]  # lattices repeat after a quarter turn
+    fine, coarse = np.arange(0, scenes.PERIOD, 2), np.arange(0, 2 * _CHECK, 2.5)
+    places = {
+        "striped": list(product(_ANGLES, fine, (0.0,))),
+        "dotted": list(product(lattice, fine, fine)),
+        # Half a period along is half a period across.
+        "checked": list(product(lattice, coarse, coarse[: len(coarse) // 2])),
+    }
+    table = {pattern: np.array(rows, np.float32) for pattern, rows in places.items()}
+    return _Bank(
+        np.concatenate([np.full(len(rows), pattern) for pattern, rows in table.items()]),
+        np.concatenate([rows[:, 0] for rows in table.values()]),
+        np.concatenate([rows[:, 1:] for rows in table.values()]),
+        np.concatenate([_paint(pattern, rows[:, 0], rows[:, 1:], x, y) for pattern, rows in table.items()]),
+    )
+
+
+# --- segmentation ---------------------------------------------------------------------------------------------
+
+
+def _components(image: np.ndarray) -> list[np.ndarray]:
+    """Masks of objects, bool [SIZE, SIZE] each, largest first."""
+    background = background_of(image)
+    stands_out = np.linalg.norm(image.astype(np.float32) - background, axis=2) > BACKGROUND_DISTANCE
+    # The autoencoder frays edges where a pattern meets them: the majority of a pixel's surroundings decides.
+    stands_out = ndimage.gaussian_filter(stands_out.astype(np.float32), 1.0) > 0.5
+    labels, _ = ndimage.label(stands_out)
+    found = []
+    for index, box in enumerate(ndimage.find_objects(labels), start=1):
+        mask = labels[box] == index
+        if int(mask.sum()) < MIN_AREA:
+            continue
+        for part in _split(np.pad(mask, 1)):
+            whole = np.zeros(labels.shape, bool)
+            whole[box] = part[1:-1, 1:-1]
+            if int(whole.sum()) >= MIN_AREA:
+                found.append(whole)
+    return sorted(found, key=lambda m: -int(m.sum()))
+
+
+def _disc(radius: float) -> np.ndarray:
+    reach = int(radius)
+    return np.hypot(*(np.indices((2 * reach + 1, 2 * reach + 1)) - reach)) <= radius
+
+
+_DISCS = tuple(_disc(radius) for radius in (1.5, 2.3, 3.3, 4.3, 5.3))
+
+
+def _split(mask: np.ndarray) -> list[np.ndarray]:
+    """Parts of a component that hang together by a neck: drawn squares and diamonds may touch their neighbours.
+
+    A component that is one shape stays whole, and it is taken apart only if every part then is a shape.
+    """
+    whole = _shape(mask)[1]
+    if whole >= WHOLE_OVERLAP:
+        return [mask]
+    for disc in _DISCS:
+        cores, count = ndimage.label(ndimage.binary_erosion(mask, disc))
+        sizes = ndimage.sum_labels(mask, cores, range(1, count + 1)) if count else np.zeros(0)
+        kept = [i + 1 for i, size in enumerate(sizes) if size >= MIN_AREA / 4]
+        if len(kept) < 2:
+            continue
+        # Every pixel goes to its nearest core.
+        only = np.where(np.isin(cores, kept), cores, 0)
+        nearest = ndimage.distance_transform_edt(only == 0, return_distances=False, return_indices=True)
+        owner = only[tuple(nearest)]
+        parts = [mask & (owner == k) for k in kept]
+        # Ragged parts fit worse than clean ones, but far better than what they were cut from.
+        if min(_shape(part)[1] for part in parts) >= max(SPLIT_OVERLAP, whole + 0.12):
+            return parts
+    return [mask]
+
+
+def _fill_specks(mask: np.ndarray, largest: int = 14) -> np.ndarray:
+    """The mask without pinholes; a ring's hole stays."""
+    holes, count = ndimage.label(~mask)
+    if not count:
+        return mask
+    sizes = np.bincount(holes.ravel())
+    small = np.flatnonzero(sizes <= largest)
+    return mask | np.isin(holes, small[small > 0])
+
+
+# --- shape and texture ----------------------------------------------------------------------------------------
+
+
+def _shape(mask: np.ndarray) -> tuple[str, float]:
+    words, bank = _shape_bank()
+    mine = _normalised(_fill_specks(mask).astype(np.float32))
+    both = np.minimum(bank, mine).sum(axis=1)
+    overlaps = both / (bank.sum(axis=1) + mine.sum() - both)
+    best = int(overlaps.argmax())
+    return (words[best] if overlaps[best] >= MIN_SHAPE_OVERLAP else UNKNOWN), float(overlaps[best])
+
+
+def _colour_word(rgb: np.ndarray) -> str:
+    distance = np.linalg.norm(_PALETTE - rgb, axis=1)
+    best = int(distance.argmin())
+    return _NAMES[best] if distance[best] <= MAX_COLOUR_DISTANCE else UNKNOWN
+
+
+def _two_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Two cluster centres of [n, 3] pixels and the share of the second; equal centres when there is one colour.
+
+    Starts from the two ends of the axis of largest spread. The centres are medians of the outer half of each
+    cluster, because pixels on an edge between two colours belong to neither.
+    """
+    middle = pixels.mean(axis=0)
+    spread = pixels - middle
+    _, vectors = np.linalg.eigh(spread.T @ spread)
+    along = spread @ vectors[:, -1]
+    cut = (np.quantile(along, 0.04) + np.quantile(along, 0.96)) / 2
+    for _ in range(6):
+        side = along > cut
+        if side.all() or not side.any():
+            return middle, middle, 0.0
+        new = (along[side].mean() + along[~side].mean()) / 2
+        if abs(new - cut) < 0.5:
+            break
+        cut = new
+    centres = []
+    for part in (~side, side):
+        depth = np.abs(along[part] - cut)
+        centres.append(np.median(pixels[part][depth >= np.median(depth)], axis=0))
+    return centres[0], centres[1], float(side.mean())
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The inside of one object, resampled: colours [m, 3], offsets from its middle in pixels [m], place in the grid."""
+
+    colours: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    at: np.ndarray
+
+
+def _samples(image: np.ndarray, mask: np.ndarray) -> _Samples:
+    inner = ndimage.binary_erosion(mask, iterations=2)
+    if int(inner.sum()) < 60:
+        inner = mask
+    rows, columns = np.nonzero(inner)
+    cy, cx = (int(rows.min()) + int(rows.max())) // 2, (int(columns.min()) + int(columns.max())) // 2
+    half = _GRID  # in pixels: a grid of GRID samples, two pixels each
+    weight = np.zeros((2 * half, 2 * half), np.float32)
+    colour = np.zeros((2 * half, 2 * half, 3), np.float32)
+    r, c = rows - cy + half, columns - cx + half
+    fits = (r >= 0) & (r < 2 * half) & (c >= 0) & (c < 2 * half)
+    weight[r[fits], c[fits]] = 1
+    colour[r[fits], c[fits]] = image[rows[fits], columns[fits]]
+    weight = weight.reshape(_GRID, 2, _GRID, 2).sum(axis=(1, 3)).ravel()
+    colour = colour.reshape(_GRID, 2, _GRID, 2, 3).sum(axis=(1, 3)).reshape(-1, 3)
+    at = np.flatnonzero(weight >= 2)
+    offset = (np.arange(_GRID) - (_GRID - 1) / 2) * _STEP
+    return _Samples(colour[at] / weight[at, None], offset[at % _GRID], offset[at // _GRID], at)
+
+
+def _correlations(signal: np.ndarray, templates: np.ndarray) -> np.ndarray:
+    """Correlation of a signal [m] with templates [n, m]; 0 where a template is constant."""
+    centred = signal - signal.mean()
+    size = np.linalg.norm(centred)
+    mean = templates.mean(axis=1)
+    spread = np.sqrt(np.maximum((templates**2).mean(axis=1) - mean**2, 0) * templates.shape[1])
+    # A template that is nearly all one colour inside a small shape would explain a single odd pixel.
+    usable = (mean > 0.12) & (mean < 0.88)
+    return np.where(usable, (templates @ centred) / np.maximum(spread * size, 1e-6), 0.0)
+
+
+def _best_fit(samples: _Samples, signal: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
+    """Per pattern: the best signed correlation and what was painted, [m].
+
+    The bank finds the place, a few finer steps around it the best fit. Keys: striped, checked, dotted (second colour
+    is the dots) and dotted- (second colour is the ground).
+    """
+    bank = _pattern_bank()
+    found = _correlations(signal, bank.painted[:, samples.at])
+    best: dict[str, tuple[float, np.ndarray]] = {}
+    for name in ("striped", "checked", "dotted", "dotted-"):
+        pattern = name.rstrip("-")
+        value = -found if name == "dotted-" else found if name == "dotted" else np.abs(found)
+        top = int(np.where(bank.pattern == pattern, value, -2.0).argmax())
+        sign = -1.0 if name == "dotted-" or (name != "dotted" and found[top] < 0) else 1.0
+        angle, phase = bank.angle[top], bank.phase[top]
+        for reach in (1.0, 0.5):
+            steps = _STRIPE_STEPS if pattern == "striped" else _LATTICE_STEPS
+            angles, phases = angle + reach * steps[:, 0], phase + reach * steps[:, 1:]
+            painted = _paint(pattern, angles, phases, samples.x, samples.y)
+            fits = sign * _correlations(signal, painted)
+            top = int(fits.argmax())
+            angle, phase = angles[top], phases[top]
+        shown = painted[top]
+        best[name] = (float(fits[top]), shown if sign > 0 else 1 - shown)
+    return best
+
+
+_STRIPE_STEPS = np.array(list(product((-2, 0, 2), (-1, 0, 1), (0,))), np.float32)
+_LATTICE_STEPS = np.array(list(product((-2, 0, 2), (-1, 0, 1), (-1, 0, 1))), np.float32)
+
+
+def _describe(samples: _Samples, looks: tuple[Look, ...]) -> tuple[Texture, float, dict[Look, float]]:
+    """Texture, correlation, and fidelity to each asked look."""
+    first, second, share = _two_colours(samples.colours)
+    axis = second - first
+    apart = float(np.linalg.norm(axis))
+    two = apart >= PLAIN_DISTANCE and 0.08 <= share <= 0.92
+    if two:
+        signal = np.clip((samples.colours - first) @ axis / apart**2, -0.2, 1.2)
+        fits = _best_fit(samples, signal)
+        name = max(fits, key=lambda key: fits[key][0])
+        correlation = fits[name][0]
+        words = (_colour_word(first), _colour_word(second))
+        if name == "dotted-":
+            words = (words[1], words[0])
+        pattern = name.rstrip("-") if correlation >= MIN_PATTERN_CORRELATION else UNKNOWN
+        texture = Texture(pattern, words)
+    else:
+        fits, correlation = {}, 1.0
+        middle = np.median(samples.colours, axis=0)
+        rest = float(np.linalg.norm(samples.colours - middle, axis=1).mean())
+        texture = Texture("plain" if rest < PLAIN_DISTANCE else UNKNOWN, (_colour_word(middle),))
+    return texture, correlation, {look: _fidelity(samples, look, fits) for look in looks}
+
+
+def _fidelity(samples: _Samples, look: Look, fits: dict[str, tuple[float, np.ndarray]]) -> float:
+    colours = [np.asarray(COLOURS[c], np.float32) for c in look.colours]
+    if look.pattern == "plain":
+        wrong = float(((samples.colours - colours[0]) ** 2).sum(axis=1).mean())
+        return max(0.0, 1.0 - wrong / (110.0**2 / 4))
+    painted = [fits[name][1] for name in fits if name.rstrip("-") == look.pattern]
+    if not painted:
+        return 0.0
+    ground, other = colours
+    scale = float(((other - ground) ** 2).sum()) / 4
+    values = []
+    # `fits` paints the object's own second cluster; which of the look's colours that is, both ways tell.
+    for paint, flip in product(painted, (False, True)):
+        if look.pattern == "dotted" and flip != (paint is fits["dotted-"][1]):
+            continue
+        t = (1 - paint if flip else paint)[:, None]
+        wrong = float(((samples.colours - (ground * (1 - t) + other * t)) ** 2).sum(axis=1).mean())
+        values.append(1.0 - wrong / scale)
+    return max(0.0, *values)
+
+
+def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
+    """All objects of a picture, uint8 [SIZE, SIZE, 3], largest first; `looks` are those to measure fidelity to."""
+    if image.shape != (scenes.SIZE, scenes.SIZE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"a uint8 picture of {scenes.SIZE} pixels square is needed, got {image.dtype} {image.shape}")
+    found = []
+    for mask in _components(image):
+        shape, overlap = _shape(mask)
+        samples = _samples(image, mask)
+        texture, correlation, fidelity = _describe(samples, looks)
+        nearest = np.linalg.norm(samples.colours[:, None] - _PALETTE, axis=2).argmin(axis=1)
+        counts = np.bincount(nearest, minlength=len(_NAMES)) / len(nearest)
+        rows, columns = np.nonzero(mask)
+        found.append(Found(
+            shape, overlap, texture, correlation, int(mask.sum()), (float(columns.mean()), float(rows.mean())),
+            fidelity, {_NAMES[i]: float(v) for i, v in enumerate(counts) if v >= 0.02},
+        ))  # fmt: skip
+    return found
+
+
+def background_of(image: np.ndarray) -> np.ndarray:
+    """The background's colour, float [3]: the median of the two outermost pixel rows."""
+    edges = (image[:2], image[-2:], image[:, :2], image[:, -2:])
+    return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)

@@ -1,0 +1,154 @@
+"""Counts what a program costs, the same on every machine: floating-point operations and peak memory.
+
+Both are read from the tensor operations as they are dispatched, so they also work on fake tensors, which have shapes
+but no storage: a full-size SDXL is counted on a laptop. Weights are not counted as activations; `weight_bytes` does
+that.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# The fused attention of CPUs, which torch's own table leaves out; counted by torch's formulas for the GPU's.
+EXTRA_OPERATORS: Mapping[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+}
+
+
+@dataclass
+class Cost:
+    """What one block of code did.
+
+    flops: floating-point operations of matrix products, convolutions and attention (two per multiply-add).
+    peak: bytes alive at the worst moment, of tensors that the block itself made.
+    kept: bytes still alive at the block's end, counted the same way.
+    marked: bytes alive when `mark` was called (at the end of a forward pass: what is kept for the backward).
+    operators: how often each operator ran.
+    """
+
+    flops: int = 0
+    peak: int = 0
+    kept: int = 0
+    marked: int = 0
+    operators: Counter[str] = field(default_factory=Counter)
+
+    _live: int = 0
+
+    def mark(self) -> None:
+        self.marked = self._live
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up operations, and the storages that operators allocate until each is freed.
+
+    Not FlopCounterMode itself, whose module hooks refuse `torch.autograd.grad`; its table of formulas is used.
+    """
+
+    def __init__(self, cost: Cost):
+        super().__init__()
+        self.cost = cost
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        count = EXTRA_OPERATORS.get(packet) or flop_registry.get(packet)
+        if count is None and func is not torch.ops.prim.device.default:
+            # Under inference mode composite operators (linear, matmul) arrive whole.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        self.cost.operators[packet.__name__] += 1
+        if count is not None:
+            self.cost.flops += count(*args, **kwargs, out_val=out)
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.known:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        self.known.add(address)
+        self.cost._live += size
+        self.cost.peak = max(self.cost.peak, self.cost._live)
+        weakref.finalize(storage, self._free, address, size)
+
+    def _free(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.cost._live -= size
+
+
+class _Answers(TorchDispatchMode):
+    """Answers what fake tensors cannot: how many rows are bound, and which way a decision goes."""
+
+    def __init__(self, rows: int, concepts: int, decide: bool):
+        super().__init__()
+        self.rows, self.concepts, self.decide = rows, concepts, decide
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.nonzero.default:
+            # 1-D: which text rows any concept uses; 2-D: the places of one concept.
+            count = self.rows * self.concepts if args[0].ndim == 1 else self.rows
+            return torch.empty(count, args[0].ndim, dtype=torch.int64)
+        if func is aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return self.decide if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake(rows: int = 1, concepts: int = 2, decide: bool = True) -> Iterator[None]:
+    """Inside, every tensor has a shape and no storage. Build the model inside too.
+
+    Args:
+        rows: text rows per concept over the whole batch.
+        concepts: how many concepts are bound.
+        decide: what every yes-or-no read from a tensor is: with True a loss counts as not zero and a gradient as
+            finite, with False the maps count as apart already. Every other number read is 1.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _Answers(rows, concepts, decide):
+        yield
+
+
+@contextmanager
+def measured() -> Iterator[Cost]:
+    """Counts the operations inside; on real tensors and on fake ones."""
+    cost = Cost()
+    with _Meter(cost):
+        yield cost
+    cost.kept = cost._live
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
