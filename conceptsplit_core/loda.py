@@ -23,6 +23,7 @@ from .errors import ConceptSplitError
 from .maps import DIVERGENCES, distributions, gaussian_blur, normalise, separation_loss
 
 STEP_RULES = ("normalised", "gradient")
+MAP_PARTS = ("all", "down")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class LodaConfig:
     threshold: t of ReLU(t − HM(D)), in the divergence's unit; 0 means the divergence's own default.
     smooth_sigma: Gaussian smoothing of the maps, in map pixels.
     map_downscale: read maps at 1/this of the latent's size; 0 chooses.
+    map_part: 'all' layers of that size, as the paper does, or 'down': those on the way down only, at half the cost.
     afg: fix the separation afterwards.
     afg_positive, afg_negative: logits added inside and outside a concept's region (paper: p and m).
     afg_fraction: share of the pixels that is a concept's region.
@@ -54,6 +56,7 @@ class LodaConfig:
     threshold: float = 0.0
     smooth_sigma: float = 1.0
     map_downscale: int = 0
+    map_part: str = "all"
     afg: bool = True
     afg_positive: float = 3.0
     afg_negative: float = -1e8
@@ -77,6 +80,7 @@ class LodaConfig:
         need(0 < self.afg_fraction <= 1, f"AFG region share is {self.afg_fraction}, use more than 0 and at most 1")
         need(self.afg_negative <= 0 <= self.afg_positive, "AFG adds a positive number inside, a negative one outside")
         need(self.map_downscale in (0, 1, 2, 4, 8, 16, 32), f"map downscale {self.map_downscale}, use 0, 1, 2, 4 or 8")
+        need(self.map_part in MAP_PARTS, f"map part '{self.map_part}', use {' or '.join(MAP_PARTS)}")
         need(0 <= self.afg_end <= 1, f"AFG end is {self.afg_end}, use 0 to 1")
 
     @property

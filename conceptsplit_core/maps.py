@@ -5,7 +5,7 @@ Maps are [B, n, h, w]: batch, concepts, height and width of the attention layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -57,6 +57,21 @@ def choose_downscale(available: Sequence[int], wanted: int = 0) -> int:
             "downscale to one of these, or to 0 for automatic."
         )
     return wanted
+
+
+def choose_layers(factors: Mapping[str, int], wanted: int = 0, part: str = "all") -> tuple[int, list[str]]:
+    """The downscale factor maps are read at (see `choose_downscale`), and the layers they are read from.
+
+    Args:
+        factors: downscale factor of every cross-attention layer by canonical name, in the order of a forward pass.
+        wanted: 0 chooses.
+        part: 'all' layers of that factor, or 'down': only those on the way down, so that the UNet is left earlier
+            (SDXL: after 31 % of its work instead of 77 %); all where the way down has none.
+    """
+    factor = choose_downscale(sorted(set(factors.values())), wanted)
+    layers = [name for name, value in factors.items() if value == factor]
+    early = [name for name in layers if name.startswith("down_blocks.")]
+    return factor, early if part == "down" and early else layers
 
 
 def aggregate(layers: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -79,7 +79,8 @@ def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
     config = LodaConfig(
         steps=arguments.loda_steps, iterations=arguments.iterations, step_size=arguments.step_size,
         step_rule=arguments.step_rule, divergence=arguments.divergence, threshold=arguments.threshold,
-        smooth_sigma=arguments.smooth, map_downscale=arguments.map_downscale, afg=arguments.afg,
+        smooth_sigma=arguments.smooth, map_downscale=arguments.map_downscale,
+        map_part=arguments.map_part, afg=arguments.afg,
         afg_positive=arguments.afg_positive, afg_negative=arguments.afg_negative,
         afg_fraction=arguments.afg_fraction, afg_sigma=arguments.afg_sigma, afg_end=arguments.afg_end,
     )

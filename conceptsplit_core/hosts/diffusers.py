@@ -24,7 +24,7 @@ from ..attention import bound_attention
 from ..errors import ConceptSplitError
 from ..hooks import ValueState, hook_values, remove_hooks
 from ..loda import LodaConfig, LodaTrace
-from ..maps import aggregate, choose_downscale, level_sizes
+from ..maps import aggregate, choose_layers, level_sizes
 from ..tokens import Binding, Concept, Specials, bind, row_mask
 from ..training import Prompt, TrainBatch, TrainData, expand_templates
 from .diffusers_load import DiffusersModel, TextEncoder, family_of, load_model
@@ -492,9 +492,8 @@ def sample(
         patch_layers: list[str] = []
         grid = (0, 0)
         if loda is not None:
-            chosen = choose_downscale(sorted(set(factors.values())), loda.map_downscale)
+            chosen, patch_layers = choose_layers(factors, loda.map_downscale, loda.map_part)
             grid = sizes[chosen]
-            patch_layers = [name for name, factor_ in factors.items() if factor_ == chosen]
 
         last_biased = steps if loda is None else round(loda.afg_end * steps)
         for index, t in enumerate(scheduler.timesteps):
