@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train-steps", type=int, default=methods.Learning.steps)
     parser.add_argument("--drawings", type=int, help="drawings for the detector's confusion matrix (400; quick 80)")
     parser.add_argument("--cache", type=Path, default=run.CACHE)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of this process; workers have one each")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--single", type=int, help="seeds per concept drawn alone (16; quick 4; 0 for none)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     pairs = args.pairs or (2 if args.quick else 6)
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     loda = LodaConfig(**{"steps": max(1, args.steps // 5), **json.loads(args.loda)})
     if args.tune:
-        tune.main(bench, loda, pairs, seeds, args.minutes, args.resume, args.out, args.strength)
+        tune.main(bench, loda, pairs, seeds, args.minutes, args.resume, args.out, args.strength, args.workers)
         return
     known = methods.arms(loda)
     wanted = args.arms or (QUICK_ARMS if args.quick else DEFAULT_ARMS)
@@ -66,14 +69,28 @@ def main(argv: list[str] | None = None) -> None:
     split = "all" if args.same_class else "reporting"
     sets = methods.concept_sets(split, args.size, pairs, args.same_class)
     numbers = list(range(methods.REPORT_FROM, methods.REPORT_FROM + seeds))
-    results = run.run(bench, chosen, sets, numbers, args.resume, args.minutes)
+    extra: dict[str, Any] = {}
+    alone = args.single if args.single is not None else (4 if args.quick else 16)
+    plain = {n: a for n, a in chosen.items() if a.loda is None and a.best_of == 1 and a.more_steps == 1}
+    results = run.run(bench, chosen, sets, numbers, args.resume, args.minutes, args.workers)
+    if alone:
+        each = [(name,) for name in dict.fromkeys(name for names in sets for name in names)]
+        single = run.run(bench, plain, each, list(range(numbers[0], numbers[0] + alone)),
+                         args.resume, args.minutes, args.workers)  # fmt: skip
+        extra["single"] = run.summary(single)
+        extra["drift"] = run.drift(bench, plain, sets[0], numbers[:8])
     drawings = args.drawings if args.drawings is not None else (80 if args.quick else 400)
     done = [s for s in sets if all("+".join(s) in results[name] for name in chosen)]
-    data = run.report(bench, chosen, done, numbers, results, drawings, {"seconds": time.perf_counter() - began})
+    if alone:
+        extra["base_error"] = run.base_error(bench, 8 if args.quick else 32)
+    extra["seconds"] = time.perf_counter() - began
+    data = run.report(bench, chosen, done, numbers, results, drawings, extra)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     run.grid(bench, chosen, done[:6], args.out.with_suffix(".png"))
     shown = run.table(data["arms"])
+    if "single" in extra:
+        shown += "\n\nEach concept alone:\n\n" + run.table(extra["single"])
     args.out.with_suffix(".md").write_text(shown + "\n", encoding="utf-8")
     print(shown)
     for name, values in data["comparisons"].items():

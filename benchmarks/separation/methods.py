@@ -317,9 +317,13 @@ def arms(loda: LodaConfig) -> dict[str, Arm]:
     return table
 
 
+def _concepts(names: Sequence[str]) -> list[Concept]:
+    return [Concept(name, CONCEPTS[name].class_word) for name in names]
+
+
 def conditioning(model: host.DiffusersModel, names: Sequence[str], seed: int, style: str) -> host.Conditioning:
     """The encoded prompt of one picture; described concepts are bound to their class words for LODA."""
-    concepts = [Concept(name, CONCEPTS[name].class_word) for name in names]
+    concepts = _concepts(names)
     if seed % 2 and style != "bound":
         concepts.reverse()  # without placeholders the n-th word of a class goes to the n-th concept
     return host.encode_text(model, prompt_for(names, seed, style), concepts)
@@ -332,9 +336,15 @@ def draw(
     seeds: Sequence[int],
     learned: Mapping[str, ValueAdapter],
     sampling: Sampling,
+    texts: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, list[dict[str, float]]]:
-    """Pictures uint8 [B, H, W, 3] of one arm, one per seed, and what LODA did to each."""
+    """Pictures uint8 [B, H, W, 3] of one arm, one per seed, and what LODA did to each.
+
+    `texts` replaces the prompts, one per seed; the concepts' adapters stay loaded.
+    """
     positive = [conditioning(model, names, seed, arm.style) for seed in seeds]
+    if texts is not None:
+        positive = [host.encode_text(model, text, _concepts(names)) for text in texts]
     kind = KINDS[arm.kind] if arm.kind else None
     parts = [(learned[name], arm.strength) for name in names] if kind else []
     context: Any = nullcontext()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from conceptsplit_core.adapters import ValueAdapter
-from conceptsplit_core.demo.scenes import BACKGROUNDS
+from conceptsplit_core.demo.scenes import BACKGROUNDS, CLASSES, CONCEPTS, describe, scene_layout
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.loda import LodaConfig
 
 from . import confusion, methods
 from .detector import background_of, detect
 from .methods import Arm, Learning, Sampling
-from .metrics import METRICS, difference, interval, judge, mcnemar, wanted_matrix
+from .metrics import METRICS, Wanted, difference, interval, judge, mcnemar, wanted_matrix
 
 CACHE = Path("out/separation")
 VERSION = 1
@@ -127,22 +130,143 @@ def run(
     seeds: Sequence[int],
     resume: bool,
     minutes: float = math.inf,
+    workers: int = 1,
 ) -> Results:
-    """All arms on all sets, set by set, so that whatever is finished when time is up is balanced over arms."""
-    results: Results = {name: {} for name in arms}
+    """All arms on all sets, set by set, so that whatever is finished when time is up is balanced over arms.
+
+    Args:
+        minutes: no further concept set is started after this time.
+        workers: processes of one thread each; on a few cores they draw faster than one process of several threads.
+    """
     began = time.perf_counter()
+    if workers > 1:
+        _run_in_workers(bench, arms, sets, seeds, resume, minutes, workers)
+        minutes, resume = math.inf, True  # what follows only collects
+        sets = [names for names in sets if all(_complete(bench, arm, names, seeds) for arm in arms.values())]
+    results: Results = {name: {} for name in arms}
     for names in sets:
         if time.perf_counter() - began > 60 * minutes:
             bench.say(f"time is up before {' + '.join(names)}")
             break
         for name, arm in arms.items():
-            records = run_arm(bench, name, arm, names, seeds, resume)
-            results[name]["+".join(names)] = records
+            results[name]["+".join(names)] = run_arm(bench, name, arm, names, seeds, resume)
         shown = ", ".join(
             f"{name} {np.mean([r['success'] for r in results[name]['+'.join(names)].values()]):.0%}" for name in arms
         )
         bench.say(f"{' + '.join(names)}: success {shown}")
     return results
+
+
+def _complete(bench: Bench, arm: Arm, names: Key, seeds: Sequence[int]) -> bool:
+    path = record_path(bench, arm, names)
+    return path.exists() and {str(s) for s in seeds} <= set(json.loads(path.read_text())["records"])
+
+
+def _run_in_workers(
+    bench: Bench, arms: Mapping[str, Arm], sets: Sequence[Key], seeds: Sequence[int], resume: bool, minutes: float,
+    workers: int,
+) -> None:  # fmt: skip
+    until = time.time() + 60 * minutes
+    if not resume:
+        for names in sets:
+            for arm in arms.values():
+                record_path(bench, arm, names).unlink(missing_ok=True)
+    settings = (bench.model.source, bench.digest, bench.sampling, bench.learning, bench.cache)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=settings) as pool:
+        # Adapters first, each by one worker only.
+        kinds = sorted({arm.kind for arm in arms.values() if arm.kind})
+        concepts = list(dict.fromkeys(name for names in sets for name in names))
+        for line in pool.map(_learn_job, [(name, kind) for kind in kinds for name in concepts]):
+            if line:
+                bench.say(line)
+        # Set by set, the slow arms first, so that no worker ends alone with a long one.
+        order = sorted(arms, key=lambda n: -(arms[n].best_of + arms[n].more_steps + 2 * (arms[n].loda is not None)))
+        jobs = [(name, arms[name], names, tuple(seeds), until) for names in sets for name in order]
+        jobs = [job for job in jobs if not _complete(bench, job[1], job[2], seeds)]
+        for at, line in enumerate(pool.map(_draw_job, jobs), start=1):
+            if line:
+                bench.say(f"{at}/{len(jobs)} {line}")
+
+
+_worker: Bench | None = None
+
+
+def _start_worker(source: str, digest: str, sampling: Sampling, learning: Learning, cache: Path) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = Bench(host.load_model(source), sampling, learning, cache, say=lambda text: None)
+    if _worker.digest != digest:
+        raise RuntimeError("the model's file changed during the run: start again")
+
+
+def _learn_job(job: tuple[str, str]) -> str:
+    assert _worker is not None
+    began = time.perf_counter()
+    _worker.learned([job[0]], job[1])
+    seconds = time.perf_counter() - began
+    return f"learned {job[0]} ({job[1]}) in {seconds:.0f} s" if seconds > 1 else ""
+
+
+def _draw_job(job: tuple[str, Arm, Key, tuple[int, ...], float]) -> str:
+    """Draws one arm on one set unless time is up."""
+    assert _worker is not None
+    name, arm, names, seeds, until = job
+    if time.time() > until:
+        return ""
+    done = run_arm(_worker, name, arm, names, seeds, resume=True)
+    return f"{'+'.join(names)} {name}: success {np.mean([r['success'] for r in done.values()]):.0%}"
+
+
+def drift(bench: Bench, arms: Mapping[str, Arm], names: Key, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
+    """What loaded adapters do to a prompt that names none of their concepts: mean |difference| to the base, 0..1.
+
+    `other_class` draws a class that no loaded concept has.
+    """
+    free = next(w for w in CLASSES if w not in [CONCEPTS[n].class_word for n in names])
+    texts = {"other_class": [f"a {free} on a {methods.background_for(names, s)} background" for s in seeds]}
+    base = methods.arms(LodaConfig())["base"]
+    out: dict[str, dict[str, float]] = {}
+    for what, lines in texts.items():
+        plain, _ = methods.draw(bench.model, base, names, seeds, {}, bench.sampling, lines)
+        for name, arm in arms.items():
+            if arm.kind and arm.loda is None and arm.best_of == 1 and arm.more_steps == 1:
+                learned = bench.learned(names, arm.kind)
+                images, _ = methods.draw(bench.model, arm, names, seeds, learned, bench.sampling, lines)
+                values = np.abs(images.astype(float) - plain).mean(axis=(1, 2, 3)) / 255
+                out.setdefault(name, {})[what] = float(values.mean())
+    return out
+
+
+def base_error(bench: Bench, pictures: int, counts: Sequence[int] = (1, 2, 3, 4)) -> dict[str, Any]:
+    """How often the plain model fails at what it was trained for: looks it knows, named in full, 1 to 4 objects.
+
+    Without such errors there would be nothing to separate; what is missing here no adapter can give.
+    """
+    out = {}
+    for count in counts:
+        prompts, wanted = [], []
+        seed = 60_000_000
+        while len(prompts) < pictures:
+            objects, background = scene_layout(seed, count)
+            seed += 1
+            if len({thing.class_word for thing in objects}) == count:
+                caption, _ = describe(np.random.default_rng(seed), objects, background, "full")
+                prompts.append(caption)
+                wanted.append([Wanted(thing.class_word, thing.look) for thing in objects])
+        values = []
+        for at in range(0, pictures, bench.sampling.batch):
+            texts, asked = prompts[at : at + bench.sampling.batch], wanted[at : at + bench.sampling.batch]
+            result = host.sample(
+                bench.model, [host.encode_text(bench.model, text) for text in texts],
+                seeds=list(range(methods.REPORT_FROM + at, methods.REPORT_FROM + at + len(texts))),
+                steps=bench.sampling.steps, guidance=bench.sampling.guidance,
+            )  # fmt: skip
+            for image, things in zip(result.images, asked, strict=True):
+                values.append(judge(detect(image, tuple(t.look for t in things)), things).values)
+        records = {"all": dict(enumerate(values))}
+        out[f"{count} objects"] = {m: interval(records, m) for m in METRICS if m in values[0]}
+    return out
 
 
 # --- reports --------------------------------------------------------------------------------------------------

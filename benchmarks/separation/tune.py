@@ -58,14 +58,22 @@ def variants(loda: LodaConfig, strength: float) -> dict[str, Arm]:
 
 
 def main(
-    bench: run.Bench, loda: LodaConfig, pairs: int, seeds: int, minutes: float, resume: bool, out: Path, strength: float
+    bench: run.Bench,
+    loda: LodaConfig,
+    pairs: int,
+    seeds: int,
+    minutes: float,
+    resume: bool,
+    out: Path,
+    strength: float,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Runs the sweep and writes it; returns what was written."""
     began = time.perf_counter()
     sets = methods.concept_sets("tuning", 2, pairs)
     numbers = list(range(FIRST_SEED, FIRST_SEED + seeds))
     arms = variants(loda, strength)
-    results = run.run(bench, arms, sets, numbers, resume, minutes)
+    results = run.run(bench, arms, sets, numbers, resume, minutes, workers)
     done = {name: r for name, r in results.items() if r}
     data = {
         "model": bench.digest,

@@ -20,7 +20,7 @@ from conceptsplit_core import loda as loda_core
 from conceptsplit_core.adapters import ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.loda import LodaConfig, LodaTrace
-from conceptsplit_core.maps import aggregate, choose_downscale, level_sizes
+from conceptsplit_core.maps import aggregate, choose_layers, level_sizes
 from conceptsplit_core.training import TrainBatch, batch_loss
 
 from .models import Built
@@ -30,9 +30,8 @@ from .models import Built
 
 def wanted_layers(built: Built, config: LodaConfig) -> tuple[list[str], tuple[int, int]]:
     """The layers whose maps LODA reads, and the maps' size, as `host.sample` chooses them."""
-    factors = host.layer_factors(built.model.unet)
-    chosen = choose_downscale(sorted(set(factors.values())), config.map_downscale)
-    return [name for name, factor in factors.items() if factor == chosen], level_sizes(built.grid)[chosen]
+    chosen, layers = choose_layers(host.layer_factors(built.model.unet), config.map_downscale, config.map_part)
+    return layers, level_sizes(built.grid)[chosen]
 
 
 def map_reader(built: Built, patch: host.Patch, mask: Tensor, config: LodaConfig) -> Callable[[Tensor], Tensor]:
@@ -124,7 +123,7 @@ class StoringProcessor:
         q, k, v = attn.to_q(hidden_states), attn.to_k(rows), attn.to_v(rows)
         b, _, width = q.shape
         split = lambda t: t.view(b, -1, attn.heads, width // attn.heads).transpose(1, 2)
-        if encoder_hidden_states is None and not self.also_self:
+        if encoder_hidden_states is None and not self.also_self:  # self-attention
             out = F.scaled_dot_product_attention(split(q), split(k), split(v), scale=attn.scale)
         else:
             probabilities = (split(q) @ split(k).transpose(-1, -2) * attn.scale).softmax(dim=-1)

@@ -1,0 +1,360 @@
+"""Rows that are counted from operations and shapes, at the real size of SD1.5, SD2.1 and SDXL, in half precision.
+
+They are the same on every machine, and need no weights: fake tensors have shapes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.loda import LodaConfig
+
+from . import models, programs
+from .meter import Cost, fake, measured, weight_bytes
+from .rows import MB, Row
+
+DTYPE = torch.float16
+CONCEPTS = 2
+RANK = 16
+STEPS, LODA_STEPS = 50, 10
+# Share of a forward's multiply-adds up to the last captured layer, from DESIGN 8: what every prediction rests on.
+SHARE = {
+    ("sd15", "all"): 0.50,
+    ("sd15", "down"): 0.28,
+    ("sd21", "all"): 0.48,
+    ("sd21", "down"): 0.30,
+    ("sdxl", "all"): 0.77,
+    ("sdxl", "down"): 0.31,
+}
+IMAGE_GOAL = {"sd15": "<= 1.10", "sd21": "<= 1.10", "sdxl": "<= 1.06"}
+FLOPS_GOAL = {"sd15": "<= 0.50", "sd21": "<= 0.50", "sdxl": "<= 0.31"}
+PARTS = {"all": "maps of all layers", "down": "maps on the way down"}
+
+G = 1e9
+
+
+def rows(families: tuple[str, ...] = models.FAMILIES) -> Iterator[Row]:
+    for family in families:
+        yield from sampling_rows(family)
+        yield from growth_rows(family)
+        yield from training_rows(family)
+        yield size_row(family)
+
+
+def _adapters(built: models.Built, count: int) -> list:
+    return [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(count)]
+
+
+def sampling_rows(family: str) -> Iterator[Row]:
+    name = models.LABELS[family]
+    with fake(concepts=4):
+        built = models.build(family, DTYPE)
+        with measured() as plain:
+            programs.cfg_call(built)
+        with host.patched(built.model, _adapters(built, 4)) as patch, measured() as four:
+            programs.cfg_call(built, patch, models.row_mask(4))
+    yield Row(
+        "ToVA, 4 concepts, one sampling step",
+        name,
+        four.flops / G,
+        plain.flops / G,
+        "GFLOP",
+        "plain sampling",
+        "counted",
+        1.01,
+        "<= 1.01",
+    )
+
+    weights = 0
+    updates: dict[str, Cost] = {}
+    regions: dict[str, Cost] = {}
+    with fake(concepts=CONCEPTS):
+        built = models.build(family, DTYPE)
+        weights = weight_bytes(built.model.unet)
+        mask = models.row_mask(CONCEPTS)
+        for part in PARTS:
+            config = LodaConfig(iterations=1, map_part=part)
+            with host.patched(built.model, _adapters(built, CONCEPTS)) as patch:
+                with measured() as step:
+                    programs.cfg_call(built, patch, mask)
+                with measured() as updates[part]:
+                    programs.update(built, patch, mask, config)
+                with measured() as regions[part]:
+                    programs.region_bias(built, patch, mask, config)
+                with measured() as biased:
+                    programs.cfg_call(built, patch, mask)
+        peers: dict[str, Cost] = {}
+        _, size = programs.wanted_layers(built, LodaConfig())
+        for kind, also_self, whole in (("paper", False, False), ("whole", False, True), ("self", True, False)):
+            with programs.storing(built, also_self) as store, measured() as peers[kind]:
+                programs.paper_update(built, store, CONCEPTS, size, whole)
+            store.clear()
+
+    default = LodaConfig()
+    for part, told in PARTS.items():
+        share = SHARE[family, part]
+        update, region = updates[part], regions[part]
+        rest = LODA_STEPS * step.flops + region.flops + (STEPS - LODA_STEPS) * biased.flops
+        once = rest + LODA_STEPS * update.flops
+        most = rest + LODA_STEPS * default.iterations * update.flops
+        plain_image = STEPS * plain.flops
+        yield Row(
+            f"10 LODA steps of 50 + AFG, one update a step, {told}",
+            name,
+            once / G,
+            plain_image / G,
+            "GFLOP",
+            "plain sampling",
+            "counted",
+            1 + LODA_STEPS * share / STEPS,
+            IMAGE_GOAL[family],
+        )
+        yield Row(
+            f"10 LODA steps of 50 + AFG, all {default.iterations} updates of every step, {told}",
+            name,
+            most / G,
+            plain_image / G,
+            "GFLOP",
+            "plain sampling",
+            "counted",
+            1 + default.iterations * LODA_STEPS * share / STEPS,
+            note="The default's upper bound; updates end as soon as the maps are apart.",
+        )
+        yield Row(
+            f"one LODA update, {told}",
+            name,
+            update.flops / G,
+            peers["whole"].flops / G,
+            "GFLOP",
+            "the paper's way, full backward",
+            "counted",
+            share,
+            FLOPS_GOAL[family],
+        )
+        yield Row(
+            f"one LODA update, {told}",
+            name,
+            update.flops / G,
+            peers["paper"].flops / G,
+            "GFLOP",
+            "the paper's way as autograd runs it",
+            "counted",
+            note="Autograd already prunes the peer's backward pass to what the loss depends on.",
+        )
+        yield Row(
+            f"activation memory of an update, {told}",
+            name,
+            update.peak / MB,
+            peers["paper"].peak / MB,
+            "MB",
+            "the paper's way, self-attention fused",
+            "counted",
+            0.5,
+            "<= 0.5",
+        )
+        yield Row(
+            f"activation memory of an update, {told}",
+            name,
+            update.peak / MB,
+            peers["self"].peak / MB,
+            "MB",
+            "the paper's way, self-attention formed too",
+            "counted",
+        )
+        yield Row(
+            f"peak memory of an update with the UNet's weights, {told}",
+            name,
+            (weights + update.peak) / MB,
+            (weights + plain.peak) / MB,
+            "MB",
+            "plain guided sampling",
+            "counted",
+            None,
+            "<= 1.5",
+        )
+
+    with fake(concepts=CONCEPTS, decide=False):
+        built = models.build(family, DTYPE)
+        with host.patched(built.model, _adapters(built, CONCEPTS)) as patch, measured() as apart:
+            trace = programs.update(built, patch, models.row_mask(CONCEPTS), LodaConfig())
+        assert trace.forwards == 1 and trace.backwards == 0
+    yield Row(
+        "LODA when the maps are apart already",
+        name,
+        apart.flops / G,
+        regions["all"].flops / G,
+        "GFLOP",
+        "one partial forward",
+        "counted",
+        1.0,
+        "<= 1.0",
+    )
+
+
+def growth_rows(family: str) -> Iterator[Row]:
+    """Number of concepts 2 to 8, batch 1 to 8."""
+    name = models.LABELS[family]
+    config = LodaConfig(iterations=1)
+    found: dict[tuple[int, int], Cost] = {}
+    for concepts, batch in ((2, 1), (8, 1), (2, 8)):
+        with fake(rows=batch, concepts=concepts):
+            built = models.build(family, DTYPE)
+            with host.patched(built.model, _adapters(built, concepts)) as patch:
+                with measured() as found[concepts, batch]:
+                    programs.update(built, patch, models.row_mask(concepts, batch), config)
+    base = found[2, 1]
+    yield Row(
+        "one LODA update, 8 concepts",
+        name,
+        found[8, 1].flops / G,
+        base.flops / G,
+        "GFLOP",
+        "2 concepts",
+        "counted",
+        1.0,
+        "<= 1.02",
+    )
+    yield Row(
+        "memory of one LODA update, 8 concepts",
+        name,
+        found[8, 1].peak / MB,
+        base.peak / MB,
+        "MB",
+        "2 concepts",
+        "counted",
+        1.0,
+    )
+    yield Row(
+        "one LODA update, batch 8, per picture",
+        name,
+        found[2, 8].flops / 8 / G,
+        base.flops / G,
+        "GFLOP",
+        "batch 1",
+        "counted",
+        1.0,
+        "<= 1.0",
+    )
+
+
+def training_rows(family: str) -> Iterator[Row]:
+    """A training step of batch 1, checkpointing off and on, against LoRA on to_v as such scripts train it."""
+    name = models.LABELS[family]
+    ours: dict[bool, Cost] = {}
+    lora: dict[bool, Cost] = {}
+    with fake(concepts=1):
+        built = models.build(family, DTYPE)
+        unet = built.model.unet
+        weights = weight_bytes(unet)
+        adapter = models.adapter(built.model, "c", RANK)
+        # What learns in fp32, with its gradient and AdamW's two moments.
+        learned = 3 * adapter.nbytes(torch.float32)
+        pixels = built.grid[0] * 8
+        for checkpointing in (False, True):
+            batch = models.train_batch(built, 1)
+            with programs.our_training(built, adapter, checkpointing) as (denoise, parameters):
+                with measured() as ours[checkpointing]:
+                    programs.train_step(denoise, parameters, batch)
+        vae, encoders = models.vae(DTYPE), models.text_encoders(family, DTYPE)
+        with measured() as encoding:
+            programs.encode_each_step(vae, encoders, pixels, 1)
+        others = weight_bytes(vae, *encoders)
+        parameters = programs.add_lora(unet, RANK)
+        for checkpointing in (False, True):
+            unet.train()
+            unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
+            with measured() as lora[checkpointing]:
+                programs.train_step(programs.lora_denoise(built), parameters, models.train_batch(built, 1))
+
+    peer = lora[False].flops + encoding.flops
+    yield Row(
+        "ToVA training, work per image",
+        name,
+        ours[False].flops / G,
+        peer / G,
+        "GFLOP",
+        "peft LoRA on to_v, encoding at each step",
+        "counted",
+        1 / 1.5,
+        "<= 0.667",
+        note="1/1.5 of the work is 1.5 times the images per second where time follows the work.",
+    )
+    yield Row(
+        "ToVA training, work per image",
+        name,
+        ours[False].flops / G,
+        lora[False].flops / G,
+        "GFLOP",
+        "peft LoRA on to_v, everything encoded beforehand",
+        "counted",
+    )
+    for checkpointing, told in ((False, ""), (True, ", checkpointing on both sides")):
+        mine = weights + learned + ours[checkpointing].peak
+        theirs = weights + others + learned + max(lora[checkpointing].peak, encoding.peak)
+        yield Row(
+            f"training peak memory, batch 1{told}",
+            name,
+            mine / MB,
+            theirs / MB,
+            "MB",
+            "peft LoRA on to_v, encoding at each step",
+            "counted",
+            0.6,
+            "<= 0.6",
+            note="Weights in fp16; ours keeps the UNet alone, the script keeps VAE and text encoders too.",
+        )
+        yield Row(
+            f"training activations, batch 1{told}",
+            name,
+            ours[checkpointing].peak / MB,
+            lora[checkpointing].peak / MB,
+            "MB",
+            "peft LoRA on to_v, UNet only",
+            "counted",
+        )
+    mine = weights + learned + ours[True].peak
+    theirs = weights + others + learned + max(lora[False].peak, encoding.peak)
+    yield Row(
+        "training peak memory, batch 1, checkpointing on our side only",
+        name,
+        mine / MB,
+        theirs / MB,
+        "MB",
+        "peft LoRA on to_v, encoding at each step",
+        "counted",
+    )
+    if family == "sdxl":
+        yield Row(
+            "SDXL 1024² training, batch 1, checkpointing, in 8 GB",
+            name,
+            mine / MB,
+            8 * 1000**3 / MB,
+            "MB",
+            "8 GB",
+            "counted",
+            None,
+            "<= 1.0",
+            note="Computed from shapes, without the GPU runtime's own share.",
+        )
+
+
+def size_row(family: str, rank: int = 16) -> Row:
+    """Size of an adapter in half precision at one rank, from the layers' shapes."""
+    with fake():
+        built = models.build(family, DTYPE)
+        shapes = host.layer_shapes(built.model.unet)
+    size = sum(rank * (context + values) for context, values in shapes.values()) * 2
+    return Row(
+        f"adapter file, rank {rank}, fp16",
+        models.LABELS[family],
+        size / 1e6,
+        1.0,
+        "MB",
+        "1 MB",
+        "counted",
+        None,
+        "<= 1.0" if family == "sd15" else None,
+    )
