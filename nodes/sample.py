@@ -9,7 +9,7 @@ import nodes as host_nodes
 from comfy_api.latest import io
 
 from ..conceptsplit_core.hosts.comfy.patch import MapsHandle, with_loda
-from ..conceptsplit_core.loda import STEP_RULES, LodaConfig
+from ..conceptsplit_core.loda import MAP_PARTS, STEP_RULES, LodaConfig
 from ..conceptsplit_core.maps import DIVERGENCES
 from .types import AttentionMapsType, field, out, schema
 
@@ -79,6 +79,11 @@ def _loda_fields() -> list[Any]:
             "of objects look hard.", default=d.afg_end, min=0.0, max=1.0, step=0.01, round=0.001, optional=True,
             advanced=True,
         ),
+        field(
+            io.Combo, "map_part", "all: read maps from all layers of that size, as the paper does. down: only from those on "
+            "the way down, at half the cost (a third on SDXL).", options=list(MAP_PARTS), default=d.map_part,
+            optional=True, advanced=True,
+        ),
     ]
 
 
@@ -93,6 +98,7 @@ def _config(loda_steps: int, loda_strength: float, afg: bool, options: dict[str,
         threshold=options.get("threshold", d.threshold),
         step_rule=options.get("step_rule", d.step_rule),
         map_downscale=int(options.get("map_downscale", d.map_downscale)),
+        map_part=options.get("map_part", d.map_part),
         smooth_sigma=options.get("map_smoothing", d.smooth_sigma),
         afg_positive=options.get("afg_inside", d.afg_positive),
         afg_negative=-options.get("afg_outside", -d.afg_negative),

@@ -215,6 +215,17 @@ def test_map_sizes(marked, downscale):
     assert maps.trace.before.shape[-2:] == (8 // int(downscale), 8 // int(downscale))
 
 
+def test_maps_of_the_way_down_only(marked):
+    model, clip = marked
+    ran = []
+    handle = model.model.diffusion_model.middle_block[0].register_forward_hook(lambda *_: ran.append(1))
+    try:
+        _, maps = sample_loda(model, *two(clip), steps=2, loda_steps=2, cfg=1.0, afg=False, map_part="down")
+    finally:
+        handle.remove()
+    assert len(ran) == 2 and maps.trace.forwards == 2, "the map passes end before the middle block"
+
+
 def test_map_size_the_model_lacks(marked):
     errors = pack("conceptsplit_core.errors")
     with pytest.raises(errors.ConceptSplitError, match="no cross-attention at 1/8"):
