@@ -23,7 +23,7 @@ BACKGROUND_DISTANCE = 40.0
 """RGB distance from which a pixel is no background. Looks stand 95 or more from theirs, less their jitter."""
 MIN_AREA = 90
 """Smallest object in pixels; the smallest drawn one, a star of 36 px, has about 350."""
-MIN_SHAPE_OVERLAP = 0.80
+MIN_SHAPE_OVERLAP = 0.76
 """Soft IoU with the best template below which a shape is UNKNOWN."""
 WHOLE_OVERLAP = 0.87
 """Soft IoU from which a component is surely one shape and no search for touching objects is made."""
@@ -31,6 +31,8 @@ SPLIT_OVERLAP = 0.70
 """Least soft IoU of every part for a component to be taken apart."""
 MIN_PATTERN_CORRELATION = 0.70
 """Correlation with the best pattern below which a texture is UNKNOWN."""
+MIN_EXPLAINED = 0.6
+"""Least share of an object's colour contrast that the best pattern in its own two colours explains."""
 PLAIN_DISTANCE = 55.0
 """Two colour clusters nearer than this are one colour."""
 MAX_COLOUR_DISTANCE = 62.0
@@ -369,7 +371,12 @@ def _describe(samples: _Samples, looks: tuple[Look, ...]) -> tuple[Texture, floa
         words = (_colour_word(first), _colour_word(second))
         if name == "dotted-":
             words = (words[1], words[0])
-        pattern = name.rstrip("-") if correlation >= MIN_PATTERN_CORRELATION else UNKNOWN
+        # The painted pattern in the object's own two colours must explain it: four colours on one object are not two.
+        t = np.clip(fits[name][1], 0, 1)[:, None]
+        wrong = float(((samples.colours - (first * (1 - t) + second * t)) ** 2).sum(axis=1).mean())
+        explained = 1.0 - wrong / (apart**2 / 4)
+        fits_well = correlation >= MIN_PATTERN_CORRELATION and explained >= MIN_EXPLAINED
+        pattern = name.rstrip("-") if fits_well else UNKNOWN
         texture = Texture(pattern, words)
     else:
         fits, correlation = {}, 1.0
