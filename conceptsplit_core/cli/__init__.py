@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from ..errors import ConceptSplitError
 from .options import build_parser
@@ -20,15 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        if arguments.command == "train":
-            from .train import run
-        elif arguments.command == "sample":
-            from .sample import run
-        elif arguments.command == "inspect":
-            from .inspect import run
-        else:
-            from .demo import run
-        run(arguments)
+        import_module(f".{arguments.command}", __name__).run(arguments)
     except ConceptSplitError as problem:
         return _fail(arguments.command, str(problem))
     except KeyboardInterrupt:
@@ -38,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             arguments.command,
             f"The package '{problem.name or problem}' is missing or does not fit: install the terminal's needs with "
-            "`pip install \".[terminal]\"` in the ConceptSplit folder.",
+            '`pip install ".[terminal]"` in the ConceptSplit folder.',
         )
     except (OSError, MemoryError) as problem:
         return _fail(arguments.command, _system_sentence(problem))

@@ -64,8 +64,11 @@ def open_model(arguments: argparse.Namespace) -> DiffusersModel:
     from ..hosts.diffusers import load_model
 
     return load_model(
-        arguments.model, device=choose_device(arguments.device), dtype=PRECISION[arguments.precision],
-        prediction_type=arguments.prediction, tokenizer=arguments.tokenizer,
+        arguments.model,
+        device=choose_device(arguments.device),
+        dtype=PRECISION[arguments.precision],
+        prediction_type=arguments.prediction,
+        tokenizer=arguments.tokenizer,
     )
 
 
@@ -83,9 +86,7 @@ def list_pictures(folder: str, what: str = "training picture") -> list[Path]:
         raise ConceptSplitError(f"There is no folder '{folder}': give the folder with the {what}s.")
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not found:
-        raise ConceptSplitError(
-            f"The folder '{folder}' holds no {what}: put PNG, JPEG, WebP, BMP or TIFF files there."
-        )
+        raise ConceptSplitError(f"The folder '{folder}' holds no {what}: put PNG, JPEG, WebP, BMP or TIFF files there.")
     return found
 
 
@@ -101,7 +102,9 @@ def open_picture(path: Path) -> Image.Image:
             picture.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as problem:
         reason = "it is not a picture" if isinstance(problem, UnidentifiedImageError) else str(problem).rstrip(".")
-        raise ConceptSplitError(f"'{path.name}' cannot be read as a picture ({reason}): replace or remove it.") from None
+        raise ConceptSplitError(
+            f"'{path.name}' cannot be read as a picture ({reason}): replace or remove it."
+        ) from None
     except Image.DecompressionBombError:
         raise ConceptSplitError(f"'{path.name}' is too large a picture to open: scale it down first.") from None
     if picture.mode == "F" or picture.mode.startswith("I"):

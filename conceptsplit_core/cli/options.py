@@ -16,13 +16,31 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # The defaults shown in --help. A test holds them equal to LodaConfig and TrainConfig, which are not imported here
 # because torch takes seconds.
 LODA_DEFAULTS: dict[str, Any] = {
-    "steps": 10, "iterations": 3, "step_size": 0.05, "step_rule": "normalised", "divergence": "jsd",
-    "threshold": 0.0, "smooth_sigma": 1.0, "map_downscale": 0, "map_part": "all", "afg": True, "afg_positive": 3.0,
-    "afg_negative": -1e8, "afg_fraction": 0.1, "afg_sigma": 1.5, "afg_end": 1.0,
+    "steps": 10,
+    "iterations": 3,
+    "step_size": 0.05,
+    "step_rule": "normalised",
+    "divergence": "jsd",
+    "threshold": 0.0,
+    "smooth_sigma": 1.0,
+    "map_downscale": 0,
+    "map_part": "all",
+    "afg": True,
+    "afg_positive": 3.0,
+    "afg_negative": -1e8,
+    "afg_fraction": 0.1,
+    "afg_sigma": 1.5,
+    "afg_end": 1.0,
 }
 TRAIN_DEFAULTS: dict[str, Any] = {
-    "steps": 500, "batch_size": 2, "learning_rate": 1e-3, "weight_decay": 1e-2, "warmup": 10, "seed": 0,
-    "save_every": 100, "background_weight": 0.1,
+    "steps": 500,
+    "batch_size": 2,
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-2,
+    "warmup": 10,
+    "seed": 0,
+    "save_every": 100,
+    "background_weight": 0.1,
 }
 
 OVERVIEW = """\
@@ -62,7 +80,8 @@ what to change when:
 SAMPLE_END = """\
 examples:
   Two concepts in one picture:
-    python -m conceptsplit_core sample --model sd15.safetensors --adapter rex.safetensors --adapter mug.safetensors:0.8 \\
+    python -m conceptsplit_core sample --model sd15.safetensors \\
+        --adapter rex.safetensors --adapter mug.safetensors:0.8 \\
         --prompt "a <rex> beside a <mug>" --seed 7 --batch 4 --maps --out rex-and-mug.png
   Only separate two words of a plain model:
     python -m conceptsplit_core sample --model sd15.safetensors --words "cat,dog" --prompt "a cat and a dog"
@@ -99,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     parser = Parser(
-        prog="python -m conceptsplit_core", description=OVERVIEW, epilog=OVERVIEW_END,
+        prog="python -m conceptsplit_core",
+        description=OVERVIEW,
+        epilog=OVERVIEW_END,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -149,154 +170,324 @@ def _size(text: str) -> tuple[int, int]:
 def _model_options(parser: argparse.ArgumentParser, default: str | None = "demo") -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default=default, metavar="WHERE",
+        "--model",
+        default=default,
+        metavar="WHERE",
         help="'demo' (the built-in small model), a folder in diffusers format, or a .safetensors checkpoint of SD 1.x, "
         f"2.x or XL (default: {default or 'none'})",
     )
     group.add_argument(
-        "--tokenizer", metavar="FOLDER",
+        "--tokenizer",
+        metavar="FOLDER",
         help="folder with CLIP's vocab.json and merges.txt; needed for single checkpoint files only. ComfyUI has one: "
         "comfy/sd1_tokenizer",
     )
     group.add_argument(
-        "--prediction", choices=("epsilon", "v_prediction"),
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
         help="what the model predicts; only when it was detected wrongly",
     )
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32",
-                       help="of the model's weights; bf16 halves memory on recent GPUs (default: fp32)")
-    group.add_argument("--device", default="auto", metavar="NAME",
-                       help="auto, cpu, cuda, cuda:1, mps (default: auto, a GPU if there is one)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the model's weights; bf16 halves memory on recent GPUs (default: fp32)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, mps (default: auto, a GPU if there is one)",
+    )
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
     d = TRAIN_DEFAULTS
     need = parser.add_argument_group("what to learn")
-    need.add_argument("--images", required=True, metavar="FOLDER",
-                      help="pictures of the one thing, 3 to 20: PNG, JPEG, WebP, BMP or TIFF, any size")
-    need.add_argument("--class-word", required=True, metavar="WORD",
-                      help="what the model would call it: dog, mug, backpack. One or a few plain words")
+    need.add_argument(
+        "--images",
+        required=True,
+        metavar="FOLDER",
+        help="pictures of the one thing, 3 to 20: PNG, JPEG, WebP, BMP or TIFF, any size",
+    )
+    need.add_argument(
+        "--class-word",
+        required=True,
+        metavar="WORD",
+        help="what the model would call it: dog, mug, backpack. One or a few plain words",
+    )
     need.add_argument("--name", required=True, help="what prompts will call it: rex is written as <rex>")
-    need.add_argument("--masks", metavar="FOLDER",
-                      help="one mask per picture with the same file name, white where the thing is; the background then "
-                      "counts less")
+    need.add_argument(
+        "--masks",
+        metavar="FOLDER",
+        help="one mask per picture with the same file name, white where the thing is; the background then counts less",
+    )
     need.add_argument("--out", metavar="FILE", help="adapter to write (default: NAME.safetensors)")
     _model_options(parser)
     how = parser.add_argument_group("how to learn it")
-    how.add_argument("--steps", type=_count, default=d["steps"],
-                     help=f"optimiser steps, 300 to 1000 is usual (default: {d['steps']})")
-    how.add_argument("--rank", type=_count, default=8,
-                     help="size of the adapter per layer; 4 for a colour, 16 or more for fine detail (default: 8)")
+    how.add_argument(
+        "--steps",
+        type=_count,
+        default=d["steps"],
+        help=f"optimiser steps, 300 to 1000 is usual (default: {d['steps']})",
+    )
+    how.add_argument(
+        "--rank",
+        type=_count,
+        default=8,
+        help="size of the adapter per layer; 4 for a colour, 16 or more for fine detail (default: 8)",
+    )
     how.add_argument("--alpha", type=_number, default=0.0, help="scale alpha/rank of the adapter; 0 means rank")
-    how.add_argument("--lr", type=_number, default=d["learning_rate"], metavar="RATE",
-                     help=f"learning rate of AdamW (default: {d['learning_rate']:g})")
-    how.add_argument("--weight-decay", type=_number, default=d["weight_decay"], metavar="W",
-                     help=f"of AdamW (default: {d['weight_decay']:g})")
-    how.add_argument("--warmup", type=_whole, default=d["warmup"], metavar="STEPS",
-                     help=f"steps until the full learning rate (default: {d['warmup']})")
-    how.add_argument("--batch", type=_count, default=d["batch_size"],
-                     help=f"pictures per step, over all processes together (default: {d['batch_size']})")
-    how.add_argument("--seed", type=_whole, default=d["seed"],
-                     help=f"same seed, same adapter (default: {d['seed']})")
-    how.add_argument("--size", type=_size, metavar="N|WxH",
-                     help="pictures are scaled and cropped to this, in pixels (default: the model's own)")
-    how.add_argument("--template", action="append", metavar="TEXT",
-                     help="training prompt with {} for the class word; may be given several times (default: a set of "
-                     "plain ones such as 'a photo of a {}')")
-    how.add_argument("--background-weight", type=_number, default=d["background_weight"], metavar="W",
-                     help=f"with --masks: how much the background counts, 0 to 1 (default: {d['background_weight']})")
-    how.add_argument("--checkpointing", action="store_true",
-                     help="recompute instead of remember: far less memory, about a third slower")
+    how.add_argument(
+        "--lr",
+        type=_number,
+        default=d["learning_rate"],
+        metavar="RATE",
+        help=f"learning rate of AdamW (default: {d['learning_rate']:g})",
+    )
+    how.add_argument(
+        "--weight-decay",
+        type=_number,
+        default=d["weight_decay"],
+        metavar="W",
+        help=f"of AdamW (default: {d['weight_decay']:g})",
+    )
+    how.add_argument(
+        "--warmup",
+        type=_whole,
+        default=d["warmup"],
+        metavar="STEPS",
+        help=f"steps until the full learning rate (default: {d['warmup']})",
+    )
+    how.add_argument(
+        "--batch",
+        type=_count,
+        default=d["batch_size"],
+        help=f"pictures per step, over all processes together (default: {d['batch_size']})",
+    )
+    how.add_argument("--seed", type=_whole, default=d["seed"], help=f"same seed, same adapter (default: {d['seed']})")
+    how.add_argument(
+        "--size",
+        type=_size,
+        metavar="N|WxH",
+        help="pictures are scaled and cropped to this, in pixels (default: the model's own)",
+    )
+    how.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="training prompt with {} for the class word; may be given several times (default: a set of "
+        "plain ones such as 'a photo of a {}')",
+    )
+    how.add_argument(
+        "--background-weight",
+        type=_number,
+        default=d["background_weight"],
+        metavar="W",
+        help=f"with --masks: how much the background counts, 0 to 1 (default: {d['background_weight']})",
+    )
+    how.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute instead of remember: far less memory, about a third slower",
+    )
     safe = parser.add_argument_group("stopping and going on")
-    safe.add_argument("--save-every", type=_whole, default=d["save_every"], metavar="STEPS",
-                      help=f"steps between resumable states, 0: at the end only (default: {d['save_every']})")
-    safe.add_argument("--resume", action="store_true",
-                      help="go on from the state beside --out; the result is the same as without a stop")
-    safe.add_argument("--store", choices=("fp16", "fp32"), default="fp16",
-                      help="precision of the adapter file (default: fp16)")
+    safe.add_argument(
+        "--save-every",
+        type=_whole,
+        default=d["save_every"],
+        metavar="STEPS",
+        help=f"steps between resumable states, 0: at the end only (default: {d['save_every']})",
+    )
+    safe.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the state beside --out; the result is the same as without a stop",
+    )
+    safe.add_argument(
+        "--store", choices=("fp16", "fp32"), default="fp16", help="precision of the adapter file (default: fp16)"
+    )
 
 
 def _loda_options(parser: argparse.ArgumentParser) -> None:
     d = LODA_DEFAULTS
-    group = parser.add_argument_group("separation (LODA): the first steps move the latent until concepts stop overlapping")
-    group.add_argument("--loda", action=argparse.BooleanOptionalAction, default=True,
-                       help="on as soon as two concepts are in the prompt (default: on)")
-    group.add_argument("--loda-steps", type=_whole, default=d["steps"], metavar="N",
-                       help=f"sampling steps to optimise (default: {d['steps']})")
-    group.add_argument("--iterations", type=_count, default=d["iterations"], metavar="N",
-                       help=f"updates per step at most; more separates harder, and costs time (default: {d['iterations']})")
-    group.add_argument("--step-size", type=_number, default=d["step_size"], metavar="X",
-                       help="size of an update in standard deviations of the latent; higher separates harder, too high "
-                       f"spoils the picture (default: {d['step_size']})")
-    group.add_argument("--step-rule", choices=STEP_RULES, default=d["step_rule"],
-                       help="normalised: --step-size means the same on every model; gradient: the paper's, --step-size "
-                       f"about 20 (default: {d['step_rule']})")
-    group.add_argument("--divergence", choices=DIVERGENCES, default=d["divergence"],
-                       help=f"how overlap is measured (default: {d['divergence']})")
-    group.add_argument("--threshold", type=_number, default=d["threshold"], metavar="X",
-                       help="divergence that is far enough apart; 0: the divergence's own (default: 0)")
-    group.add_argument("--smooth", type=_number, default=d["smooth_sigma"], metavar="SIGMA",
-                       help=f"smoothing of the maps in map pixels (default: {d['smooth_sigma']})")
-    group.add_argument("--map-downscale", type=_whole, default=d["map_downscale"], metavar="N",
-                       help="use attention at 1/N of the latent's size; 0 chooses (default: 0)")
-    group.add_argument("--map-part", choices=MAP_PARTS, default=d["map_part"],
-                       help="down reads only the layers on the way down: about half the cost and memory of an update "
-                       f"(default: {d['map_part']})")
+    group = parser.add_argument_group("separation (LODA): the first steps move the latent until concepts part")
+    group.add_argument(
+        "--loda",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on as soon as two concepts are in the prompt (default: on)",
+    )
+    group.add_argument(
+        "--loda-steps",
+        type=_whole,
+        metavar="N",
+        help=f"sampling steps to optimise (default: a third of --steps, at most {d['steps']})",
+    )
+    group.add_argument(
+        "--iterations",
+        type=_count,
+        default=d["iterations"],
+        metavar="N",
+        help=f"updates per step at most; more separates harder and costs time (default: {d['iterations']})",
+    )
+    group.add_argument(
+        "--step-size",
+        type=_number,
+        default=d["step_size"],
+        metavar="X",
+        help="size of an update in standard deviations of the latent; higher separates harder, too high "
+        f"spoils the picture (default: {d['step_size']})",
+    )
+    group.add_argument(
+        "--step-rule",
+        choices=STEP_RULES,
+        default=d["step_rule"],
+        help="normalised: --step-size means the same on every model; gradient: the paper's, --step-size "
+        f"about 20 (default: {d['step_rule']})",
+    )
+    group.add_argument(
+        "--divergence",
+        choices=DIVERGENCES,
+        default=d["divergence"],
+        help=f"how overlap is measured (default: {d['divergence']})",
+    )
+    group.add_argument(
+        "--threshold",
+        type=_number,
+        default=d["threshold"],
+        metavar="X",
+        help="divergence that is far enough apart; 0: the divergence's own (default: 0)",
+    )
+    group.add_argument(
+        "--smooth",
+        type=_number,
+        default=d["smooth_sigma"],
+        metavar="SIGMA",
+        help=f"smoothing of the maps in map pixels (default: {d['smooth_sigma']})",
+    )
+    group.add_argument(
+        "--map-downscale",
+        type=_whole,
+        default=d["map_downscale"],
+        metavar="N",
+        help="use attention at 1/N of the latent's size; 0 chooses (default: 0)",
+    )
+    group.add_argument(
+        "--map-part",
+        choices=MAP_PARTS,
+        default=d["map_part"],
+        help="down reads only the layers on the way down: about half the cost and memory of an update "
+        f"(default: {d['map_part']})",
+    )
     fix = parser.add_argument_group("attention fixing guidance (AFG): keep what LODA separated")
-    fix.add_argument("--afg", action=argparse.BooleanOptionalAction, default=d["afg"],
-                     help=f"(default: {'on' if d['afg'] else 'off'})")
-    fix.add_argument("--afg-positive", type=_number, default=d["afg_positive"], metavar="X",
-                     help=f"added to a concept's attention inside its region, in logits (default: {d['afg_positive']:g})")
-    fix.add_argument("--afg-negative", type=_number, default=d["afg_negative"], metavar="X",
-                     help=f"added outside; -1e8 forbids, -2 discourages (default: {d['afg_negative']:g})")
-    fix.add_argument("--afg-fraction", type=_number, default=d["afg_fraction"], metavar="SHARE",
-                     help=f"share of the picture that is one concept's region (default: {d['afg_fraction']})")
-    fix.add_argument("--afg-sigma", type=_number, default=d["afg_sigma"], metavar="SIGMA",
-                     help=f"smoothing before regions are taken, in map pixels (default: {d['afg_sigma']})")
-    fix.add_argument("--afg-end", type=_number, default=d["afg_end"], metavar="SHARE",
-                     help=f"share of the steps after which AFG lets go (default: {d['afg_end']:g}, never)")
+    fix.add_argument(
+        "--afg",
+        action=argparse.BooleanOptionalAction,
+        default=d["afg"],
+        help=f"(default: {'on' if d['afg'] else 'off'})",
+    )
+    fix.add_argument(
+        "--afg-positive",
+        type=_number,
+        default=d["afg_positive"],
+        metavar="X",
+        help=f"logits added to a concept inside its region (default: {d['afg_positive']:g})",
+    )
+    fix.add_argument(
+        "--afg-negative",
+        type=_number,
+        default=d["afg_negative"],
+        metavar="X",
+        help=f"added outside; -1e8 forbids, -2 discourages (default: {d['afg_negative']:g})",
+    )
+    fix.add_argument(
+        "--afg-fraction",
+        type=_number,
+        default=d["afg_fraction"],
+        metavar="SHARE",
+        help=f"share of the picture that is one concept's region (default: {d['afg_fraction']})",
+    )
+    fix.add_argument(
+        "--afg-sigma",
+        type=_number,
+        default=d["afg_sigma"],
+        metavar="SIGMA",
+        help=f"smoothing before regions are taken, in map pixels (default: {d['afg_sigma']})",
+    )
+    fix.add_argument(
+        "--afg-end",
+        type=_number,
+        default=d["afg_end"],
+        metavar="SHARE",
+        help=f"share of the steps after which AFG lets go (default: {d['afg_end']:g}, never)",
+    )
 
 
 def _sample(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", required=True, metavar="TEXT", help="the picture in words; <rex> is a concept")
     what.add_argument("--negative", default="", metavar="TEXT", help="what it should not be")
-    what.add_argument("--adapter", action="append", default=[], metavar="[NAME=]FILE[:STRENGTH]",
-                      help="value adapter, may be given several times; strength 1 is as trained, 0 is off. NAME= gives "
-                      "it another name in this prompt")
-    what.add_argument("--class-word", action="append", default=[], metavar="NAME=WORD",
-                      help="class word of an adapter whose file does not say it, for instance one of the paper's trainer")
-    what.add_argument("--words", default="", metavar="A,B",
-                      help="words of the prompt to separate as well, without any adapter")
+    what.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE[:STRENGTH]",
+        help="value adapter, may be given several times; strength 1 is as trained, 0 is off. NAME= gives "
+        "it another name in this prompt",
+    )
+    what.add_argument(
+        "--class-word",
+        action="append",
+        default=[],
+        metavar="NAME=WORD",
+        help="class word of an adapter whose file does not say it, such as one of the paper's trainer",
+    )
+    what.add_argument(
+        "--words", default="", metavar="A,B", help="words of the prompt to separate as well, without any adapter"
+    )
     _model_options(parser)
     how = parser.add_argument_group("sampling")
     how.add_argument("--steps", type=_count, default=30, help="sampling steps (default: 30)")
-    how.add_argument("--cfg", type=_number, default=7.5, metavar="SCALE",
-                     help="classifier-free guidance; 1 is none (default: 7.5)")
+    how.add_argument(
+        "--cfg", type=_number, default=7.5, metavar="SCALE", help="classifier-free guidance; 1 is none (default: 7.5)"
+    )
     how.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
     how.add_argument("--seed", type=_whole, default=0, help="of the first picture, the next have the next (default: 0)")
     how.add_argument("--batch", type=_count, default=1, help="number of pictures (default: 1)")
     how.add_argument("--size", type=_size, metavar="N|WxH", help="in pixels (default: the model's own)")
     _loda_options(parser)
     out = parser.add_argument_group("output")
-    out.add_argument("--out", default="sample.png", metavar="FILE.png",
-                     help="with --batch, the seed is added to the name (default: sample.png)")
-    out.add_argument("--maps", action="store_true",
-                     help="also write where each concept looked before and after LODA")
+    out.add_argument(
+        "--out",
+        default="sample.png",
+        metavar="FILE.png",
+        help="with --batch, the seed is added to the name (default: sample.png)",
+    )
+    out.add_argument("--maps", action="store_true", help="also write where each concept looked before and after LODA")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="value adapter")
-    parser.add_argument("--svd", type=_count, metavar="RANK",
-                        help="show what truncating to this rank would cost, relative to the whole adapter")
+    parser.add_argument(
+        "--svd",
+        type=_count,
+        metavar="RANK",
+        help="show what truncating to this rank would cost, relative to the whole adapter",
+    )
     parser.add_argument("--out", metavar="FILE", help="with --svd: write the truncated adapter")
     _model_options(parser, default=None)
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="out/demo", metavar="FOLDER", help="(default: out/demo)")
-    parser.add_argument("--concepts", default="", metavar="A,B",
-                        help="two to four of the built-in concepts (default: the two that the report shows)")
-    parser.add_argument("--steps", type=_count, metavar="N", help="training steps per concept (default: the tuned number)")
+    parser.add_argument(
+        "--concepts",
+        default="",
+        metavar="A,B",
+        help="two to four of the built-in concepts (default: the two that the report shows)",
+    )
+    parser.add_argument("--steps", type=_count, metavar="N", help="training steps per concept (default: as tuned)")
     parser.add_argument("--seeds", type=_count, default=6, metavar="N", help="pictures per arm (default: 6)")
     parser.add_argument("--first-seed", type=_whole, default=1000, metavar="SEED", help="(default: 1000)")
 

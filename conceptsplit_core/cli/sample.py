@@ -76,32 +76,45 @@ def load_concepts(
 
 def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
     """LodaConfig from the options; None with --no-loda."""
+    steps = arguments.loda_steps
+    if steps is None:
+        # The first third of the schedule lays out the picture; later steps only paint it.
+        steps = min(LodaConfig.steps, max(1, arguments.steps // 3))
+    elif steps > arguments.steps:
+        raise ConceptSplitError(f"--loda-steps {steps} is more than --steps {arguments.steps}: use about a third.")
     config = LodaConfig(
-        steps=arguments.loda_steps, iterations=arguments.iterations, step_size=arguments.step_size,
-        step_rule=arguments.step_rule, divergence=arguments.divergence, threshold=arguments.threshold,
-        smooth_sigma=arguments.smooth, map_downscale=arguments.map_downscale,
-        map_part=arguments.map_part, afg=arguments.afg,
-        afg_positive=arguments.afg_positive, afg_negative=arguments.afg_negative,
-        afg_fraction=arguments.afg_fraction, afg_sigma=arguments.afg_sigma, afg_end=arguments.afg_end,
+        steps=steps,
+        iterations=arguments.iterations,
+        step_size=arguments.step_size,
+        step_rule=arguments.step_rule,
+        divergence=arguments.divergence,
+        threshold=arguments.threshold,
+        smooth_sigma=arguments.smooth,
+        map_downscale=arguments.map_downscale,
+        map_part=arguments.map_part,
+        afg=arguments.afg,
+        afg_positive=arguments.afg_positive,
+        afg_negative=arguments.afg_negative,
+        afg_fraction=arguments.afg_fraction,
+        afg_sigma=arguments.afg_sigma,
+        afg_end=arguments.afg_end,
     )
     return config if arguments.loda else None
 
 
-def map_sheet(result: SampleResult, index: int, names: list[str]) -> NDArray[np.uint8] | None:
-    """Overlays of one picture: each concept's map before and after LODA, with its AFG region."""
+def map_sheet(result: SampleResult, index: int, names: list[str], at: int) -> NDArray[np.uint8]:
+    """Overlays of one picture: each concept's map at the first step and at step `at`, with its AFG region."""
     trace = result.trace
-    if trace is None or trace.before is None or trace.after is None:
-        return None
+    first = result.watched[0] if trace is None or trace.before is None else trace.before
     image = result.images[index]
-    regions = None if trace.regions is None else trace.regions[index].numpy()
     tiles, labels = [image], ["picture"]
     for i, name in enumerate(names):
         colour = pictures.COLOURS[i % len(pictures.COLOURS)]
-        tiles.append(pictures.overlay(image, trace.before[index, i].numpy(), colour=colour))
+        region = None if trace is None or trace.regions is None else trace.regions[index, i].numpy()
+        tiles.append(pictures.overlay(image, first[index, i].numpy(), colour=colour))
         labels.append(f"{name}, first step")
-        region = None if regions is None else regions[i]
-        tiles.append(pictures.overlay(image, trace.after[index, i].numpy(), colour=colour, region=region))
-        labels.append(f"{name}, after LODA")
+        tiles.append(pictures.overlay(image, result.watched[at][index, i].numpy(), colour=colour, region=region))
+        labels.append(f"{name}, step {at + 1}" + ("" if trace is None else ", after LODA"))
     return pictures.contact_sheet(tiles, labels, columns=len(tiles), side=256)
 
 
@@ -109,10 +122,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Samples and writes pictures, and maps when asked."""
     concepts, adapters = load_concepts(arguments.adapter, arguments.class_word, arguments.words)
     config = loda_config(arguments)
-    if arguments.loda_steps > arguments.steps and config is not None:
-        raise ConceptSplitError(
-            f"--loda-steps {arguments.loda_steps} is more than --steps {arguments.steps}: use fewer, for instance a third."
-        )
     out = Path(arguments.out).expanduser()
     if out.suffix.lower() != ".png":
         raise ConceptSplitError(f"--out {arguments.out} must end in .png.")
@@ -121,15 +130,29 @@ def run(arguments: argparse.Namespace) -> None:
 
     conditioning = host.encode_text(model, arguments.prompt, concepts)
     seeds = [arguments.seed + i for i in range(arguments.batch)]
+    if arguments.maps and not concepts:
+        say("No maps will be written: name a concept with --adapter or --words.")
     progress = bar(arguments.steps, "sampling")
     names = [concept.name for concept in concepts]
     bound = {binding.concept for binding in conditioning.bindings}
+    at = min(LodaConfig.steps if config is None else config.steps, arguments.steps - 1)
+    maps = arguments.maps and bool(names)
     try:
         result = host.sample(
-            model, [conditioning], arguments.negative, seeds=seeds, concepts=names, adapters=adapters,
-            steps=arguments.steps, guidance=arguments.cfg, size=arguments.size, sampler=arguments.sampler,
+            model,
+            [conditioning],
+            arguments.negative,
+            seeds=seeds,
+            concepts=names,
+            adapters=adapters,
+            steps=arguments.steps,
+            guidance=arguments.cfg,
+            size=arguments.size,
+            sampler=arguments.sampler,
             # Fewer than two bound concepts leave nothing to separate; that is no reason for a remark here.
-            loda=config if len(bound) >= 2 else None, progress=lambda done, steps: progress.update(done - progress.n),
+            loda=config if len(bound) >= 2 else None,
+            watch=(0, at) if maps else (),
+            progress=lambda done, steps: progress.update(done - progress.n),
         )
     finally:
         progress.close()
@@ -138,19 +161,23 @@ def run(arguments: argparse.Namespace) -> None:
     for i, seed in enumerate(seeds):
         target = out if len(seeds) == 1 else out.with_name(f"{out.stem}-{seed}.png")
         facts = {
-            "prompt": arguments.prompt, "negative": arguments.negative, "seed": str(seed),
-            "settings": json.dumps({
-                "model": Path(model.source).name, "steps": arguments.steps, "cfg": arguments.cfg,
-                "sampler": arguments.sampler, "adapters": {n: s for n, (_, s) in adapters.items()},
-                "loda": None if result.trace is None else result.trace.settings, "version": __version__,
-            }),
+            "prompt": arguments.prompt,
+            "negative": arguments.negative,
+            "seed": str(seed),
+            "settings": json.dumps(
+                {
+                    "model": Path(model.source).name,
+                    "steps": arguments.steps,
+                    "cfg": arguments.cfg,
+                    "sampler": arguments.sampler,
+                    "adapters": {n: s for n, (_, s) in adapters.items()},
+                    "loda": None if result.trace is None else result.trace.settings,
+                    "version": __version__,
+                }
+            ),
         }
         write_picture(result.images[i], target, facts)
         say(str(target))
-        if arguments.maps:
-            sheet = map_sheet(result, i, names)
-            if sheet is None:
-                say("No maps were written: LODA did not run.")
-                break
-            write_picture(sheet, target.with_name(f"{target.stem}-maps.png"))
+        if maps:
+            write_picture(map_sheet(result, i, names, at), target.with_name(f"{target.stem}-maps.png"))
             say(str(target.with_name(f"{target.stem}-maps.png")))

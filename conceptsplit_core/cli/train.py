@@ -77,18 +77,26 @@ def run(arguments: argparse.Namespace) -> None:
     for file in files:
         open_picture(file)
     config = TrainConfig(
-        steps=arguments.steps, batch_size=arguments.batch, learning_rate=arguments.lr,
-        weight_decay=arguments.weight_decay, warmup=arguments.warmup, seed=arguments.seed,
-        save_every=arguments.save_every, background_weight=arguments.background_weight,
+        steps=arguments.steps,
+        batch_size=arguments.batch,
+        learning_rate=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        warmup=arguments.warmup,
+        seed=arguments.seed,
+        save_every=arguments.save_every,
+        background_weight=arguments.background_weight,
         # Half precision loses small gradients; 1024 keeps them, and training skips steps that overflow.
         loss_scale=1024.0 if arguments.precision == "fp16" else 1.0,
     )
 
+    # Also before the processes meet: one that leaves early would let the others wait.
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % world:
+        raise ConceptSplitError(
+            f"A batch of {config.batch_size} cannot be shared by {world} processes: use a multiple of it."
+        )
+
     with joined(choose_device(arguments.device)) as process:
-        if config.batch_size % process.world:
-            raise ConceptSplitError(
-                f"A batch of {config.batch_size} cannot be shared by {process.world} processes: use a multiple of it."
-            )
         model = open_model(arguments)
         from ..hosts import diffusers as host
 
@@ -96,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         size = arguments.size or (model.default_size, model.default_size)
         if size[0] % model.pixel_factor or size[1] % model.pixel_factor:
             raise ConceptSplitError(
-                f"A size of {size[1]} × {size[0]} pixels does not fit this model: use multiples of {model.pixel_factor}."
+                f"A size of {size[1]} × {size[0]} pixels does not fit the model: use multiples of {model.pixel_factor}."
             )
         templates = tuple(arguments.template or model.templates or DEFAULT_TEMPLATES)
         say(f"{len(files)} pictures at {size[1]} × {size[0]}, model family {model.family}, {model.prediction_type}")
@@ -133,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
             save_adapter(finished, out, PRECISION[arguments.store])
             curve = out.with_name(f"{out.stem}.loss.png")
             write_picture(pictures.loss_curve(result.losses, title=f"training loss of <{concept.name}>"), curve)
-            last = result.losses[-min(50, len(result.losses)):]
+            last = result.losses[-min(50, len(result.losses)) :]
             say(
                 f"{out} ({out.stat().st_size / 2**20:.2f} MiB) after {len(result.losses)} steps in "
                 f"{result.seconds:.0f} s, loss {sum(last) / len(last):.4f}; curve in {curve.name}"

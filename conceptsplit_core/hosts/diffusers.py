@@ -30,9 +30,22 @@ from ..training import Prompt, TrainBatch, TrainData, expand_templates
 from .diffusers_load import DiffusersModel, TextEncoder, family_of, load_model
 
 __all__ = [
-    "Conditioning", "DiffusersModel", "SampleResult", "cross_attention_layers", "decode_latents", "encode_images",
-    "encode_text", "family_of", "layer_factors", "layer_shapes", "load_model", "new_adapter", "patched", "sample",
-    "training_data", "training_denoiser",
+    "Conditioning",
+    "DiffusersModel",
+    "SampleResult",
+    "cross_attention_layers",
+    "decode_latents",
+    "encode_images",
+    "encode_text",
+    "family_of",
+    "layer_factors",
+    "layer_shapes",
+    "load_model",
+    "new_adapter",
+    "patched",
+    "sample",
+    "training_data",
+    "training_denoiser",
 ]
 
 SAMPLERS = ("ddim", "euler")
@@ -227,9 +240,7 @@ def _head_norm(norm: nn.Module | None, x: Tensor, heads: int) -> Tensor:
 
 
 @contextmanager
-def patched(
-    model: DiffusersModel, adapters: Sequence[tuple[ValueAdapter | None, float]] = ()
-) -> Iterator[Patch]:
+def patched(model: DiffusersModel, adapters: Sequence[tuple[ValueAdapter | None, float]] = ()) -> Iterator[Patch]:
     """Hooks for value deltas, attention bias and map capture on the model's UNet; gone when the block ends.
 
     Args:
@@ -261,7 +272,11 @@ def patched(
 
 
 def call_unet(
-    model: DiffusersModel, x: Tensor, timestep: Tensor | float, context: Tensor, pooled: Tensor | None = None,
+    model: DiffusersModel,
+    x: Tensor,
+    timestep: Tensor | float,
+    context: Tensor,
+    pooled: Tensor | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
     """The UNet's raw prediction [B, C, h, w] in fp32 (fp64 stays) for variance-preserving latents x.
@@ -343,8 +358,12 @@ def new_adapter(model: DiffusersModel, concept: Concept, rank: int, alpha: float
     """An untrained value adapter for every cross-attention layer of `model`."""
     shapes = layer_shapes(model.unet)
     info = AdapterInfo(
-        concept=concept.name, class_word=concept.class_word, base=model.family,
-        context_dim=next(iter(shapes.values()))[0], rank=rank, alpha=alpha or float(rank),
+        concept=concept.name,
+        class_word=concept.class_word,
+        base=model.family,
+        context_dim=next(iter(shapes.values()))[0],
+        rank=rank,
+        alpha=alpha or float(rank),
         prediction_type=model.prediction_type,
     )
     adapter = ValueAdapter.create(shapes, info, seed)
@@ -385,12 +404,16 @@ def training_denoiser(
 
 @dataclass
 class SampleResult:
-    """latents [B, C, h, w]; images uint8 [B, H, W, 3]; what LODA did, if it ran; sentences for the user."""
+    """latents [B, C, h, w]; images uint8 [B, H, W, 3]; what LODA did, if it ran; sentences for the user.
+
+    watched: step index to the concepts' maps [B, n, h, w] as that step saw them, where asked for.
+    """
 
     latents: Tensor
     images: np.ndarray
     trace: LodaTrace | None = None
     warnings: tuple[str, ...] = ()
+    watched: dict[int, Tensor] = field(default_factory=dict)
 
 
 def _scheduler(model: DiffusersModel, name: str, steps: int) -> Any:
@@ -429,6 +452,7 @@ def sample(
     sampler: str = "ddim",
     loda: LodaConfig | None = None,
     latents: Tensor | None = None,
+    watch: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SampleResult:
     """Draws one picture per seed.
@@ -441,6 +465,7 @@ def sample(
         size: (height, width) in pixels; the model's own when None.
         loda: None for plain sampling.
         latents: unit noise to start from instead of the seeds'.
+        watch: steps at which to note the concepts' maps, with or without LODA; the pictures do not change by it.
         progress: called after each step with (done, steps); may raise to stop.
     """
     count = len(seeds)
@@ -454,20 +479,23 @@ def sample(
     if height % factor or width % factor or min(height, width) < factor:
         raise ConceptSplitError(f"A picture of {width} × {height} pixels is not possible: use multiples of {factor}.")
     h, w = height // factor, width // factor
-    notes = [text for text in dict.fromkeys(note for cond in positive for note in cond.warnings)]
+    notes = list(dict.fromkeys(note for cond in positive for note in cond.warnings))
 
     neg = empty_conditioning(model, positive[0], negative) if isinstance(negative, str) else negative
     guided = guidance != 1.0
     length = int(np.lcm.reduce([c.context.shape[1] for c in positive] + ([neg.context.shape[1]] if guided else [])))
     context = torch.cat([_tile(c.context, length) for c in positive]).to(model.device)
-    mask = torch.cat(
-        [_tile(row_mask(c.bindings, names, c.context.shape[1])[None], length) for c in positive]
-    ).to(model.device)
-    pooled = None if positive[0].pooled is None else torch.cat([c.pooled for c in positive]).to(model.device)
+    mask = torch.cat([_tile(row_mask(c.bindings, names, c.context.shape[1])[None], length) for c in positive]).to(
+        model.device
+    )
+    pools = [cond.pooled for cond in positive if cond.pooled is not None]
+    pooled = torch.cat(pools).to(model.device) if pools else None
     if guided:
         both = torch.cat([_tile(neg.context, length).expand(count, -1, -1), context])
         both_mask = torch.cat([torch.zeros_like(mask), mask])
-        both_pooled = None if pooled is None else torch.cat([neg.pooled.expand(count, -1), pooled])
+        both_pooled = (
+            None if pooled is None or neg.pooled is None else torch.cat([neg.pooled.expand(count, -1), pooled])
+        )
     else:
         both, both_mask, both_pooled = context, mask, pooled
 
@@ -478,6 +506,7 @@ def sample(
     x = x.to(model.device, torch.float64 if model.dtype == torch.float64 else torch.float32)
     x = x * scheduler.init_noise_sigma
 
+    settings = loda or LodaConfig()
     trace: LodaTrace | None = None
     if loda is not None:
         if int((mask.amax(dim=1) > 0).sum(dim=1).max()) < 2:
@@ -488,37 +517,40 @@ def sample(
 
     factors = layer_factors(model.unet)
     sizes = level_sizes((h, w))
+    chosen, wanted = choose_layers(factors, settings.map_downscale, settings.map_part)
+    watched: dict[int, Tensor] = {}
+    last_biased = round(settings.afg_end * steps)
     with patched(model, [adapters.get(name, (None, 0.0)) for name in names]) as patch:
-        patch_layers: list[str] = []
-        grid = (0, 0)
-        if loda is not None:
-            chosen, patch_layers = choose_layers(factors, loda.map_downscale, loda.map_part)
-            grid = sizes[chosen]
-
-        last_biased = steps if loda is None else round(loda.afg_end * steps)
         for index, t in enumerate(scheduler.timesteps):
             sigma = _sigma(model, scheduler, sampler, index, t)
-            if loda is not None and trace is not None:
+            # Samplers on the variance-preserving latent are lifted to x0 + σ ε, where the core optimises.
+            lift = (sigma**2 + 1) ** 0.5 if sampler == "ddim" else 1.0
 
-                def maps_of(x_sigma: Tensor, sigma: float = sigma, t: Tensor = t) -> Tensor:
-                    """Maps [B, n, h, w] of the conditional branch alone; ends the UNet at the last layer it needs."""
-                    patch.state.mask = mask
-                    with patch.capturing(patch_layers, mask) as maps:
+            def maps_of(x_sigma: Tensor, sigma: float = sigma, t: Tensor = t) -> Tensor:
+                """Maps [B, n, h, w] of the conditional branch alone; leaves the UNet at the last layer it needs."""
+                patch.state.mask, bias, patch.bias = mask, patch.bias, {}
+                try:
+                    with patch.capturing(wanted, mask) as maps:
                         found = maps
                         call_unet(model, x_sigma / (sigma**2 + 1) ** 0.5, t, context, pooled, (height, width))
-                    return aggregate(list(found.values()), grid)
+                finally:
+                    patch.bias = bias
+                return aggregate(list(found.values()), sizes[chosen])
 
-                to_sigma = (sigma**2 + 1) ** 0.5 if sampler == "ddim" else 1.0
+            if loda is not None and trace is not None:
                 if index < loda.steps:
-                    x = loda_core.separate(x * to_sigma, sigma, index, maps_of, loda, trace) / to_sigma
+                    x = loda_core.separate(x * lift, sigma, index, maps_of, loda, trace) / lift
                 if index == loda.steps and loda.afg and index < last_biased:
                     with torch.no_grad():
-                        found = maps_of(x * to_sigma)
+                        found = maps_of(x * lift)
                     areas = loda_core.regions(found, loda.afg_fraction, loda.afg_sigma)
                     trace.regions = areas.cpu()
                     patch.bias = _biases(areas, mask, factors, sizes, loda, model.dtype, guided)
                 if index >= last_biased:
                     patch.bias = {}
+            if index in watch:
+                with torch.no_grad():
+                    watched[index] = maps_of(x * lift).cpu()
             with torch.no_grad():
                 scaled = scheduler.scale_model_input(x, t)
                 patch.state.mask = both_mask
@@ -536,7 +568,7 @@ def sample(
                 )
             if progress is not None:
                 progress(index + 1, steps)
-    return SampleResult(x, decode_latents(model, x), trace, tuple(notes))
+    return SampleResult(x, decode_latents(model, x), trace, tuple(notes), watched)
 
 
 def _sigma(model: DiffusersModel, scheduler: Any, sampler: str, index: int, t: Tensor) -> float:
@@ -548,8 +580,13 @@ def _sigma(model: DiffusersModel, scheduler: Any, sampler: str, index: int, t: T
 
 
 def _biases(
-    areas: Tensor, mask: Tensor, factors: Mapping[str, int], sizes: Mapping[int, tuple[int, int]],
-    config: LodaConfig, dtype: torch.dtype, guided: bool,
+    areas: Tensor,
+    mask: Tensor,
+    factors: Mapping[str, int],
+    sizes: Mapping[int, tuple[int, int]],
+    config: LodaConfig,
+    dtype: torch.dtype,
+    guided: bool,
 ) -> dict[str, Tensor]:
     """AFG's logit bias per layer [B or 2B, Lq, L]; nothing in the unconditional rows."""
     made: dict[int, Tensor] = {}

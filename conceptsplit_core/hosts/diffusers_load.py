@@ -110,9 +110,7 @@ def load_model(
             )
     if prediction_type is not None:
         if prediction_type not in ("epsilon", "v_prediction"):
-            raise ConceptSplitError(
-                f"Prediction type {prediction_type!r} is unknown: use 'epsilon' or 'v_prediction'."
-            )
+            raise ConceptSplitError(f"Prediction type {prediction_type!r} is unknown: use 'epsilon' or 'v_prediction'.")
         model.prediction_type = prediction_type
     if model.prediction_type not in ("epsilon", "v_prediction"):
         raise ConceptSplitError(
@@ -136,9 +134,7 @@ def load_model(
 def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
     index_path = path / "model_index.json"
     if not index_path.is_file():
-        raise ConceptSplitError(
-            f"'{path}' is not a model folder in diffusers format: it has no model_index.json."
-        )
+        raise ConceptSplitError(f"'{path}' is not a model folder in diffusers format: it has no model_index.json.")
     try:
         index = json.loads(index_path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as problem:
@@ -183,9 +179,14 @@ def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
         )
     scheduler = _scheduler_settings(path)
     return DiffusersModel(
-        unet=unet, vae=vae, encoders=tuple(encoders), family=family_of(unet),
+        unet=unet,
+        vae=vae,
+        encoders=tuple(encoders),
+        family=family_of(unet),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
-        alphas_cumprod=_alphas(scheduler), scheduler=scheduler, source=str(path),
+        alphas_cumprod=_alphas(scheduler),
+        scheduler=scheduler,
+        source=str(path),
     )
 
 
@@ -197,7 +198,9 @@ def _variant(folder: Path) -> str | None:
 
 def _text_encoder(tokenizer: Any, model: Any, dual: bool) -> TextEncoder:
     return TextEncoder(
-        tokenizer=tokenizer, model=model, layer=-2 if dual else None,
+        tokenizer=tokenizer,
+        model=model,
+        layer=-2 if dual else None,
         projected="WithProjection" in type(model).__name__,
         length=int(getattr(model.config, "max_position_embeddings", 77)),
     )
@@ -212,8 +215,16 @@ def _scheduler_settings(path: Path) -> dict[str, Any]:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, OSError) as problem:
             raise ConceptSplitError(f"'{file}' cannot be read: {problem}.") from None
-    wanted = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "steps_offset",
-              "trained_betas", "rescale_betas_zero_snr")
+    wanted = (
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "num_train_timesteps",
+        "prediction_type",
+        "steps_offset",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
     settings = _schedule()
     settings.update({k: found[k] for k in wanted if k in found})
     return settings
@@ -221,14 +232,21 @@ def _scheduler_settings(path: Path) -> dict[str, Any]:
 
 def _schedule(prediction_type: str = "epsilon") -> dict[str, Any]:
     """The schedule all Stable Diffusion models were trained with."""
-    return {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-            "num_train_timesteps": 1000, "prediction_type": prediction_type, "steps_offset": 1}
+    return {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction_type,
+        "steps_offset": 1,
+    }
 
 
 def _alphas(settings: dict[str, Any]) -> Tensor:
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(**settings, clip_sample=False).alphas_cumprod.clone()
+    scheduler: Any = DDIMScheduler(**settings, clip_sample=False)
+    return scheduler.alphas_cumprod.clone()
 
 
 def family_of(unet: Any) -> str:
@@ -258,8 +276,8 @@ def _load_demo() -> DiffusersModel:
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise ConceptSplitError(f"The demo model cannot be loaded: {problem}.") from None
     config = parts.config
-    unet = UNet2DConditionModel(**config["unet"])
-    vae = AutoencoderTiny(**config["vae"])
+    unet: Any = UNet2DConditionModel(**config["unet"])
+    vae: Any = AutoencoderTiny(**config["vae"])
     text = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
     # transformers before 5.6 keeps the encoder one level down, under `text_model`.
     prefix = "text_model." if hasattr(text, "text_model") else ""
@@ -273,10 +291,15 @@ def _load_demo() -> DiffusersModel:
         ) from None
     settings = {**_schedule(), **config["scheduler"]}
     return DiffusersModel(
-        unet=unet, vae=vae,
+        unet=unet,
+        vae=vae,
         encoders=(_text_encoder(CLIPTokenizer.from_pretrained(str(checkpoint.TOKENIZER_DIR)), text, False),),
-        family="demo", prediction_type=settings["prediction_type"], alphas_cumprod=_alphas(settings),
-        scheduler=settings, source="demo", templates=DEMO_TEMPLATES,
+        family="demo",
+        prediction_type=settings["prediction_type"],
+        alphas_cumprod=_alphas(settings),
+        scheduler=settings,
+        source="demo",
+        templates=DEMO_TEMPLATES,
     )
 
 
@@ -335,9 +358,13 @@ def _load_file(path: Path, dtype: torch.dtype, tokenizer: str | os.PathLike[str]
         pairs.append((loaded.tokenizer_2, loaded.text_encoder_2))
     settings = _schedule(prediction)
     return DiffusersModel(
-        unet=loaded.unet, vae=loaded.vae,
+        unet=loaded.unet,
+        vae=loaded.vae,
         encoders=tuple(_text_encoder(t, m, family == "sdxl") for t, m in pairs),
-        family=family, prediction_type=prediction, alphas_cumprod=_alphas(settings), scheduler=settings,
+        family=family,
+        prediction_type=prediction,
+        alphas_cumprod=_alphas(settings),
+        scheduler=settings,
         source=str(path),
     )
 
@@ -360,8 +387,10 @@ def write_config(folder: Path, family: str, prediction_type: str, tokenizer: Pat
     """Writes a weightless diffusers folder for `family`: what a hub repository would supply beside the weights."""
     dual = family == "sdxl"
     parts: dict[str, list[str | None]] = {
-        "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     if dual:
@@ -373,13 +402,20 @@ def write_config(folder: Path, family: str, prediction_type: str, tokenizer: Pat
     name = "StableDiffusionXLPipeline" if dual else "StableDiffusionPipeline"
     extra = {"force_zeros_for_empty_prompt": True} if dual else {"requires_safety_checker": False}
     _write(folder / "model_index.json", {"_class_name": name, **extra, **parts})
-    _write(folder / "scheduler" / "scheduler_config.json",
-           {"_class_name": "DDIMScheduler", **_schedule(prediction_type), "clip_sample": False,
-            "set_alpha_to_one": False})
+    _write(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "DDIMScheduler", **_schedule(prediction_type), "clip_sample": False, "set_alpha_to_one": False},
+    )
     _write(folder / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **UNET_CONFIGS[family]})
-    _write(folder / "vae" / "config.json",
-           {"_class_name": "AutoencoderKL", **VAE_CONFIG,
-            "sample_size": 1024 if dual else 512, "scaling_factor": 0.13025 if dual else 0.18215})
+    _write(
+        folder / "vae" / "config.json",
+        {
+            "_class_name": "AutoencoderKL",
+            **VAE_CONFIG,
+            "sample_size": 1024 if dual else 512,
+            "scaling_factor": 0.13025 if dual else 0.18215,
+        },
+    )
     _write(folder / "text_encoder" / "config.json", TEXT_CONFIGS["open" if family == "sd21" else "clip"])
     if dual:
         _write(folder / "text_encoder_2" / "config.json", TEXT_CONFIGS["bigg"])
@@ -391,9 +427,17 @@ def write_config(folder: Path, family: str, prediction_type: str, tokenizer: Pat
                 (target / file).write_bytes((tokenizer / file).read_bytes())
         # OpenCLIP's encoders were trained with id 0, the exclamation mark, as padding.
         pad = "!" if family == "sd21" or suffix else "<|endoftext|>"
-        _write(target / "tokenizer_config.json",
-               {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>",
-                "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad})
+        _write(
+            target / "tokenizer_config.json",
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": 77,
+                "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>",
+                "pad_token": pad,
+            },
+        )
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -402,8 +446,16 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 _UNET_COMMON: dict[str, Any] = {
-    "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
-    "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
     "norm_num_groups": 32,
 }
 _FOUR: dict[str, Any] = {
@@ -413,33 +465,81 @@ _FOUR: dict[str, Any] = {
 }
 UNET_CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {**_UNET_COMMON, **_FOUR, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21": {**_UNET_COMMON, **_FOUR, "sample_size": 96, "cross_attention_dim": 1024,
-             "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
-    "sdxl": {**_UNET_COMMON, "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
-             "block_out_channels": [320, 640, 1280],
-             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-             "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-             "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
-             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-             "projection_class_embeddings_input_dim": 2816},
+    "sd21": {
+        **_UNET_COMMON,
+        **_FOUR,
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        **_UNET_COMMON,
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
 }
 VAE_CONFIG: dict[str, Any] = {
-    "act_fn": "silu", "block_out_channels": [128, 256, 512, 512], "in_channels": 3, "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
 }
 _TEXT_COMMON: dict[str, Any] = {
-    "model_type": "clip_text_model", "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 2,
-    "layer_norm_eps": 1e-5, "max_position_embeddings": 77, "pad_token_id": 1, "vocab_size": 49408,
+    "model_type": "clip_text_model",
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "pad_token_id": 1,
+    "vocab_size": 49408,
 }
 # eos_token_id 2 is what the released configurations say: transformers then pools at the highest id, which is right
 # for CLIP's vocabulary whatever the padding.
 TEXT_CONFIGS: dict[str, dict[str, Any]] = {
-    "clip": {**_TEXT_COMMON, "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "hidden_size": 768,
-             "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768},
-    "open": {**_TEXT_COMMON, "architectures": ["CLIPTextModel"], "hidden_act": "gelu", "hidden_size": 1024,
-             "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23, "projection_dim": 512},
-    "bigg": {**_TEXT_COMMON, "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu",
-             "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32,
-             "projection_dim": 1280},
+    "clip": {
+        **_TEXT_COMMON,
+        "architectures": ["CLIPTextModel"],
+        "hidden_act": "quick_gelu",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "projection_dim": 768,
+    },
+    "open": {
+        **_TEXT_COMMON,
+        "architectures": ["CLIPTextModel"],
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 23,
+        "projection_dim": 512,
+    },
+    "bigg": {
+        **_TEXT_COMMON,
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_act": "gelu",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_attention_heads": 20,
+        "num_hidden_layers": 32,
+        "projection_dim": 1280,
+    },
 }

@@ -21,7 +21,6 @@ import tiny  # noqa: E402
 from conceptsplit_core.adapters import AdapterInfo, ValueAdapter  # noqa: E402
 from conceptsplit_core.hosts import diffusers as host  # noqa: E402
 
-
 # The models are tiny: threads only get in each other's way.
 torch.set_num_threads(1)
 

@@ -38,9 +38,8 @@ def test_layer_factors_are_the_sizes_the_unet_really_uses(load, family, side):
     cond, mask = bound(model)
     x, t = inputs(model, side=side)
     names = list(host.cross_attention_layers(model.unet))
-    with host.patched(model) as patch, torch.no_grad():
-        with patch.capturing(names, mask, leave=False) as maps:
-            host.call_unet(model, x, t, cond.context, cond.pooled)
+    with host.patched(model) as patch, torch.no_grad(), patch.capturing(names, mask, leave=False) as maps:
+        host.call_unet(model, x, t, cond.context, cond.pooled)
     sizes = level_sizes((side, side))
     for name, factor in host.layer_factors(model.unet).items():
         h, w = sizes[factor]
@@ -159,7 +158,8 @@ def test_the_model_is_the_same_bits_after_an_exception(load, adapter_for, family
     state = {k: v.clone() for k, v in model.unet.state_dict().items()}
     with torch.no_grad():
         plain = host.call_unet(model, x, t, cond.context, cond.pooled)
-    with pytest.raises(RuntimeError, match="stop"), host.patched(model, [(adapter_for(model), 1.0), (None, 0)]) as patch:
+    adapters = [(adapter_for(model), 1.0), (None, 0.0)]
+    with pytest.raises(RuntimeError, match="stop"), host.patched(model, adapters) as patch:
         patch.state.mask = mask
         host.call_unet(model, x, t, cond.context, cond.pooled)
         raise RuntimeError("stop")
@@ -192,9 +192,8 @@ def test_capturing_maps_does_not_change_the_output(load, family):
     x, t = inputs(model)
     with torch.no_grad():
         plain = host.call_unet(model, x, t, cond.context, cond.pooled)
-        with host.patched(model) as patch:
-            with patch.capturing(list(patch.layers), mask, leave=False) as maps:
-                seen = host.call_unet(model, x, t, cond.context, cond.pooled)
+        with host.patched(model) as patch, patch.capturing(list(patch.layers), mask, leave=False) as maps:
+            seen = host.call_unet(model, x, t, cond.context, cond.pooled)
     assert len(maps) == len(patch.layers)
     assert torch.equal(plain, seen)
 
@@ -207,9 +206,8 @@ def test_maps_are_the_attention_the_layer_really_pays(load, family):
     name, attn = list(host.cross_attention_layers(model.unet).items())[3]
     grabbed = {}
     watcher = attn.register_forward_pre_hook(lambda _m, args, kwargs: grabbed.update(x=args[0]), with_kwargs=True)
-    with torch.no_grad(), host.patched(model) as patch:
-        with patch.capturing([name], mask, leave=False) as maps:
-            host.call_unet(model, x, t, cond.context, cond.pooled)
+    with torch.no_grad(), host.patched(model) as patch, patch.capturing([name], mask, leave=False) as maps:
+        host.call_unet(model, x, t, cond.context, cond.pooled)
     watcher.remove()
     q = attn.head_to_batch_dim(attn.to_q(grabbed["x"]))
     k = attn.head_to_batch_dim(attn.to_k(cond.context))

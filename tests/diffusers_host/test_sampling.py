@@ -40,11 +40,21 @@ def test_plain_sampling_is_the_stock_pipeline(load, folder, family, sampler):
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     theirs = pipe(
-        "a photo of a dog", num_inference_steps=5, guidance_scale=5.0, latents=start.clone(), output_type="latent",
-        height=128, width=128,
+        "a photo of a dog",
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        latents=start.clone(),
+        output_type="latent",
+        height=128,
+        width=128,
     ).images
     ours = host.sample(
-        model, [host.encode_text(model, "a photo of a dog")], seeds=[0], steps=5, guidance=5.0, sampler=sampler,
+        model,
+        [host.encode_text(model, "a photo of a dog")],
+        seeds=[0],
+        steps=5,
+        guidance=5.0,
+        sampler=sampler,
         latents=start,
     )
     torch.testing.assert_close(ours.latents, theirs, atol=2e-4, rtol=1e-3)
@@ -57,9 +67,7 @@ def test_bound_but_silent_sampling_is_bit_equal_to_plain(load, adapter_for, fami
     options = {"seeds": [5], "steps": 4, "concepts": NAMES}
     plain = host.sample(model, prompts(model, TEXT), **options)
     zero = host.sample(model, prompts(model, TEXT), adapters={"rex": (adapter_for(model), 0.0)}, **options)
-    unused = host.sample(
-        model, prompts(model, TEXT), loda=LodaConfig(steps=0, afg=False), **options
-    )
+    unused = host.sample(model, prompts(model, TEXT), loda=LodaConfig(steps=0, afg=False), **options)
     again = host.sample(model, prompts(model, TEXT), **options)
     for other in (zero, unused, again):
         assert torch.equal(plain.latents, other.latents)
@@ -85,8 +93,7 @@ def test_each_image_of_a_batch_has_its_own_binding(load, adapter_for, family):
     adapters = {"rex": (adapter_for(model), 1.0), "tom": (adapter_for(model, "tom", "cat", seed=7), 0.7)}
     conds = prompts(model, TEXT, "the <tom> on a table, two <rex>")
     assert conds[0].bindings != conds[1].bindings
-    options = {"concepts": NAMES, "adapters": adapters, "steps": 4,
-               "loda": LodaConfig(steps=2, afg_fraction=0.2)}
+    options = {"concepts": NAMES, "adapters": adapters, "steps": 4, "loda": LodaConfig(steps=2, afg_fraction=0.2)}
     together = host.sample(model, conds, seeds=[1, 2], **options)
     for i, seed in enumerate((1, 2)):
         alone = host.sample(model, [conds[i]], seeds=[seed], **options)
@@ -102,7 +109,13 @@ def test_a_long_positive_meets_a_short_negative(load, adapter_for):
     model = load()
     long = prompts(model, "a photo of " + "the " * 80 + "<rex> and a <tom>")
     result = host.sample(
-        model, long, "the dark", seeds=[0], steps=3, concepts=NAMES, adapters={"rex": (adapter_for(model), 1.0)},
+        model,
+        long,
+        "the dark",
+        seeds=[0],
+        steps=3,
+        concepts=NAMES,
+        adapters={"rex": (adapter_for(model), 1.0)},
         loda=LodaConfig(steps=1),
     )
     assert torch.isfinite(result.latents).all()
@@ -267,8 +280,13 @@ def test_the_model_is_clean_after_an_interrupt_in_mid_run(load, adapter_for):
 def test_half_precision_stays_finite(load, adapter_for, dtype):
     model = load(dtype=dtype)
     result = host.sample(
-        model, prompts(model, TEXT), seeds=[1], steps=4, concepts=NAMES,
-        adapters={"rex": (adapter_for(model), 1.0)}, loda=LodaConfig(steps=2),
+        model,
+        prompts(model, TEXT),
+        seeds=[1],
+        steps=4,
+        concepts=NAMES,
+        adapters={"rex": (adapter_for(model), 1.0)},
+        loda=LodaConfig(steps=2),
     )
     assert torch.isfinite(result.latents).all() and result.latents.dtype == torch.float32
 

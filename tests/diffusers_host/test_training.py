@@ -22,10 +22,16 @@ def setup(model, rank=4, seed=0, images=3, masks=False):
 
 
 def run(model, adapter, data, steps=8, checkpointing=False, **options):
-    config = TrainConfig(**{
-        "steps": steps, "batch_size": 2, "learning_rate": 1e-2, "prediction_type": model.prediction_type, "warmup": 0,
-        **options,
-    })
+    config = TrainConfig(
+        **{
+            "steps": steps,
+            "batch_size": 2,
+            "learning_rate": 1e-2,
+            "prediction_type": model.prediction_type,
+            "warmup": 0,
+            **options,
+        }
+    )
     with host.training_denoiser(model, adapter, checkpointing) as denoise:
         return train(adapter, data, model.alphas_cumprod, denoise, config)
 

@@ -46,9 +46,16 @@ def text_model(width: int, tok: Any, projection: int | None = None) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tok),
-        max_position_embeddings=77, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.pad_token_id, projection_dim=projection or 32,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(tok),
+        max_position_embeddings=77,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        projection_dim=projection or 32,
     )
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
@@ -66,19 +73,33 @@ def unet(family: str) -> Any:
 def _unet(family: str) -> Any:
     from diffusers import UNet2DConditionModel
 
-    common: dict[str, Any] = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-                              "norm_num_groups": 4}
+    common: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+    }
     if family == "sdxl":
         return UNet2DConditionModel(
-            **common, block_out_channels=(8, 16, 16), cross_attention_dim=2048, attention_head_dim=(2, 4, 4),
+            **common,
+            block_out_channels=(8, 16, 16),
+            cross_attention_dim=2048,
+            attention_head_dim=(2, 4, 4),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2), use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
+            transformer_layers_per_block=(1, 1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=32 + 6 * 8,
         )
     return UNet2DConditionModel(
-        **common, block_out_channels=(8, 16, 16, 16), cross_attention_dim=768 if family == "sd15" else 1024,
-        attention_head_dim=4 if family == "sd15" else (2, 4, 4, 4), use_linear_projection=family == "sd21",
+        **common,
+        block_out_channels=(8, 16, 16, 16),
+        cross_attention_dim=768 if family == "sd15" else 1024,
+        attention_head_dim=4 if family == "sd15" else (2, 4, 4, 4),
+        use_linear_projection=family == "sd21",
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     )
@@ -88,8 +109,13 @@ def vae() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4, layers_per_block=1, sample_size=128,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+        layers_per_block=1,
+        sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     )
 
 
@@ -99,8 +125,13 @@ def pipeline(family: str, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="v_prediction" if family == "sd21" else "epsilon",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction" if family == "sd21" else "epsilon",
     )
     parts: dict[str, Any] = {"unet": unet(family), "vae": vae(), "scheduler": scheduler}
     tok = tokenizer("!" if family == "sd21" else "<|endoftext|>")
@@ -111,9 +142,7 @@ def pipeline(family: str, seed: int = 0) -> Any:
         return StableDiffusionXLPipeline(
             **parts, tokenizer_2=second, text_encoder_2=text_model(1280, second, projection=32)
         )
-    return StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def save_folder(family: str, folder: Path, seed: int = 0) -> Path:

@@ -1,0 +1,65 @@
+"""--help teaches, is instant, and says the truth about defaults."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from conceptsplit_core import loda, training
+from conceptsplit_core.cli import options
+from conceptsplit_core.hosts import diffusers as host
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train", "sample", "inspect", "demo")
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys; from conceptsplit_core.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples_or_a_reason_and_explains_every_option(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert "example" in out or command == "demo"
+    parser = next(a for a in options.build_parser()._actions if a.choices).choices[command]
+    assert all(action.help for action in parser._actions)
+
+
+def test_no_command_shows_the_overview(call):
+    code, out, _ = call()
+    assert code == 2 and all(f"\n  {command} " in out for command in COMMANDS)
+
+
+def test_shown_defaults_are_the_real_ones():
+    assert {f.name: f.default for f in fields(loda.LodaConfig)} == options.LODA_DEFAULTS
+    real = {f.name: f.default for f in fields(training.TrainConfig)}
+    assert {k: real[k] for k in options.TRAIN_DEFAULTS} == options.TRAIN_DEFAULTS
+    assert set(options.DIVERGENCES) == set(loda.DIVERGENCES)
+    assert options.STEP_RULES == loda.STEP_RULES and options.SAMPLERS == host.SAMPLERS
+    from conceptsplit_core.cli.sample import loda_config
+
+    arguments = options.parse(["sample", "--prompt", "a"])
+    assert loda_config(arguments) == loda.LodaConfig()
+    assert loda_config(options.parse(["sample", "--prompt", "a", "--no-loda"])) is None
+
+
+def test_no_file_of_the_terminal_names_a_machine():
+    for file in (ROOT / "conceptsplit_core" / "cli").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "/work/" not in text and "/home/" not in text and "http" not in text
