@@ -1,0 +1,150 @@
+"""The real program over HTTP: every shipped workflow is queued as the browser queues it, and its pictures come out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import HOST, REPO
+
+WORKFLOWS = sorted((REPO / "tests" / "workflows_api").glob("*.json"))
+BOOT_SECONDS, RUN_SECONDS = 180, 600
+
+
+class Program:
+    """A ComfyUI in its own process, with its own folders."""
+
+    def __init__(self, base: Path):
+        (base / "custom_nodes").mkdir(parents=True)
+        (base / "custom_nodes" / "comfyui-conceptsplit").symlink_to(REPO, target_is_directory=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = base / "log.txt"
+        command = [
+            sys.executable, str(HOST / "main.py"), "--cpu", "--base-directory", str(base), "--listen", "127.0.0.1",
+            "--port", str(self.port), "--disable-auto-launch",
+        ]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=base, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+        end = time.monotonic() + BOOT_SECONDS
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise AssertionError(f"ComfyUI ended while booting:\n{self.tail()}")
+            try:
+                self.get("/system_stats")
+                return
+            except OSError:
+                time.sleep(0.5)
+        self.stop()
+        raise AssertionError(f"ComfyUI did not answer within {BOOT_SECONDS} s:\n{self.tail()}")
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+            return answer.read()
+
+    def post(self, path: str, data: dict) -> dict:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(data).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path} answered {error.code}: {error.read().decode()[:2000]}") from error
+        return json.loads(text) if text else {}
+
+    def run(self, prompt: dict) -> dict:
+        """Queues a prompt and waits for it; its history entry."""
+        queued = self.post("/prompt", {"prompt": prompt})
+        assert not queued["node_errors"], queued["node_errors"]
+        end = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < end:
+            history = json.loads(self.get(f"/history/{queued['prompt_id']}"))
+            if queued["prompt_id"] in history and history[queued["prompt_id"]]["status"]["completed"] is not None:
+                entry = history[queued["prompt_id"]]
+                if entry["status"]["completed"] or entry["status"]["status_str"] == "error":
+                    return entry
+            assert self.process.poll() is None, self.tail()
+            time.sleep(0.3)
+        raise AssertionError(f"not done within {RUN_SECONDS} s:\n{self.tail()}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    running = Program(tmp_path_factory.mktemp("program") / "base")
+    yield running
+    running.stop()
+
+
+def test_nodes_help_pages_and_templates_are_served(program):
+    nodes = json.loads(program.get("/object_info"))
+    ours = [name for name in nodes if name.startswith("ConceptSplit")]
+    assert len(ours) == 10
+    for name in ours:
+        page = program.get(f"/extensions/comfyui-conceptsplit/docs/{name}.md").decode()
+        assert page.startswith(f"# {nodes[name]['display_name']}"), name
+    shipped = {path.stem for path in (REPO / "workflows").glob("*.json")}
+    listed = json.loads(program.get("/workflow_templates"))
+    assert shipped <= set(listed["comfyui-conceptsplit"])
+
+
+def test_there_are_workflows():
+    assert {path.stem for path in WORKFLOWS} == {path.stem for path in (REPO / "workflows").glob("*.json")} != set()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow(program, path):
+    prompt = json.loads(path.read_text())
+    entry = program.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    shown = [key for key, node in prompt.items() if node["class_type"] in ("SaveImage", "PreviewImage")]
+    for key in shown:
+        assert entry["outputs"][key]["images"], f"node {key} gave no picture"
+        for image in entry["outputs"][key]["images"]:
+            query = f"filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
+            pixels = np.asarray(Image.open(io.BytesIO(program.get(f"/view?{query}"))).convert("RGB"))
+            assert min(pixels.shape[:2]) >= 64 and pixels.std() > 4, f"node {key} gave an empty picture"
+
+
+def test_stop_button(program):
+    """POST /interrupt while training: the prompt ends, and the next one runs."""
+    train = json.loads((REPO / "tests" / "workflows_api" / "conceptsplit_train.json").read_text())
+    (node,) = [node for node in train.values() if node["class_type"] == "ConceptSplitTrain"]
+    node["inputs"] |= {"steps": 100000, "file_name": "stopped"}
+    queued = program.post("/prompt", {"prompt": train})
+    assert not queued["node_errors"]
+    end = time.monotonic() + 120
+    while not json.loads(program.get("/queue"))["queue_running"] and time.monotonic() < end:
+        time.sleep(0.2)
+    time.sleep(3)
+    program.post("/interrupt", {})
+    while json.loads(program.get("/queue"))["queue_running"] and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not json.loads(program.get("/queue"))["queue_running"], "training did not stop"
+    assert json.loads(program.get(f"/history/{queued['prompt_id']}"))[queued["prompt_id"]]["status"]["status_str"] == "error"
+    node["inputs"] |= {"steps": 2, "file_name": "after"}
+    assert program.run(train)["status"]["status_str"] == "success"
