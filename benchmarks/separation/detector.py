@@ -23,12 +23,13 @@ BACKGROUND_DISTANCE = 40.0
 """RGB distance from which a pixel is no background. Looks stand 95 or more from theirs, less their jitter."""
 MIN_AREA = 90
 """Smallest object in pixels; the smallest drawn one, a star of 36 px, has about 350."""
-MIN_SHAPE_OVERLAP = 0.76
-"""Soft IoU with the best template below which a shape is UNKNOWN."""
-WHOLE_OVERLAP = 0.87
-"""Soft IoU from which a component is surely one shape and no search for touching objects is made."""
-SPLIT_OVERLAP = 0.70
-"""Least soft IoU of every part for a component to be taken apart."""
+MAX_EDGE_ERROR = 1.3
+"""Pixels by which an outline may be off the best template's, on average, for a shape not to be UNKNOWN. Drawings stay
+below 0.6, after the autoencoder below 1.3; halves of two shapes joined start at 1.1."""
+WHOLE_EDGE_ERROR = 0.7
+"""Edge error up to which a component is surely one shape and no search for touching objects is made."""
+SPLIT_EDGE_ERROR = 2.0
+"""Largest edge error of a part for a component to be taken apart."""
 MIN_PATTERN_CORRELATION = 0.70
 """Correlation with the best pattern below which a texture is UNKNOWN."""
 MIN_EXPLAINED = 0.6
@@ -70,7 +71,7 @@ class Texture:
 class Found:
     """One object of a picture.
 
-    shape: a class word or UNKNOWN; overlap: soft IoU with the best template.
+    shape: a class word or UNKNOWN; edge_error: mean distance of its outline from the best template's, in pixels.
     texture: pattern and colours, each possibly UNKNOWN; correlation: with the best pattern of the bank (1 for plain).
     fidelity: per asked look, 1 − mean squared distance to the look drawn in its nominal colours, in units of a
         quarter of the squared distance of those colours; 0 at worst. What a picture all in the mean colour has is 0.
@@ -79,7 +80,7 @@ class Found:
     """
 
     shape: str
-    overlap: float
+    edge_error: float
     texture: Texture
     correlation: float
     area: int
@@ -92,9 +93,9 @@ class Found:
 
 
 @lru_cache(maxsize=1)
-def _shape_bank() -> tuple[tuple[str, ...], np.ndarray]:
-    """Class words and normalised masks, [n, side²]."""
-    words, masks = [], []
+def _shape_bank() -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """Class words, normalised masks [n, side²], and outline lengths over the root of the area [n]."""
+    words, masks, outlines = [], [], []
     for word in scenes.CLASSES:
         for tilt in _TILTS:
             thing = SceneObject(
@@ -104,7 +105,8 @@ def _shape_bank() -> tuple[tuple[str, ...], np.ndarray]:
             _, mask = scenes.render((0.0, 0.0, 0.0), [thing])
             words.append(word)
             masks.append(_normalised(mask[0]))
-    return tuple(words), np.stack(masks)
+            outlines.append(float(np.hypot(*np.gradient(mask[0])).sum() / mask[0].sum() ** 0.5))
+    return tuple(words), np.stack(masks), np.array(outlines)
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
@@ -212,7 +214,7 @@ def _split(mask: np.ndarray) -> list[np.ndarray]:
     A component that is one shape stays whole, and it is taken apart only if every part then is a shape.
     """
     whole = _shape(mask)[1]
-    if whole >= WHOLE_OVERLAP:
+    if whole <= WHOLE_EDGE_ERROR:
         return [mask]
     for disc in _DISCS:
         cores, count = ndimage.label(ndimage.binary_erosion(mask, disc))
@@ -226,7 +228,7 @@ def _split(mask: np.ndarray) -> list[np.ndarray]:
         owner = only[tuple(nearest)]
         parts = [mask & (owner == k) for k in kept]
         # Ragged parts fit worse than clean ones, but far better than what they were cut from.
-        if min(_shape(part)[1] for part in parts) >= max(SPLIT_OVERLAP, whole + 0.12):
+        if max(_shape(part)[1] for part in parts) <= min(SPLIT_EDGE_ERROR, 0.6 * whole):
             return parts
     return [mask]
 
@@ -245,12 +247,18 @@ def _fill_specks(mask: np.ndarray, largest: int = 14) -> np.ndarray:
 
 
 def _shape(mask: np.ndarray) -> tuple[str, float]:
-    words, bank = _shape_bank()
+    """Class word of the best template, or UNKNOWN, and the edge error.
+
+    Overlap alone would ask less of a large disc than of a thin ring: the same fray along the outline costs a ring
+    most. What an overlap lacks is therefore read as an outline that is so many pixels off.
+    """
+    words, bank, outlines = _shape_bank()
     mine = _normalised(_fill_specks(mask).astype(np.float32))
     both = np.minimum(bank, mine).sum(axis=1)
     overlaps = both / (bank.sum(axis=1) + mine.sum() - both)
     best = int(overlaps.argmax())
-    return (words[best] if overlaps[best] >= MIN_SHAPE_OVERLAP else UNKNOWN), float(overlaps[best])
+    error = float((1 - overlaps[best]) * float(mask.sum()) ** 0.5 / outlines[best])
+    return (words[best] if error <= MAX_EDGE_ERROR else UNKNOWN), error
 
 
 def _colour_word(rgb: np.ndarray) -> str:
@@ -413,14 +421,14 @@ def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
         raise ValueError(f"a uint8 picture of {scenes.SIZE} pixels square is needed, got {image.dtype} {image.shape}")
     found = []
     for mask in _components(image):
-        shape, overlap = _shape(mask)
+        shape, edge_error = _shape(mask)
         samples = _samples(image, mask)
         texture, correlation, fidelity = _describe(samples, looks)
         nearest = np.linalg.norm(samples.colours[:, None] - _PALETTE, axis=2).argmin(axis=1)
         counts = np.bincount(nearest, minlength=len(_NAMES)) / len(nearest)
         rows, columns = np.nonzero(mask)
         found.append(Found(
-            shape, overlap, texture, correlation, int(mask.sum()), (float(columns.mean()), float(rows.mean())),
+            shape, edge_error, texture, correlation, int(mask.sum()), (float(columns.mean()), float(rows.mean())),
             fidelity, {_NAMES[i]: float(v) for i, v in enumerate(counts) if v >= 0.02},
         ))  # fmt: skip
     return found

@@ -27,13 +27,12 @@ def test_every_concept_is_told_from_the_others():
     assert table["other"].get("other", 0) / sum(table["other"].values()) >= 0.99
 
 
-def test_halves_of_two_shapes_or_looks_are_mostly_unknown():
+def test_halves_of_two_shapes_or_looks_are_unknown():
     found = confusion.measure(confusion.chimeras(40, seed=1))
     mixed = found["pattern"]["mixed"]
-    assert mixed.get(UNKNOWN, 0) / sum(mixed.values()) >= 0.6
+    assert mixed.get(UNKNOWN, 0) / sum(mixed.values()) >= 0.9
     shapes = found["shape"][UNKNOWN]
-    # Many halves do look like a shape: two of a circle and a square are a circle by any measure.
-    assert shapes.get(UNKNOWN, 0) / sum(shapes.values()) >= 0.3
+    assert shapes.get(UNKNOWN, 0) / sum(shapes.values()) >= 0.8
 
 
 @pytest.mark.parametrize("pattern", ["striped", "dotted", "checked"])
