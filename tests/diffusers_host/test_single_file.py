@@ -1,0 +1,112 @@
+"""Single checkpoint files: what they are is read from their header, and they load without any network."""
+
+from __future__ import annotations
+
+import json
+
+import ldm
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from conceptsplit_core import ConceptSplitError
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.hosts import diffusers_load
+
+# Parameters of the released models, in their order of publication.
+SIZES = {
+    "unet": {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684},
+    "text": {"clip": 123_060_480, "open": 340_387_840, "bigg": 694_659_840},
+    "vae": 83_653_863,
+}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_the_written_out_configurations_are_the_released_models():
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        for family, size in SIZES["unet"].items():
+            assert count(UNet2DConditionModel.from_config(diffusers_load.UNET_CONFIGS[family])) == size
+        for name, size in SIZES["text"].items():
+            config = dict(diffusers_load.TEXT_CONFIGS[name])
+            kind = CLIPTextModelWithProjection if "Projection" in config["architectures"][0] else CLIPTextModel
+            assert count(kind(CLIPTextConfig(**config))) == size
+        assert count(AutoencoderKL.from_config(diffusers_load.VAE_CONFIG)) == SIZES["vae"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A checkpoint file of SD1.5's layout with tiny widths, and the configurations to match."""
+    pipe = tiny.pipeline("sd15", seed=4)
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
+    monkeypatch.setitem(diffusers_load.UNET_CONFIGS, "sd15", config)
+    vae = {k: v for k, v in pipe.vae.config.items() if not k.startswith("_")}
+    monkeypatch.setattr(diffusers_load, "VAE_CONFIG", vae)
+    text = json.loads(pipe.text_encoder.config.to_json_string())
+    monkeypatch.setitem(diffusers_load.TEXT_CONFIGS, "clip", text)
+    path = tmp_path / "model.safetensors"
+    save_file(ldm.state_dict(pipe), path)
+    pipe.tokenizer.save_pretrained(tmp_path / "words")
+    return path, pipe
+
+
+def test_a_checkpoint_file_is_the_pipeline_it_was_made_from(checkpoint, tmp_path, monkeypatch):
+    import socket
+
+    path, pipe = checkpoint
+
+    def offline(*_args, **_options):
+        raise AssertionError("loading used the network")
+
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    model = host.load_model(path, tokenizer=tmp_path / "words")
+    assert model.family == "sd15" and model.prediction_type == "epsilon"
+    for mine, theirs in ((model.unet, pipe.unet), (model.vae, pipe.vae), (model.encoders[0].model, pipe.text_encoder)):
+        expected = theirs.state_dict()
+        assert set(mine.state_dict()) == set(expected)
+        for key, value in mine.state_dict().items():
+            torch.testing.assert_close(value, expected[key], atol=0, rtol=0)
+    result = host.sample(model, [host.encode_text(model, "a photo of a dog")], seeds=[0], steps=2)
+    assert torch.isfinite(result.latents).all()
+
+
+def test_the_tokenizer_may_lie_beside_the_file(checkpoint, tmp_path):
+    path, _ = checkpoint
+    (tmp_path / "words").rename(tmp_path / "tokenizer")
+    assert host.load_model(path).encoders[0].tokenizer.model_max_length == 77
+
+
+def test_a_checkpoint_without_its_text_encoder_says_so(checkpoint, tmp_path):
+    from safetensors.torch import load_file
+
+    path, _ = checkpoint
+    kept = {k: v for k, v in load_file(path).items() if not k.startswith("cond_stage_model")}
+    save_file(kept, path)
+    with pytest.raises(ConceptSplitError, match="cannot be loaded as a sd15 checkpoint") as caught:
+        host.load_model(path, tokenizer=tmp_path / "words")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("width", "level", "spread", "expected"),
+    [
+        (768, 1, 0.0, ("sd15", "epsilon")),
+        (1024, 1, 0.01, ("sd21", "epsilon")),
+        (1024, 1, 0.5, ("sd21", "v_prediction")),
+        (2048, 4, 0.0, ("sdxl", "epsilon")),
+    ],
+)
+def test_family_and_prediction_type_are_read_from_the_file(tmp_path, width, level, spread, expected):
+    prefix = "model.diffusion_model"
+    tensors = {f"{prefix}.input_blocks.{level}.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, width)}
+    if level == 1:
+        bias = torch.tensor([-1.0, 1.0]).repeat(4) * spread
+        tensors[f"{prefix}.output_blocks.11.1.transformer_blocks.0.norm1.bias"] = bias
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert diffusers_load.detect_file(tmp_path / "x.safetensors") == expected
