@@ -71,7 +71,8 @@ class Texture:
 class Found:
     """One object of a picture.
 
-    shape: a class word or UNKNOWN; edge_error: mean distance of its outline from the best template's, in pixels.
+    shape: a class word or UNKNOWN; nearest_shape: the best template's class word in any case.
+    edge_error: mean distance of the outline from the best template's, in pixels.
     texture: pattern and colours, each possibly UNKNOWN; correlation: with the best pattern of the bank (1 for plain).
     fidelity: per asked look, 1 − mean squared distance to the look drawn in its nominal colours, in units of a
         quarter of the squared distance of those colours; 0 at worst. What a picture all in the mean colour has is 0.
@@ -87,6 +88,7 @@ class Found:
     centre: tuple[float, float]
     fidelity: dict[Look, float] = field(default_factory=dict)
     colour_shares: dict[str, float] = field(default_factory=dict)
+    nearest_shape: str = UNKNOWN
 
 
 # --- banks ----------------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def _fill_specks(mask: np.ndarray, largest: int = 14) -> np.ndarray:
 
 
 def _shape(mask: np.ndarray) -> tuple[str, float]:
-    """Class word of the best template, or UNKNOWN, and the edge error.
+    """Class word of the best template and the edge error.
 
     Overlap alone would ask less of a large disc than of a thin ring: the same fray along the outline costs a ring
     most. What an overlap lacks is therefore read as an outline that is so many pixels off.
@@ -258,7 +260,7 @@ def _shape(mask: np.ndarray) -> tuple[str, float]:
     overlaps = both / (bank.sum(axis=1) + mine.sum() - both)
     best = int(overlaps.argmax())
     error = float((1 - overlaps[best]) * float(mask.sum()) ** 0.5 / outlines[best])
-    return (words[best] if error <= MAX_EDGE_ERROR else UNKNOWN), error
+    return words[best], error
 
 
 def _colour_word(rgb: np.ndarray) -> str:
@@ -421,7 +423,8 @@ def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
         raise ValueError(f"a uint8 picture of {scenes.SIZE} pixels square is needed, got {image.dtype} {image.shape}")
     found = []
     for mask in _components(image):
-        shape, edge_error = _shape(mask)
+        nearest_shape, edge_error = _shape(mask)
+        shape = nearest_shape if edge_error <= MAX_EDGE_ERROR else UNKNOWN
         samples = _samples(image, mask)
         texture, correlation, fidelity = _describe(samples, looks)
         nearest = np.linalg.norm(samples.colours[:, None] - _PALETTE, axis=2).argmin(axis=1)
@@ -429,7 +432,7 @@ def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
         rows, columns = np.nonzero(mask)
         found.append(Found(
             shape, edge_error, texture, correlation, int(mask.sum()), (float(columns.mean()), float(rows.mean())),
-            fidelity, {_NAMES[i]: float(v) for i, v in enumerate(counts) if v >= 0.02},
+            fidelity, {_NAMES[i]: float(v) for i, v in enumerate(counts) if v >= 0.02}, nearest_shape,
         ))  # fmt: skip
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from conceptsplit_core.demo.scenes import Look
 
-from .detector import UNKNOWN, Found
+from .detector import UNKNOWN, Found, Texture
 
 WORN = 0.6
 """Fidelity from which a look counts as worn: drawn looks hardly fall below, other looks hardly reach it."""
@@ -26,7 +26,7 @@ BLENDED = 0.2
 
 METRICS = (
     "success", "concepts_right", "omission", "leak", "blend", "unique_binding", "fidelity", "fidelity_present",
-    "odd_shape", "extra",
+    "odd_shape", "extra", "loose_success", "loose_right", "loose_omission", "loose_leak",
 )  # fmt: skip
 """Per picture, each 0..1, means over the wanted things where there are several:
 
@@ -37,6 +37,8 @@ leak: share of wanted things whose class is seen in another wanted look.
 blend: share of wanted things whose object mixes its own colours with another wanted look's.
 unique_binding: share of looks worn by exactly one object, of the right class.
 fidelity: to the own look, 0 if omitted; fidelity_present: over those present (absent from the record if none).
+loose_…: success, concepts_right, omission and leak again for a generous reader, to whom every object has the shape it
+    is nearest to and wears the look in whose colours it is, whatever the pattern. Tells mixing from clumsy drawing.
 odd_shape: some object's shape is UNKNOWN; extra: there are more objects than wanted.
 """
 
@@ -47,6 +49,11 @@ class Wanted:
 
     class_word: str
     look: Look
+
+
+LOOSE_SHARE = 0.6
+"""Share of an object's pixels in a look's colours, and at least LOOSE_EACH in each, for the generous reader."""
+LOOSE_EACH = 0.12
 
 
 @dataclass
@@ -97,8 +104,32 @@ def _assign(found: Sequence[Found], wanted: Sequence[Wanted]) -> list[int | None
     return best
 
 
+def _loose(thing: Found, wanted: Sequence[Wanted]) -> Found:
+    """The object as the generous reader sees it."""
+    texture, fidelity = Texture(UNKNOWN, ()), {}
+    best = 0.0
+    for want in wanted:
+        shares = [thing.colour_shares.get(c, 0.0) for c in want.look.colours]
+        fidelity[want.look] = 0.0
+        if sum(shares) >= LOOSE_SHARE and min(shares) >= LOOSE_EACH and sum(shares) > best:
+            best, texture = sum(shares), Texture(want.look.pattern, want.look.colours)
+    return replace(thing, shape=thing.nearest_shape, texture=texture, fidelity=fidelity)
+
+
 def judge(found: Sequence[Found], wanted: Sequence[Wanted]) -> Judged:
     """Metrics of one picture from what `detect` found; its fidelities must cover the wanted looks."""
+    judged = _judge(found, wanted)
+    generous = _judge([_loose(thing, wanted) for thing in found], wanted).values
+    judged.values |= {
+        "loose_success": generous["success"],
+        "loose_right": generous["concepts_right"],
+        "loose_omission": generous["omission"],
+        "loose_leak": generous["leak"],
+    }
+    return judged
+
+
+def _judge(found: Sequence[Found], wanted: Sequence[Wanted]) -> Judged:
     n = len(wanted)
     own = _assign(found, wanted)
     worn = [worn_look(thing, wanted) for thing in found]

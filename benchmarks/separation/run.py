@@ -285,12 +285,16 @@ def summary(results: Results, rounds: int = 1000) -> dict[str, Any]:
             if not any(metric in values for r in records.values() for values in r.values()):
                 continue
             table[metric] = interval(records, metric, rounds)
-            if metric in ("success", "leak", "omission", "fidelity"):
+            if metric in ("success", "leak", "omission", "fidelity", "loose_success", "loose_leak"):
                 wide = interval(records, metric, rounds, over_sets=True)
                 table[metric] |= {"lo_sets": wide["lo"], "hi_sets": wide["hi"]}
         table["leak_matrix"] = wanted_matrix(records)
         out[name] = table
     return out
+
+
+COMPARED = ("success", "leak", "omission", "fidelity", "concepts_right", "loose_success", "loose_right", "loose_leak",
+            "loose_omission")  # fmt: skip
 
 
 def comparisons(results: Results, pairs: Sequence[tuple[str, str]], rounds: int = 1000) -> dict[str, Any]:
@@ -299,16 +303,17 @@ def comparisons(results: Results, pairs: Sequence[tuple[str, str]], rounds: int 
     for one, other in pairs:
         if results.get(one) and results.get(other):
             out[f"{one} - {other}"] = {
-                **{m: difference(results[one], results[other], m, rounds) for m in ("success", "leak", "omission",
-                                                                                   "fidelity", "concepts_right")},
+                **{m: difference(results[one], results[other], m, rounds) for m in COMPARED},
                 "mcnemar": mcnemar(results[one], results[other]),
+                "mcnemar_loose": mcnemar(results[one], results[other], "loose_success"),
             }  # fmt: skip
     return out
 
 
 def table(summed: Mapping[str, Any]) -> str:
     """The summary as a Markdown table, percentages with their intervals over seeds."""
-    columns = ("success", "concepts_right", "omission", "leak", "blend", "unique_binding", "fidelity", "odd_shape")
+    columns = ("success", "concepts_right", "omission", "leak", "blend", "fidelity", "odd_shape",
+               "loose_success", "loose_omission", "loose_leak")  # fmt: skip
     lines = [
         "| arm | pictures | " + " | ".join(c.replace("_", " ") for c in columns) + " | s/picture |",
         "|---" * (len(columns) + 3) + "|",

@@ -51,6 +51,16 @@ def test_omission():
     assert nothing["omission"] == 1.0 and nothing["success"] == 0.0 and "fidelity_present" not in nothing
 
 
+def test_the_generous_reader_forgives_the_pattern_and_nothing_else():
+    out = judged(("circle", Look("checked", BOBO.colours)), ("square", LUMO.look)).values
+    assert out["success"] == 0.0 and out["loose_success"] == out["loose_right"] == 1.0
+    swapped = judged(("circle", Look("dotted", LUMO.colours)), ("square", Look("dotted", BOBO.colours))).values
+    assert swapped["leak"] == 0.0 and swapped["loose_leak"] == 1.0 and swapped["loose_success"] == 0.0
+    one_colour = judged(("circle", Look("plain", ("orange",))), ("square", LUMO.look)).values
+    assert one_colour["loose_right"] == 0.5 and one_colour["loose_leak"] == 0.0
+    assert judged(("circle", BOBO.look)).values["loose_omission"] == 0.5
+
+
 def test_another_look_is_neither_right_nor_a_leak():
     out = judged(("circle", Look("plain", ("red",))), ("square", LUMO.look))
     assert out.values["concepts_right"] == 0.5 and out.values["leak"] == 0.0 and out.values["success"] == 0.0
