@@ -1,0 +1,45 @@
+"""The demo command, shortened: everything it promises is written, and the report tells the truth about it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from conceptsplit_core.adapters import load_adapter
+from conceptsplit_core.cli import demo
+from conceptsplit_core.demo import scenes
+
+PICTURES = ("training-pictures", "concepts-alone", "composed", "attention", "separation", "bobo.loss", "dax.loss")
+
+
+def test_demo_writes_what_it_promises(call, tmp_path):
+    out = tmp_path / "demo"
+    code, _, err = call("demo", "--out", out, "--concepts", "bobo,dax", "--steps", 2, "--seeds", 1)
+    assert code == 0, err
+    for name in PICTURES:
+        picture = np.asarray(Image.open(out / f"{name}.png"))
+        assert picture.std() > 5, name
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["prompt"] == "a <bobo> and a <dax>"
+    assert report["seconds"]["all"] > 0 and "cores" in report["machine"]
+    assert [row["seed"] for row in report["separation"]["per seed"]] == [1000]
+    assert report["loda"]["forwards"] >= report["loda"]["backwards"] > 0
+    assert report["settings"]["steps"] == 2
+    text = json.dumps(report)
+    assert str(tmp_path) not in text and "/home" not in text
+    for name in ("bobo", "dax"):
+        info = load_adapter(out / f"{name}.safetensors").info
+        assert (info.concept, info.class_word, info.base) == (name, scenes.CONCEPTS[name].class_word, "demo")
+
+
+def test_demo_refuses_what_it_does_not_know(refused, tmp_path):
+    assert "no built-in concept 'rex'" in refused("demo", "--out", tmp_path, "--concepts", "rex,bobo")
+    assert "two to four different" in refused("demo", "--out", tmp_path, "--concepts", "bobo")
+    assert "two to four different" in refused("demo", "--out", tmp_path, "--concepts", "bobo,bobo")
+
+
+def test_the_joint_prompt_reads_as_english():
+    assert demo.joint_prompt(("bobo", "lumo")) == "a <bobo> and a <lumo>"
+    assert demo.joint_prompt(("bobo", "lumo", "dax"), "a photo of") == "a photo of a <bobo>, a <lumo> and a <dax>"
