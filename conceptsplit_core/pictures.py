@@ -210,6 +210,8 @@ def trace_sheets(trace: LodaTrace, images: NDArray, side: int = 256) -> list[Pic
     Raises:
         ConceptSplitError: another number of images than the run had.
     """
+    if trace.before is None or trace.after is None:
+        raise ConceptSplitError("There are no attention maps to show: LODA did not run.")
     before, after = trace.before.numpy(), trace.after.numpy()
     if len(images) != len(before):
         raise ConceptSplitError(

@@ -15,9 +15,11 @@ class ConceptSplitDemoCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "ConceptSplitDemoCheckpoint", "Demo Checkpoint Loader", "demo",
-            description="A small model of drawn shapes that comes with ConceptSplit, to try every node in seconds, on a "
-            "CPU. Use 128 x 128 pictures and prompts such as 'a photo of a circle and a square'.",
+            "ConceptSplitDemoCheckpoint",
+            "Demo Checkpoint Loader",
+            "demo",
+            description="A small model of drawn shapes that comes with ConceptSplit, to try every node in seconds, on "
+            "a CPU. Use 128 x 128 pictures and prompts such as 'a photo of a circle and a square'.",
             search_aliases=["conceptsplit", "checkpoint"],
             inputs=[],
             outputs=[
@@ -37,16 +39,31 @@ class ConceptSplitDemoImages(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         names = list(CONCEPTS)
         return schema(
-            "ConceptSplitDemoImages", "Demo Concept Images", "demo",
+            "ConceptSplitDemoImages",
+            "Demo Concept Images",
+            "demo",
             description="Draws training pictures of a concept that the demo model has never seen.",
             search_aliases=["conceptsplit", "training images"],
             inputs=[
-                field(io.Combo, "concept", "Which concept to draw; its class word is " + ", ".join(
-                    f"{CONCEPTS[name].class_word} for {name}" for name in names
-                ) + ".", options=names, default=names[0]),
+                field(
+                    io.Combo,
+                    "concept",
+                    "Which concept to draw; its class word is "
+                    + ", ".join(f"{CONCEPTS[name].class_word} for {name}" for name in names)
+                    + ".",
+                    options=names,
+                    default=names[0],
+                ),
                 field(io.Int, "count", "How many pictures. 4 to 6 are enough.", default=5, min=1, max=64),
-                field(io.Int, "seed", "Random seed of places, sizes and backgrounds.", default=0, min=0, max=2**31 - 1,
-                      control_after_generate=False),
+                field(
+                    io.Int,
+                    "seed",
+                    "Random seed of places, sizes and backgrounds.",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                ),
             ],
             outputs=[
                 out(io.Image, "images", "128 x 128 pictures, for Train Value Adapter."),

@@ -22,26 +22,56 @@ _CLIP = "The text encoder. Encode all prompts with the CLIP that leaves the last
 def _concept_fields() -> list[Any]:
     return [
         field(
-            io.String, "concept_name", "What prompts call the concept: 'rex' is written <rex>. Leave empty for the name "
-            "stored in the file. Change it when two files have the same name.", default="",
+            io.String,
+            "concept_name",
+            "What prompts call the concept: 'rex' is written <rex>. Leave empty for the name "
+            "stored in the file. Change it when two files have the same name.",
+            default="",
         ),
         field(
-            io.String, "class_word", "The plain word the concept stands for, such as 'dog'. Leave empty for the word "
-            "stored in the file; only files of other tools lack one.", default="", optional=True, advanced=True,
+            io.String,
+            "class_word",
+            "The plain word the concept stands for, such as 'dog'. Leave empty for the word "
+            "stored in the file; only files of other tools lack one.",
+            default="",
+            optional=True,
+            advanced=True,
         ),
         field(
-            io.Float, "strength", "How much of the concept's look is added: 0 is exactly the plain model, 1 is as "
+            io.Float,
+            "strength",
+            "How much of the concept's look is added: 0 is exactly the plain model, 1 is as "
             "trained. Lower it when the concept takes over the picture, raise it when the likeness is weak.",
-            default=1.0, min=-4.0, max=4.0, step=0.05, round=0.001,
+            default=1.0,
+            min=-4.0,
+            max=4.0,
+            step=0.05,
+            round=0.001,
         ),
         field(
-            io.Float, "start_percent", "Share of the sampling schedule (0 to 1) at which the concept starts to act. Raise "
-            "it to leave the composition to the plain model.", default=0.0, min=0.0, max=1.0, step=0.01, round=0.001,
-            optional=True, advanced=True,
+            io.Float,
+            "start_percent",
+            "Share of the sampling schedule (0 to 1) at which the concept starts to act. Raise "
+            "it to leave the composition to the plain model.",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            round=0.001,
+            optional=True,
+            advanced=True,
         ),
         field(
-            io.Float, "end_percent", "Share of the sampling schedule (0 to 1) at which the concept stops to act. Lower it "
-            "when fine detail suffers.", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001, optional=True,
+            io.Float,
+            "end_percent",
+            "Share of the sampling schedule (0 to 1) at which the concept stops to act. Lower it "
+            "when fine detail suffers.",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            round=0.001,
+            optional=True,
             advanced=True,
         ),
     ]
@@ -55,7 +85,13 @@ def _outputs() -> list[Any]:
 
 
 def _apply(
-    model: Any, clip: Any, adapter: ValueAdapter, concept_name: str, class_word: str, strength: float, start: float,
+    model: Any,
+    clip: Any,
+    adapter: ValueAdapter,
+    concept_name: str,
+    class_word: str,
+    strength: float,
+    start: float,
     end: float,
 ) -> tuple[Any, Any]:
     if start > end:
@@ -65,7 +101,9 @@ def _apply(
     name = concept_name.strip().strip("<>") or adapter.info.concept
     word = class_word.strip() or adapter.info.class_word
     if not word:
-        raise ConceptSplitError(f"The value adapter '{name}' stores no class word: write it into class_word, e.g. 'dog'.")
+        raise ConceptSplitError(
+            f"The value adapter '{name}' stores no class word: write it into class_word, e.g. 'dog'."
+        )
     knowing = with_concepts(clip, [Concept(name, word)])
     return with_adapter(model, LoadedAdapter(name, adapter, strength, start, end)), knowing
 
@@ -74,7 +112,8 @@ class ConceptSplitLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "ConceptSplitLoader", "Value Adapter Loader (ToVA)",
+            "ConceptSplitLoader",
+            "Value Adapter Loader (ToVA)",
             description="Loads a concept trained by Train Value Adapter. Use it like a LoRA loader, once per concept, "
             "and write <concept name> where the concept belongs in the prompt. Unlike a LoRA it changes only the words "
             "that carry the concept, so several concepts do not mix.",
@@ -83,8 +122,10 @@ class ConceptSplitLoader(io.ComfyNode):
                 field(io.Model, "model", _MODEL),
                 field(io.Clip, "clip", _CLIP),
                 field(
-                    io.Combo, "adapter", "A file in models/value_adapters. Files trained a moment ago appear after a "
-                    "refresh (R).", options=files.adapter_names(),
+                    io.Combo,
+                    "adapter",
+                    "A file in models/value_adapters. Files trained a moment ago appear after a refresh (R).",
+                    options=files.adapter_names(),
                 ),
                 *_concept_fields(),
             ],
@@ -102,8 +143,15 @@ class ConceptSplitLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, adapter: str, concept_name: str = "", strength: float = 1.0, class_word: str = "",
-        start_percent: float = 0.0, end_percent: float = 1.0,
+        cls,
+        model: Any,
+        clip: Any,
+        adapter: str,
+        concept_name: str = "",
+        strength: float = 1.0,
+        class_word: str = "",
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
     ) -> io.NodeOutput:
         loaded = files.load_named(adapter)
         return io.NodeOutput(
@@ -115,7 +163,8 @@ class ConceptSplitApply(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "ConceptSplitApply", "Apply Value Adapter",
+            "ConceptSplitApply",
+            "Apply Value Adapter",
             description="Adds a value adapter that another node made, for instance one fresh from training, without a "
             "file in between.",
             search_aliases=["tova", "value adapter", "conceptsplit"],
@@ -130,8 +179,15 @@ class ConceptSplitApply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, value_adapter: ValueAdapter, concept_name: str = "", strength: float = 1.0,
-        class_word: str = "", start_percent: float = 0.0, end_percent: float = 1.0,
+        cls,
+        model: Any,
+        clip: Any,
+        value_adapter: ValueAdapter,
+        concept_name: str = "",
+        strength: float = 1.0,
+        class_word: str = "",
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             *_apply(model, clip, value_adapter, concept_name, class_word, strength, start_percent, end_percent)
@@ -142,20 +198,30 @@ class ConceptSplitSave(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "ConceptSplitSave", "Save Value Adapter",
+            "ConceptSplitSave",
+            "Save Value Adapter",
             description="Writes a value adapter to models/value_adapters, at full or smaller rank.",
             search_aliases=["tova", "value adapter", "conceptsplit"],
             is_output_node=True,
             inputs=[
                 field(ValueAdapterType, "value_adapter", "The concept to write."),
                 field(
-                    io.String, "file_name", "Name of the file in models/value_adapters; 'dogs/rex' makes a subfolder. An "
-                    "existing file of that name is replaced.", default="my_concept",
+                    io.String,
+                    "file_name",
+                    "Name of the file in models/value_adapters; 'dogs/rex' makes a subfolder. An "
+                    "existing file of that name is replaced.",
+                    default="my_concept",
                 ),
                 field(
-                    io.Int, "reduce_rank", "Store at this lower rank to make the file smaller; 0 keeps it. The "
+                    io.Int,
+                    "reduce_rank",
+                    "Store at this lower rank to make the file smaller; 0 keeps it. The "
                     "relative error is printed to the console: up to about 0.1 is rarely visible.",
-                    default=0, min=0, max=1024, optional=True, advanced=True,
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    advanced=True,
                 ),
             ],
             outputs=[out(ValueAdapterType, "VALUE_ADAPTER", "The adapter as it was written.")],
@@ -170,15 +236,19 @@ class ConceptSplitMarkWords(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "ConceptSplitMarkWords", "Mark Concept Words",
+            "ConceptSplitMarkWords",
+            "Mark Concept Words",
             description="Marks plain words, such as 'cat, dog', so that KSampler (LODA) keeps them apart on any model, "
             "without trained concepts.",
             search_aliases=["loda", "attention", "conceptsplit"],
             inputs=[
                 field(io.Clip, "clip", "The text encoder. Encode the prompt with the CLIP that leaves this node."),
                 field(
-                    io.String, "words", "The words to keep apart, separated by commas. Each is bound where it stands in "
-                    "the prompt. Write 'name:word' to have a placeholder <name> too, for two of one kind: 'a:dog, b:dog'.",
+                    io.String,
+                    "words",
+                    "The words to keep apart, separated by commas. Each is bound where it stands in "
+                    "the prompt. Write 'name:word' to have a placeholder <name> too, for two of "
+                    "one kind: 'a:dog, b:dog'.",
                     default="cat, dog",
                 ),
             ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.samplers
-import nodes as host_nodes
 from comfy_api.latest import io
+
+import nodes as host_nodes
 
 from ..conceptsplit_core.hosts.comfy.patch import MapsHandle, with_loda
 from ..conceptsplit_core.loda import MAP_PARTS, STEP_RULES, LodaConfig
@@ -20,69 +21,155 @@ def _loda_fields() -> list[Any]:
     d = _DEFAULTS
     return [
         field(
-            io.Int, "loda_steps", "Sampling steps at whose start the latent is optimised until the concepts look at "
+            io.Int,
+            "loda_steps",
+            "Sampling steps at whose start the latent is optimised until the concepts look at "
             "different places; 0 switches LODA off. Raise it when concepts still blend, lower it for speed.",
-            default=d.steps, min=0, max=100,
+            default=d.steps,
+            min=0,
+            max=100,
         ),
         field(
-            io.Float, "loda_strength", "Size of one optimisation update, in standard deviations of the latent. Raise it "
+            io.Float,
+            "loda_strength",
+            "Size of one optimisation update, in standard deviations of the latent. Raise it "
             "when concepts still blend, lower it when pictures look overworked.",
-            default=d.step_size, min=0.0, max=2.0, step=0.01, round=0.0001,
+            default=d.step_size,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            round=0.0001,
         ),
         field(
-            io.Boolean, "afg", "Attention fixing guidance: after the optimised steps each concept keeps the region it "
-            "has found for the rest of the run. Switch it off when regions come out too rigid.", default=d.afg,
+            io.Boolean,
+            "afg",
+            "Attention fixing guidance: after the optimised steps each concept keeps the region it "
+            "has found for the rest of the run. Switch it off when regions come out too rigid.",
+            default=d.afg,
         ),
         field(
-            io.Int, "loda_iterations", "Updates per optimised step, at most; fewer are made once the concepts are apart. "
-            "Each costs about one extra model call.", default=d.iterations, min=1, max=50, optional=True, advanced=True,
-        ),
-        field(
-            io.Combo, "divergence", "How overlap is measured. jsd treats all concepts alike; kl is the paper's and "
-            "depends on word order.", options=list(DIVERGENCES), default=d.divergence, optional=True, advanced=True,
-        ),
-        field(
-            io.Float, "threshold", "How far apart is enough, in the divergence's own unit; 0 chooses. Raise it for "
-            "stricter separation (jsd ends at 0.69).", default=d.threshold, min=0.0, max=50.0, step=0.01, round=0.0001,
-            optional=True, advanced=True,
-        ),
-        field(
-            io.Combo, "step_rule", "normalised: the strength means the same on every model. gradient: the paper's rule, "
-            "the strength multiplies the raw gradient (20 in the paper).", options=list(STEP_RULES),
-            default=d.step_rule, optional=True, advanced=True,
-        ),
-        field(
-            io.Combo, "map_downscale", "Read attention maps at this fraction of the latent's size; 0 chooses (about a "
-            "quarter). Change it when the preview shows maps that do not follow the objects.",
-            options=["0", "1", "2", "4", "8"], default=str(d.map_downscale), optional=True, advanced=True,
-        ),
-        field(
-            io.Float, "map_smoothing", "Gaussian smoothing of the maps before they are compared, in map pixels (sigma).",
-            default=d.smooth_sigma, min=0.0, max=8.0, step=0.1, round=0.001, optional=True, advanced=True,
-        ),
-        field(
-            io.Float, "afg_inside", "Added to the attention logits of a concept inside its region. Raise it when a "
-            "concept is too weak there.", default=d.afg_positive, min=0.0, max=20.0, step=0.1, round=0.001,
-            optional=True, advanced=True,
-        ),
-        field(
-            io.Float, "afg_outside", "Taken from the attention logits of a concept outside its region. The paper forbids "
-            "all attention there (1e8); try 3 to 10 when objects look cut off.", default=-d.afg_negative, min=0.0,
-            max=1e8, step=1.0, round=0.001, optional=True, advanced=True,
-        ),
-        field(
-            io.Float, "afg_region", "Share of the picture (0 to 1) that becomes a concept's region. Raise it for large "
-            "objects.", default=d.afg_fraction, min=0.01, max=1.0, step=0.01, round=0.001, optional=True, advanced=True,
-        ),
-        field(
-            io.Float, "afg_end", "Share of the schedule (0 to 1) at which regions are released. Lower it when borders "
-            "of objects look hard.", default=d.afg_end, min=0.0, max=1.0, step=0.01, round=0.001, optional=True,
+            io.Int,
+            "loda_iterations",
+            "Updates per optimised step, at most; fewer are made once the concepts are apart. "
+            "Each costs about one extra model call.",
+            default=d.iterations,
+            min=1,
+            max=50,
+            optional=True,
             advanced=True,
         ),
         field(
-            io.Combo, "map_part", "all: read maps from all layers of that size, as the paper does. down: only from those on "
-            "the way down, at half the cost (a third on SDXL).", options=list(MAP_PARTS), default=d.map_part,
-            optional=True, advanced=True,
+            io.Combo,
+            "divergence",
+            "How overlap is measured. jsd treats all concepts alike; kl is the paper's and depends on word order.",
+            options=list(DIVERGENCES),
+            default=d.divergence,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Float,
+            "threshold",
+            "How far apart is enough, in the divergence's own unit; 0 chooses. Raise it for "
+            "stricter separation (jsd ends at 0.69).",
+            default=d.threshold,
+            min=0.0,
+            max=50.0,
+            step=0.01,
+            round=0.0001,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Combo,
+            "step_rule",
+            "normalised: the strength means the same on every model. gradient: the paper's rule, "
+            "the strength multiplies the raw gradient (20 in the paper).",
+            options=list(STEP_RULES),
+            default=d.step_rule,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Combo,
+            "map_downscale",
+            "Read attention maps at this fraction of the latent's size; 0 chooses (about a "
+            "quarter). Change it when the preview shows maps that do not follow the objects.",
+            options=["0", "1", "2", "4", "8"],
+            default=str(d.map_downscale),
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Float,
+            "map_smoothing",
+            "Gaussian smoothing of the maps before they are compared, in map pixels (sigma).",
+            default=d.smooth_sigma,
+            min=0.0,
+            max=8.0,
+            step=0.1,
+            round=0.001,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Float,
+            "afg_inside",
+            "Added to the attention logits of a concept inside its region. Raise it when a concept is too weak there.",
+            default=d.afg_positive,
+            min=0.0,
+            max=20.0,
+            step=0.1,
+            round=0.001,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Float,
+            "afg_outside",
+            "Taken from the attention logits of a concept outside its region. The paper forbids "
+            "all attention there (1e8); try 3 to 10 when objects look cut off.",
+            default=-d.afg_negative,
+            min=0.0,
+            max=1e8,
+            step=1.0,
+            round=0.001,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Float,
+            "afg_region",
+            "Share of the picture (0 to 1) that becomes a concept's region. Raise it for large objects.",
+            default=d.afg_fraction,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            round=0.001,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Float,
+            "afg_end",
+            "Share of the schedule (0 to 1) at which regions are released. Lower it when borders of objects look hard.",
+            default=d.afg_end,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            round=0.001,
+            optional=True,
+            advanced=True,
+        ),
+        field(
+            io.Combo,
+            "map_part",
+            "all: read maps from all layers of that size, as the paper does. down: only from those on "
+            "the way down, at half the cost (a third on SDXL).",
+            options=list(MAP_PARTS),
+            default=d.map_part,
+            optional=True,
+            advanced=True,
         ),
     ]
 
@@ -114,7 +201,8 @@ class ConceptSplitKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "ConceptSplitKSampler", "KSampler (LODA)",
+            "ConceptSplitKSampler",
+            "KSampler (LODA)",
             description="KSampler that first optimises the latent until the concepts of the prompt look at different "
             "places, and then keeps them there. Needs two or more concepts in the positive prompt; otherwise it is a "
             "plain KSampler and says so in the console.",
@@ -122,28 +210,50 @@ class ConceptSplitKSampler(io.ComfyNode):
             inputs=[
                 field(io.Model, "model", "The model, after all value adapter loaders."),
                 field(
-                    io.Int, "seed", "The random seed of the noise.", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
+                    io.Int,
+                    "seed",
+                    "The random seed of the noise.",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
                 ),
                 field(io.Int, "steps", "Sampling steps in all. Usual are 20 to 50.", default=30, min=1, max=10000),
                 field(
-                    io.Float, "cfg", "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 "
-                    "to 8.", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    io.Float,
+                    "cfg",
+                    "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 to 8.",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                 ),
                 field(
-                    io.Combo, "sampler_name", "The sampling algorithm. Multistep samplers take the optimised steps as "
-                    "Euler steps.", options=comfy.samplers.KSampler.SAMPLERS, default="euler",
+                    io.Combo,
+                    "sampler_name",
+                    "The sampling algorithm. Multistep samplers take the optimised steps as Euler steps.",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
                 ),
                 field(
-                    io.Combo, "scheduler", "How noise is spread over the steps.",
-                    options=comfy.samplers.KSampler.SCHEDULERS, default="normal",
+                    io.Combo,
+                    "scheduler",
+                    "How noise is spread over the steps.",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="normal",
                 ),
                 field(io.Conditioning, "positive", "The prompt with the concepts, encoded by the last loader's CLIP."),
                 field(io.Conditioning, "negative", "What the picture should not show."),
                 field(io.Latent, "latent_image", "The latent to start from; its noise mask is respected."),
                 field(
-                    io.Float, "denoise", "How much of the latent is replaced (0 to 1); below 1 keeps part of the input "
-                    "picture.", default=1.0, min=0.0, max=1.0, step=0.01,
+                    io.Float,
+                    "denoise",
+                    "How much of the latent is replaced (0 to 1); below 1 keeps part of the input picture.",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
                 ),
                 *_loda_fields(),
             ],
@@ -155,8 +265,20 @@ class ConceptSplitKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any,
-        negative: Any, latent_image: Any, denoise: float, loda_steps: int, loda_strength: float, afg: bool,
+        cls,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: Any,
+        denoise: float,
+        loda_steps: int,
+        loda_strength: float,
+        afg: bool,
         **options: Any,
     ) -> io.NodeOutput:
         config = _config(loda_steps, loda_strength, afg, options)
@@ -173,7 +295,8 @@ class ConceptSplitGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "ConceptSplitGuider", "LODA Guider",
+            "ConceptSplitGuider",
+            "LODA Guider",
             description="CFG guider with LODA, for SamplerCustomAdvanced: any sampler, any schedule.",
             search_aliases=["loda", "afg", "cfgguider", "conceptsplit"],
             inputs=[
@@ -181,8 +304,14 @@ class ConceptSplitGuider(io.ComfyNode):
                 field(io.Conditioning, "positive", "The prompt with the concepts, encoded by the last loader's CLIP."),
                 field(io.Conditioning, "negative", "What the picture should not show."),
                 field(
-                    io.Float, "cfg", "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 "
-                    "to 8.", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    io.Float,
+                    "cfg",
+                    "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 to 8.",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
                 ),
                 *_loda_fields(),
             ],
@@ -194,7 +323,14 @@ class ConceptSplitGuider(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, positive: Any, negative: Any, cfg: float, loda_steps: int, loda_strength: float, afg: bool,
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        cfg: float,
+        loda_steps: int,
+        loda_strength: float,
+        afg: bool,
         **options: Any,
     ) -> io.NodeOutput:
         config = _config(loda_steps, loda_strength, afg, options)

@@ -89,8 +89,17 @@ def test(host: Path, arguments: list[str]) -> bool:
     paths = [*map(str, folders), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [
-        str(python), "-m", "pytest", str(SUITE), "-p", "no:cacheprovider", "--rootdir", str(SUITE),
-        "-c", str(SUITE / "pytest.ini"), *arguments,
+        str(python),
+        "-m",
+        "pytest",
+        str(SUITE),
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(SUITE),
+        "-c",
+        str(SUITE / "pytest.ini"),
+        *arguments,
     ]
     print(f"=== ComfyUI {version(host)} ({host.name})", flush=True)
     return subprocess.run(command, cwd=REPO, env=environment).returncode == 0

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 
 from ...errors import ConceptSplitError
 from ...tokens import Binding, BoundPrompt, Concept, Specials, bind
+from .encoded import remembered
 from .model import KEY
 
 log = logging.getLogger("ConceptSplit")
@@ -35,7 +36,11 @@ class BoundChunks(list):
     prompt: BoundPrompt | None = None
 
 
-class ConceptCLIP:
+# To the type checker the mixin is a CLIP; at run time it must not be one, or it would come before the CLIP's own class.
+_AnyCLIP: Any = comfy.sd.CLIP if TYPE_CHECKING else object
+
+
+class ConceptCLIP(_AnyCLIP):
     """Mixed over whatever class the CLIP at hand has (see `with_concepts`); never built directly."""
 
     conceptsplit_concepts: tuple[Concept, ...] = ()
@@ -44,18 +49,17 @@ class ConceptCLIP:
         return _adopt(super().clone(*args, **kwargs), self.conceptsplit_concepts)
 
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
-        concepts = self.conceptsplit_concepts
         stock = super().tokenize
-        # Any key but ours reads the same text, so the first encoder's binding tells what to encode.
         parts = stock("", **kwargs)
         if not isinstance(parts, dict) or not isinstance(text, str):
             return stock(text, return_word_ids, **kwargs)
+        plain = {**kwargs, "disable_weights": True}
         bound = {
             part: bind(
                 text,
-                concepts,
-                lambda t, part=part: _ids(stock(t, **kwargs)[part]),
-                lambda t, part=part: _ids(stock(t, **{**kwargs, "disable_weights": True})[part]),
+                self.conceptsplit_concepts,
+                functools.partial(_token_ids, stock, part, kwargs),
+                functools.partial(_token_ids, stock, part, plain),
                 _specials(self.tokenizer, part),
             )
             for part in parts
@@ -73,12 +77,13 @@ class ConceptCLIP:
 
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
         carried = carried_by(tokens)
-        out = super().encode_from_tokens(tokens, return_pooled=return_pooled, return_dict=return_dict)
+        encode = functools.partial(super().encode_from_tokens, tokens, return_pooled, return_dict)
+        out = remembered(self, tokens, return_pooled, encode) if return_dict else encode()
         if return_dict:
             out[KEY] = carried
         elif carried is not None and carried.bindings:
             log.warning(
-                "[ConceptSplit] A text node drops the bindings of prompt \"%s\": encode it with CLIP Text Encode.",
+                '[ConceptSplit] A text node drops the bindings of prompt "%s": encode it with CLIP Text Encode.',
                 carried.text[:80],
             )
         return out
@@ -127,26 +132,28 @@ def carried_by(tokens: Any) -> BoundText | None:
         return None
     if any(prompt.bindings != prompts[0].bindings for prompt in prompts):
         raise ConceptSplitError(
-            f"The two texts of an SDXL prompt (\"{prompts[0].text[:60]}\" and \"{prompts[1].text[:60]}\") place a concept "
+            f'The two texts of an SDXL prompt ("{prompts[0].text[:60]}" and "{prompts[1].text[:60]}") place a concept '
             "at different words: write the same text in text_l and text_g."
         )
     return BoundText(prompts[0].text, prompts[0].bindings)
 
 
 @functools.cache
-def _concept_class(base: type) -> type:
+def _concept_class(base: Any) -> Any:
     return base if issubclass(base, ConceptCLIP) else type("ConceptCLIP", (ConceptCLIP, base), {})
 
 
 def _adopt(clip: comfy.sd.CLIP, concepts: tuple[Concept, ...]) -> comfy.sd.CLIP:
     # Changing the class of this one object keeps everything other packs have put on it.
-    clip.__class__ = _concept_class(type(clip))
+    base: Any = type(clip)
+    clip.__class__ = _concept_class(base)
     clip.conceptsplit_concepts = concepts
     return clip
 
 
-def _ids(chunks: Sequence[Sequence[tuple[Any, ...]]]) -> list[list[int]]:
-    # An embedding's vector takes one row and is no word: -1.
+def _token_ids(stock: Callable, part: str, options: Mapping[str, Any], text: str) -> list[list[int]]:
+    """Token ids of `text` for one encoder, chunk by chunk. An embedding's vector takes one row and is no word: -1."""
+    chunks = stock(text, **options)[part]
     return [[entry[0] if isinstance(entry[0], int) else -1 for entry in chunk] for chunk in chunks]
 
 

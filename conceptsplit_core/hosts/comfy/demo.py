@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -36,8 +36,8 @@ class DemoLatent(comfy.latent_formats.LatentFormat):
 class DemoConfig(comfy.supported_models_base.BASE):
     """What the host's loader would detect, told instead."""
 
-    unet_config: dict[str, Any] = {}
-    unet_extra_config: dict[str, Any] = {}
+    unet_config: ClassVar[dict[str, Any]] = {}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = DemoLatent
     memory_usage_factor = 1.0
 
@@ -66,7 +66,9 @@ def load_demo() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.
     try:
         checkpoint = load()
     except (OSError, ValueError) as error:
-        raise ConceptSplitError(f"The demo checkpoint cannot be read ({error}): install the node pack again.") from error
+        raise ConceptSplitError(
+            f"The demo checkpoint cannot be read ({error}): install the node pack again."
+        ) from error
     return _model(checkpoint), _clip(checkpoint), _vae(checkpoint)
 
 
@@ -89,8 +91,11 @@ def _clip(checkpoint: DemoCheckpoint) -> comfy.sd.CLIP:
     class Tokenizer(comfy.sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None):
             super().__init__(
-                str(TOKENIZER_DIR), max_length=rows, embedding_directory=embedding_directory,
-                embedding_size=config["hidden_size"], tokenizer_data=tokenizer_data or {},
+                str(TOKENIZER_DIR),
+                max_length=rows,
+                embedding_directory=embedding_directory,
+                embedding_size=config["hidden_size"],
+                tokenizer_data=tokenizer_data or {},
             )
 
     class BothTokenizers(comfy.sd1_clip.SD1Tokenizer):
@@ -100,11 +105,17 @@ def _clip(checkpoint: DemoCheckpoint) -> comfy.sd.CLIP:
     class Encoder(comfy.sd1_clip.SDClipModel):
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None):
             super().__init__(
-                device=device, max_length=rows, textmodel_json_config=dict(config), dtype=dtype,
+                device=device,
+                max_length=rows,
+                textmodel_json_config=dict(config),
+                dtype=dtype,
                 special_tokens={
-                    "start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["pad_token_id"],
+                    "start": config["bos_token_id"],
+                    "end": config["eos_token_id"],
+                    "pad": config["pad_token_id"],
                 },
-                return_projected_pooled=False, model_options=model_options or {},
+                return_projected_pooled=False,
+                model_options=model_options or {},
             )
 
     class TextModel(comfy.sd1_clip.SD1ClipModel):
@@ -139,7 +150,5 @@ def _padded(weight: Tensor, rows: int) -> Tensor:
 
 
 def _vae(checkpoint: DemoCheckpoint) -> comfy.sd.VAE:
-    state = {
-        key: value.float() for key, value in taesd_state_dict(checkpoint.vae, checkpoint.config["vae"]).items()
-    }
+    state = {key: value.float() for key, value in taesd_state_dict(checkpoint.vae, checkpoint.config["vae"]).items()}
     return comfy.sd.VAE(sd=state, dtype=torch.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import comfy.model_base
 import comfy.utils
@@ -39,16 +40,14 @@ def layer_paths(model: comfy.model_base.BaseModel) -> dict[str, str]:
     return names
 
 
-def layer_modules(model: comfy.model_base.BaseModel) -> dict[str, nn.Module]:
+def layer_modules(model: comfy.model_base.BaseModel) -> dict[str, Any]:
     """Canonical layer name to its living attn2 module, looked up now: hosts swap modules between runs."""
     return {name: comfy.utils.get_attr(model.diffusion_model, path) for name, path in layer_paths(model).items()}
 
 
 def layer_shapes(model: comfy.model_base.BaseModel) -> dict[str, tuple[int, int]]:
     """Canonical layer name to (d_ctx, d_v), read from the modules so that quantised storage does not matter."""
-    return {
-        name: (attn2.to_v.in_features, attn2.to_v.out_features) for name, attn2 in layer_modules(model).items()
-    }
+    return {name: (attn2.to_v.in_features, attn2.to_v.out_features) for name, attn2 in layer_modules(model).items()}
 
 
 def layer_downscale(name: str, levels: int) -> int:
@@ -92,8 +91,8 @@ def prediction_type(model_sampling: object) -> str:
     if isinstance(model_sampling, ms.EPS) and not isinstance(model_sampling, ms.CONST):
         return "epsilon"
     raise ConceptSplitError(
-        f"This model's prediction type ({type(model_sampling).__mro__[1].__name__}) is not supported: use an epsilon or "
-        "v-prediction checkpoint."
+        f"This model's prediction type ({type(model_sampling).__mro__[1].__name__}) is not supported: use an epsilon "
+        "or v-prediction checkpoint."
     )
 
 
@@ -121,7 +120,7 @@ def adopt_parameters(module: nn.Module) -> int:
     return replaced
 
 
-def _inference(table: dict[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
+def _inference(table: Mapping[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in list(table.items()):
         if tensor is not None and tensor.is_inference():
             yield name, tensor

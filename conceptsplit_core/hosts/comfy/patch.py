@@ -22,7 +22,7 @@ import comfy.conds
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import comfy.model_patcher
-import comfy.samplers
+import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
@@ -36,7 +36,7 @@ from ...loda import LodaConfig, LodaTrace, region_bias
 from ...maps import find_size
 from ...tokens import row_mask
 from .clip import BoundText
-from .model import KEY, base_family, layer_modules, layer_shapes
+from .model import KEY, base_family, layer_paths, layer_shapes
 
 log = logging.getLogger("ConceptSplit")
 
@@ -159,6 +159,15 @@ class PassDone(Exception):
     """The last wanted map is there; the rest of the UNet would be thrown away. Never leaves this module."""
 
 
+@dataclass(frozen=True)
+class FixedRegions:
+    """AFG in force: each concept's region of the whole latent, bool [B, n, h, w], down to the noise level `until`."""
+
+    regions: Tensor
+    until: float
+    config: LodaConfig
+
+
 @dataclass
 class Run:
     """The state of one sampling run.
@@ -167,7 +176,8 @@ class Run:
     adapters: aligned with `names`; None is a concept that is only marked.
     spans: aligned; (highest, lowest) sigma at which the adapter acts.
     capture: set for the length of one map-reading pass.
-    regions: AFG's regions [B, n, h, w] over the whole latent, from the end of LODA on.
+    fixed: AFG, from the end of LODA on.
+    paths: canonical layer name to module path, worked out once per run.
     areas: conditional uuid to the (y, x, height, width) of its area in the latent, None for the whole.
     """
 
@@ -175,29 +185,48 @@ class Run:
     adapters: tuple[LoadedAdapter | None, ...]
     spans: tuple[tuple[float, float], ...]
     patch: Patch
+    paths: dict[str, str]
     capture: Capture | None = None
     gradient: bool = False
-    regions: Tensor | None = None
-    regions_until: float = 0.0
+    fixed: FixedRegions | None = None
     areas: dict[Any, tuple[int, int, int, int] | None] = field(default_factory=dict)
     latent: tuple[int, int] = (0, 0)
 
-    def strengths(self, sigma: float) -> tuple[float, ...]:
+    def __post_init__(self) -> None:
+        # Reading the noise level waits for the device; only runs whose adapters come or go need to.
+        self.timed = any(one is not None and (one.start > 0.0 or one.end < 1.0) for one in self.adapters)
+        self.always = tuple(0.0 if one is None else one.strength for one in self.adapters)
+
+    def strengths(self, sigmas: Tensor) -> tuple[float, ...]:
+        """Of every channel at this call's noise level; 0 where the adapter does not act."""
+        if not self.timed:
+            return self.always
+        sigma = float(sigmas.flatten()[0])
         return tuple(
-            0.0 if one is None or not low <= sigma <= high else one.strength
-            for one, (high, low) in zip(self.adapters, self.spans, strict=True)
+            strength if low <= sigma <= high else 0.0
+            for strength, (high, low) in zip(self.always, self.spans, strict=True)
         )
+
+    def fixing(self, sigmas: Tensor) -> FixedRegions | None:
+        """AFG, if it acts in this call."""
+        if self.fixed is None or self.capture is not None:
+            return None
+        return self.fixed if self.fixed.until <= 0.0 or float(sigmas.flatten()[0]) > self.fixed.until else None
 
 
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     patch = patch_of(guider.model_patcher)
     bound = [carried for conds in guider.conds.values() for cond in conds if (carried := _carried(cond))]
-    if patch.adapters and not bound:
+    if patch.maps is not None:
+        patch.maps.trace = None  # what an earlier run left is not this run's
+    mentioned = {binding.concept for carried in bound for binding in carried.bindings}
+    idle = [f"<{loaded.name}>" for loaded in patch.adapters if loaded.name not in mentioned]
+    if idle:
         log.warning(
-            "[ConceptSplit] No prompt of this run mentions %s: the value adapters have no effect. Encode the prompt with "
-            "the CLIP of the value adapter loader.",
-            " or ".join(f"<{loaded.name}>" for loaded in patch.adapters),
+            "[ConceptSplit] No prompt of this run mentions %s: its value adapter has no effect. Write it into a prompt "
+            "that is encoded with the CLIP of the value adapter loader.",
+            " or ".join(idle),
         )
     if not bound or not (patch.loda or any(loaded.strength != 0.0 for loaded in patch.adapters)):
         return executor(*args, **kwargs)
@@ -209,11 +238,12 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     sampling = guider.model_patcher.get_model_object("model_sampling")
     adapters = tuple(by_name.get(name) for name in names)
     spans = tuple(
-        (0.0, 0.0) if one is None
+        (0.0, 0.0)
+        if one is None
         else (float(sampling.percent_to_sigma(one.start)), float(sampling.percent_to_sigma(one.end)))
         for one in adapters
     )
-    run = Run(tuple(names), adapters, spans, patch)
+    run = Run(tuple(names), adapters, spans, patch, layer_paths(guider.model_patcher.model))
     for kind, conds in guider.conds.items():
         for cond in conds:
             if cond.get("cross_attn") is None:
@@ -285,20 +315,21 @@ def _call(
         x: [b, C, h, w].
     """
     rows, attended = rows.split(len(run.names), dim=-1)
-    sigma = float(t.flatten()[0])
-    modules = layer_modules(model)
+    modules = {name: comfy.utils.get_attr(model.diffusion_model, path) for name, path in run.paths.items()}
     handles: list[Any] = []
     mark = Mark()
     try:
-        strengths = run.strengths(sigma)
+        strengths = run.strengths(t)
         if any(strengths):
             state = CallState(rows, tuple(one.adapter if one else None for one in run.adapters), strengths)
             handles += hook_values({name: attn2.to_v for name, attn2 in modules.items()}, state)
         if run.capture is not None:
             handles += _hook_capture(modules, run.capture, attended)
         bias = None
-        if run.regions is not None and run.capture is None and sigma > run.regions_until:
-            bias = RegionBias(_chunk_regions(run, x, options), attended, run.patch.loda, tuple(x.shape[-2:]))
+        fixed = run.fixing(t)
+        if fixed is not None:
+            regions = _chunk_regions(fixed.regions, run, x, options)
+            bias = RegionBias(regions, attended, fixed.config, (x.shape[-2], x.shape[-1]))
             handles += _hook_marks(modules, mark)
         if bias is not None or run.gradient:
             options = dict(options)
@@ -310,7 +341,7 @@ def _call(
         remove_hooks(handles)
 
 
-def _hook_capture(modules: Mapping[str, nn.Module], capture: Capture, rows: Tensor) -> list[Any]:
+def _hook_capture(modules: Mapping[str, Any], capture: Capture, rows: Tensor) -> list[Any]:
     """Reads queries and keys where they arise, so that whatever computes the attention after them may differ."""
 
     def on_query(name: str) -> Callable:
@@ -346,7 +377,7 @@ class Mark:
     layer: str | None = None
 
 
-def _hook_marks(modules: Mapping[str, nn.Module], mark: Mark) -> list[Any]:
+def _hook_marks(modules: Mapping[str, Any], mark: Mark) -> list[Any]:
     def enter(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple) -> None:
             mark.layer = name
@@ -377,11 +408,13 @@ class RegionBias:
         """[b, Lq, L] in q's dtype, or None if this attention does not read the whole text over the whole latent."""
         key = (q.shape[1], k.shape[1])
         if key not in self.known:
+            self.known[key] = None
             place = find_size(q.shape[1], self.latent)
             mask = fit_rows(self.rows, q.shape[0], k.shape[1])
-            self.known[key] = None if place is None or mask is None else region_bias(
-                self.regions.to(q.device), mask, place[1], self.config.afg_positive, self.config.afg_negative
-            ).clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+            if place is not None and mask is not None:
+                inside, outside = self.config.afg_positive, self.config.afg_negative
+                bias = region_bias(self.regions.to(q.device), mask, place[1], inside, outside)
+                self.known[key] = bias.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
         return self.known[key]
 
 
@@ -410,13 +443,12 @@ def _override(chained: Callable | None, mark: Mark, bias: RegionBias | None, gra
     return attention
 
 
-def _chunk_regions(run: Run, x: Tensor, options: Mapping[str, Any]) -> Tensor:
+def _chunk_regions(whole: Tensor, run: Run, x: Tensor, options: Mapping[str, Any]) -> Tensor:
     """The regions of each row of this batch: repeated per chunk, cropped to the chunk's area.
 
     Returns:
         bool [b, n, h', w'].
     """
-    whole = run.regions
     uuids = options.get("uuids") or [None]
     per_chunk = x.shape[0] // len(uuids)
     if whole.shape[0] != per_chunk:

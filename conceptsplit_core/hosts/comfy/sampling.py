@@ -1,8 +1,8 @@
 """LODA around the host's samplers.
 
 The host's sampler function is wrapped, not replaced: before each of the first K steps the latent is optimised, the
-step itself is taken by the sampler where one step of it is exact on its own, by Euler where the sampler keeps a history,
-and the sampler runs undisturbed from sigma K on.
+step itself is taken by the sampler where one step of it is exact on its own, by Euler where the sampler keeps a
+history, and the sampler runs undisturbed from sigma K on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -25,12 +26,13 @@ from torch import Tensor
 from ...loda import LodaConfig, LodaTrace, regions, separate
 from ...maps import aggregate, choose_layers, level_sizes
 from .model import KEY, adopt_parameters, downscales
-from .patch import ROWS, Capture, Run
+from .patch import ROWS, Capture, FixedRegions, Run
 
 log = logging.getLogger("ConceptSplit")
 
 # Samplers of which one step on its own equals that step within a run (tried on both supported hosts, see
 # tests/host). The ancestral ones need one noise source over all segments, or every step draws the same noise.
+PER_RUN = {"s_churn", "s_noise_end"}  # options that spread over a run's steps, so that single steps are not exact
 ONE_STEP = {"sample_euler", "sample_heun", "sample_dpm_2"}
 ONE_STEP_NOISE = {
     "sample_euler_ancestral",
@@ -41,43 +43,32 @@ ONE_STEP_NOISE = {
 }
 
 
-def sampler_wrapper(
-    executor: Any,
-    guider: Any,
-    sigmas: Tensor,
-    extra_args: dict[str, Any],
-    callback: Callable | None,
-    noise: Tensor,
-    latent_image: Tensor | None = None,
-    denoise_mask: Tensor | None = None,
-    disable_pbar: bool = False,
-) -> Tensor:
-    """SAMPLER_SAMPLE: the same call with a sampler that runs LODA first; the call itself where there is nothing to do."""
-    rest = (sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+def sampler_wrapper(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """SAMPLER_SAMPLE: the same call with a sampler that runs LODA first, or the call itself where there is no need."""
     sampler = executor.class_obj
     run: Run | None = guider.model_options.get("transformer_options", {}).get(KEY)
     config = _config_of(guider)
-    if config is None or config.steps == 0 or config.step_size == 0 and not config.afg:
-        return executor(guider, *rest)
+    if config is None or config.steps == 0 or (config.step_size == 0 and not config.afg):
+        return executor(guider, *args, **kwargs)
     bound = [] if run is None else bound_concepts(guider, run)
-    if len(bound) < 2:
+    if run is None or len(bound) < 2:
         log.warning(
             "[ConceptSplit] LODA needs two concepts in the prompt and found %s: sampling without it.",
-            f"only <{run.names[bound[0]]}>" if bound else "none",
+            f"only <{run.names[bound[0]]}>" if run is not None and bound else "none",
         )
-        return executor(guider, *rest)
+        return executor(guider, *args, **kwargs)
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         log.warning("[ConceptSplit] LODA does not know the sampler %s: sampling without it.", type(sampler).__name__)
-        return executor(guider, *rest)
+        return executor(guider, *args, **kwargs)
 
     ours = copy.copy(sampler)
     ours.sampler_function = LodaSampler(sampler.sampler_function, guider, run, config, tuple(bound))
     # The wrappers of other packs that come after this one stay in force.
     following = WrapperExecutor.new_class_executor(ours.sample, ours, executor.wrappers, executor.idx + 1)
     try:
-        return following.execute(guider, *rest)
+        return following.execute(guider, *args, **kwargs)
     finally:
-        run.regions = None
+        run.fixed = None
 
 
 def _config_of(guider: Any) -> LodaConfig | None:
@@ -134,8 +125,14 @@ class LodaSampler:
             # Clones: some samplers write into the sigmas they are given.
             segment = sigmas[k : k + 2].clone()
             x = separate(
-                x, segment[0], k, lambda v, s=segment[0]: self._maps(model, v, s, conds, extra_args), self.config,
-                self.trace, mask, comfy.model_management.throw_exception_if_processing_interrupted,
+                x,
+                segment[0],
+                k,
+                partial(self._maps, model, conds, extra_args, segment[0]),
+                self.config,
+                self.trace,
+                mask,
+                comfy.model_management.throw_exception_if_processing_interrupted,
                 loss_scale=1024.0 if self.guider.inner_model.get_dtype() == torch.float16 else 1.0,
             )
             x = one_step(model, x, segment, extra_args=extra_args, callback=_shifted(callback, k), disable=True)
@@ -144,8 +141,13 @@ class LodaSampler:
         if count == total:
             return x
         return self.base(
-            model, x, sigmas[count:].clone(), extra_args=extra_args, callback=_shifted(callback, count),
-            disable=disable, **options,
+            model,
+            x,
+            sigmas[count:].clone(),
+            extra_args=extra_args,
+            callback=_shifted(callback, count),
+            disable=disable,
+            **options,
         )
 
     def _one_step(
@@ -153,6 +155,8 @@ class LodaSampler:
     ) -> tuple[Callable, dict[str, Any]]:
         """The function that takes the first K steps, and the base sampler's options."""
         name = getattr(self.base, "__name__", "")
+        if any(options.get(key) for key in PER_RUN):
+            return k_diffusion.sample_euler, options
         if name in ONE_STEP:
             return lambda *a, **k: self.base(*a, **k, **options), options
         if name in ONE_STEP_NOISE and "noise_sampler" in inspect.signature(self.base).parameters:
@@ -163,7 +167,7 @@ class LodaSampler:
 
     def _optimised_conds(self, x: Tensor) -> list[dict[str, Any]]:
         """The positive conditionings that bind a concept, as copies that autograd may read."""
-        self.run.latent = tuple(x.shape[-2:])
+        self.run.latent = (x.shape[-2], x.shape[-1])
         kept = []
         for cond in self.guider.conds.get("positive", []):
             area = _area(cond, self.run.latent)
@@ -184,7 +188,7 @@ class LodaSampler:
         return kept
 
     def _maps(
-        self, model: Any, x: Tensor, sigma: Tensor, conds: list[dict[str, Any]], extra_args: dict[str, Any]
+        self, model: Any, conds: list[dict[str, Any]], extra_args: dict[str, Any], sigma: Tensor, x: Tensor
     ) -> Tensor:
         """Maps [B, n, h, w] of the bound concepts: one forward of the conditional branch, left after the last layer."""
         run, inner = self.run, self.guider.inner_model
@@ -194,8 +198,9 @@ class LodaSampler:
         options = dict(extra_args.get("model_options", self.guider.model_options))
         options.pop("multigpu_clones", None)
         size = level_sizes(run.latent)[self.factor]
-        total: Tensor | float = 0.0
-        weight: Tensor | float = 0.0
+        # No conditioning may act at this noise level: then maps of zeros, whose loss has no gradient to follow.
+        total = x.new_zeros(x.shape[0], len(self.bound), *size) + 0.0 * x.sum()
+        weight = x.new_zeros(1, len(self.bound), 1, 1)
         run.gradient = torch.is_grad_enabled()
         try:
             for cond in conds:
@@ -213,9 +218,6 @@ class LodaSampler:
                 weight = weight + has
         finally:
             run.capture, run.gradient = None, False
-        if not torch.is_tensor(total):
-            # No conditioning acts at this noise level: nothing to separate, and a loss of zero gradient.
-            return x.new_zeros(x.shape[0], len(self.bound), *size) + 0.0 * x.sum()
         return total / weight.clamp(min=1.0)
 
     def _fix_regions(
@@ -224,17 +226,17 @@ class LodaSampler:
         """AFG: takes the maps once, at the first step that is not optimised, and fixes each concept's region."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         with torch.inference_mode(False), torch.no_grad():
-            maps = self._maps(model, x.detach().clone(), sigma, conds, extra_args)
+            maps = self._maps(model, conds, extra_args, sigma, x.detach().clone())
             found = regions(maps.float(), self.config.afg_fraction, self.config.afg_sigma)
             self.trace.after = maps.detach().to("cpu", torch.float32)
             self.trace.regions = found.cpu()
             # Channels of the run's masks, most of which may be unbound: no region, no bias.
             whole = found.new_zeros(found.shape[0], len(self.run.names), *found.shape[-2:])
             whole[:, list(self.bound)] = found
-        self.run.regions = whole
         sampling = self.guider.inner_model.model_sampling
         end = self.config.afg_end
-        self.run.regions_until = -1.0 if end >= 1.0 else float(sampling.percent_to_sigma(end))
+        until = 0.0 if end >= 1.0 else float(sampling.percent_to_sigma(end))
+        self.run.fixed = FixedRegions(whole, until, self.config)
 
 
 class FrozenControl:
@@ -282,14 +284,16 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _area(cond: dict[str, Any], latent: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """(y, x, height, width) of a conditioning's area in the latent, clipped as the host clips it; None for the whole."""
+    """(y, x, height, width) of a conditioning's area in the latent, clipped as the host does; None for the whole."""
     if "area" not in cond:
         return None
     height, width, y, x = cond["area"]
     return y, x, min(latent[0] - y, height), min(latent[1] - x, width)
 
 
-def _placed(maps: Tensor, area: tuple[int, int, int, int] | None, latent: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _placed(
+    maps: Tensor, area: tuple[int, int, int, int] | None, latent: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
     """Maps of an area at their place in maps of the whole latent, zero elsewhere."""
     if area is None:
         return maps

@@ -54,8 +54,8 @@ def check_images(images: Tensor | None) -> Tensor:
     height, width = images.shape[1:3]
     if min(height, width) < 16 or max(height, width) > MAX_SIDE:
         raise ConceptSplitError(
-            f"The training images are {width} x {height} pixels: resize them to between 16 and {MAX_SIDE}, best the size "
-            "the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL)."
+            f"The training images are {width} x {height} pixels: resize them to between 16 and {MAX_SIDE}, best the "
+            "size the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL)."
         )
     bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
     if bad:
@@ -98,9 +98,13 @@ def encode_prompts(
         carried = encoded[KEY]
         rows = next((binding.rows for binding in carried.bindings if binding.concept == concept.name), ())
         extra = {}
-        adm = model.encode_adm(
-            pooled_output=encoded.get("pooled_output"), width=size[1], height=size[0], device=torch.device("cpu")
-        ) if model.adm_channels else None
+        adm = (
+            model.encode_adm(
+                pooled_output=encoded.get("pooled_output"), width=size[1], height=size[0], device=torch.device("cpu")
+            )
+            if model.adm_channels
+            else None
+        )
         if adm is not None:
             extra["y"] = _own(adm[0])
         prompts.append(Prompt(carried.text, _own(encoded["cond"][0]), rows, extra))
@@ -153,19 +157,26 @@ def train_adapter(
     sampling = model.get_model_object("model_sampling")
     kind = prediction_type(sampling)
     images = check_images(images)
-    size = tuple(images.shape[1:3])
+    size = (images.shape[1], images.shape[2])
     templates = list(templates)
     facts = {**asdict(config), "images": images.shape[0], "templates": templates, "width": size[1], "height": size[0]}
     info = AdapterInfo(
-        concept.name, concept.class_word, base_family(model.model), next(iter(shapes.values()))[0], rank, alpha or rank,
-        kind, facts,
+        concept.name,
+        concept.class_word,
+        base_family(model.model),
+        next(iter(shapes.values()))[0],
+        rank,
+        alpha or rank,
+        kind,
+        facts,
     )
 
     prompts = encode_prompts(clip, model.model, concept, templates, size)
     latents = torch.cat([vae.encode(image[None]) for image in images])
     with torch.inference_mode(False):
         latents = _own(model.model.process_latent_in(latents))
-        masks = check_masks(None if masks is None else _own(masks), latents.shape[0], tuple(latents.shape[-2:]))
+        count, _, *side = latents.shape
+        masks = check_masks(None if masks is None else _own(masks), count, (side[0], side[1]))
         alphas_cumprod = _own(1.0 / (sampling.sigmas.double() ** 2 + 1.0))
 
     model = model.clone()
@@ -175,9 +186,13 @@ def train_adapter(
     device = model.load_device
     adopt_parameters(model.model)
     half = model.model.get_dtype_inference() if hasattr(model.model, "get_dtype_inference") else model.model.get_dtype()
-    config = TrainConfig(**{
-        **asdict(config), "prediction_type": kind, "loss_scale": 1024.0 if half == torch.float16 else 1.0,
-    })
+    config = TrainConfig(
+        **{
+            **asdict(config),
+            "prediction_type": kind,
+            "loss_scale": 1024.0 if half == torch.float16 else 1.0,
+        }
+    )
     with torch.inference_mode(False):
         adapter = ValueAdapter.create(shapes, info, config.seed)
         adapter = ValueAdapter(

@@ -31,21 +31,52 @@ def _scaled(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor
 
 def unet_config(family: str) -> dict[str, Any]:
     """Small shapes of each family; SDXL's is Segmind Vega's depth, an SDXL with two text encoders and size ids."""
-    shared = dict(
-        image_size=32, in_channels=4, out_channels=4, model_channels=320, dims=2, use_spatial_transformer=True,
-        legacy=False, use_checkpoint=False,
-    )
+    shared = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "dims": 2,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "use_checkpoint": False,
+    }
     if family == "sd15":
-        return dict(shared, num_res_blocks=[1, 1], channel_mult=[1, 1], transformer_depth=[1, 1],
-                    transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1, context_dim=768, num_heads=8)
+        return dict(
+            shared,
+            num_res_blocks=[1, 1],
+            channel_mult=[1, 1],
+            transformer_depth=[1, 1],
+            transformer_depth_output=[1, 1, 1, 1],
+            transformer_depth_middle=1,
+            context_dim=768,
+            num_heads=8,
+        )
     if family == "sd21":
-        return dict(shared, num_res_blocks=[1], channel_mult=[1], transformer_depth=[1],
-                    transformer_depth_output=[1, 1], transformer_depth_middle=1, context_dim=1024,
-                    num_head_channels=64, use_linear_in_transformer=True)
-    return dict(shared, num_res_blocks=[2, 2, 2], channel_mult=[1, 1, 1], transformer_depth=[0, 0, 1, 1, 2, 2],
-                transformer_depth_output=[0, 0, 0, 1, 1, 1, 2, 2, 2], transformer_depth_middle=2,
-                context_dim=2048, num_head_channels=64, use_linear_in_transformer=True, adm_in_channels=2816,
-                num_classes="sequential")
+        return dict(
+            shared,
+            num_res_blocks=[1],
+            channel_mult=[1],
+            transformer_depth=[1],
+            transformer_depth_output=[1, 1],
+            transformer_depth_middle=1,
+            context_dim=1024,
+            num_head_channels=64,
+            use_linear_in_transformer=True,
+        )
+    return dict(
+        shared,
+        num_res_blocks=[2, 2, 2],
+        channel_mult=[1, 1, 1],
+        transformer_depth=[0, 0, 1, 1, 2, 2],
+        transformer_depth_output=[0, 0, 0, 1, 1, 1, 2, 2, 2],
+        transformer_depth_middle=2,
+        context_dim=2048,
+        num_head_channels=64,
+        use_linear_in_transformer=True,
+        adm_in_channels=2816,
+        num_classes="sequential",
+    )
 
 
 def unet_state(family: str, seed: int) -> dict[str, torch.Tensor]:
@@ -104,18 +135,34 @@ def tiny(demo: Any, context_dim: int = 768, seed: int = 0) -> Any:
     import comfy.model_base
     import comfy.model_patcher
 
-    config = demo.DemoConfig({
-        "unet_ldm": dict(
-            image_size=16, in_channels=4, out_channels=4, model_channels=64, channel_mult=[1, 2], num_res_blocks=[1, 1],
-            transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1,
-            context_dim=context_dim, num_heads=4, num_head_channels=-1, use_spatial_transformer=True, legacy=False,
-        ),
-        "scheduler": {
-            "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-            "prediction_type": "epsilon",
-        },
-        "scaling_factor": 1.0,
-    })
+    config = demo.DemoConfig(
+        {
+            "unet_ldm": {
+                "image_size": 16,
+                "in_channels": 4,
+                "out_channels": 4,
+                "model_channels": 64,
+                "channel_mult": [1, 2],
+                "num_res_blocks": [1, 1],
+                "transformer_depth": [1, 1],
+                "transformer_depth_output": [1, 1, 1, 1],
+                "transformer_depth_middle": 1,
+                "context_dim": context_dim,
+                "num_heads": 4,
+                "num_head_channels": -1,
+                "use_spatial_transformer": True,
+                "legacy": False,
+            },
+            "scheduler": {
+                "num_train_timesteps": 1000,
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "prediction_type": "epsilon",
+            },
+            "scaling_factor": 1.0,
+        }
+    )
     config.latent_format.latent_channels = 4
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS)
     model.diffusion_model.load_state_dict(_scaled(model.diffusion_model.state_dict(), seed))

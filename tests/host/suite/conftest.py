@@ -34,7 +34,7 @@ def _boot() -> None:
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401 - reads argv
+        import comfy.cli_args
     finally:
         sys.argv = argv
     # In the order of the host's main.py: importing nodes puts the folder comfy first in the path, and its utils.py
@@ -66,14 +66,17 @@ def pack(name: str) -> ModuleType:
 
 def run(node_id: str, **inputs: Any) -> tuple[Any, ...]:
     """Runs one node as the host's executor does: under inference mode. Gives its outputs."""
-    import nodes
     import torch
+
+    import nodes
 
     node = nodes.NODE_CLASS_MAPPINGS[node_id]
     with torch.inference_mode():
         if hasattr(node, "define_schema"):
-            out = node.EXECUTE_NORMALIZED(**inputs) if not hasattr(node, "PREPARE_CLASS_CLONE") else (
-                node.PREPARE_CLASS_CLONE(None).execute(**inputs)
+            out = (
+                node.EXECUTE_NORMALIZED(**inputs)
+                if not hasattr(node, "PREPARE_CLASS_CLONE")
+                else (node.PREPARE_CLASS_CLONE(None).execute(**inputs))
             )
             return out.result if hasattr(out, "result") else out
         return getattr(node(), node.FUNCTION)(**inputs)
@@ -110,7 +113,11 @@ def loaded() -> Callable[[str], SimpleNamespace]:
         if family not in known:
             with torch.inference_mode():  # as in a prompt
                 if family == "tiny":
-                    model, clip, vae = checkpoints.tiny(pack("conceptsplit_core.hosts.comfy.demo")), get("sd15").clip, None
+                    model, clip, vae = (
+                        checkpoints.tiny(pack("conceptsplit_core.hosts.comfy.demo")),
+                        get("sd15").clip,
+                        None,
+                    )
                 else:
                     model, clip, vae = checkpoints.load(family)
                 if family == "sd21":

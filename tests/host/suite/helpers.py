@@ -16,7 +16,9 @@ from .conftest import pack, run
 PROMPT = "a photo of a <rex> and a cat"
 
 
-def make_adapter(model: Any, name: str = "rex", word: str = "dog", seed: int = 0, size: float = 0.3, **info: Any) -> Any:
+def make_adapter(
+    model: Any, name: str = "rex", word: str = "dog", seed: int = 0, size: float = 0.3, **info: Any
+) -> Any:
     """A value adapter with random matrices that fits `model`."""
     adapters = pack("conceptsplit_core.adapters")
     host = pack("conceptsplit_core.hosts.comfy.model")
@@ -33,9 +35,17 @@ def make_adapter(model: Any, name: str = "rex", word: str = "dog", seed: int = 0
 
 
 def apply(model: Any, clip: Any, adapter: Any, **options: Any) -> tuple[Any, Any]:
-    return run("ConceptSplitApply", **{
-        "model": model, "clip": clip, "value_adapter": adapter, "concept_name": "", "strength": 1.0, **options,
-    })
+    return run(
+        "ConceptSplitApply",
+        **{
+            "model": model,
+            "clip": clip,
+            "value_adapter": adapter,
+            "concept_name": "",
+            "strength": 1.0,
+            **options,
+        },
+    )
 
 
 def encode(clip: Any, text: str) -> Any:
@@ -48,21 +58,41 @@ def latent(width: int = 64, height: int = 64, batch: int = 1) -> Any:
 
 def sample(model: Any, positive: Any, negative: Any, image: Any = None, **options: Any) -> Tensor:
     """The stock KSampler; [B, 4, h, w]."""
-    given = {"seed": 7, "steps": 3, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, **options}
-    (out,) = run(
-        "KSampler", model=model, positive=positive, negative=negative, latent_image=image or latent(), **given
-    )
+    given = {
+        "seed": 7,
+        "steps": 3,
+        "cfg": 5.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+        **options,
+    }
+    (out,) = run("KSampler", model=model, positive=positive, negative=negative, latent_image=image or latent(), **given)
     return out["samples"]
 
 
 def sample_loda(model: Any, positive: Any, negative: Any, image: Any = None, **options: Any) -> tuple[Tensor, Any]:
     """KSampler (LODA); samples and attention maps."""
     given = {
-        "seed": 7, "steps": 3, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
-        "loda_steps": 2, "loda_strength": 0.2, "afg": True, "loda_iterations": 1, **options,
+        "seed": 7,
+        "steps": 3,
+        "cfg": 5.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+        "loda_steps": 2,
+        "loda_strength": 0.2,
+        "afg": True,
+        "loda_iterations": 1,
+        **options,
     }
     out, maps = run(
-        "ConceptSplitKSampler", model=model, positive=positive, negative=negative, latent_image=image or latent(), **given
+        "ConceptSplitKSampler",
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent_image=image or latent(),
+        **given,
     )
     return out["samples"], maps
 

@@ -65,7 +65,9 @@ def test_truncated_and_foreign_files(sd, folder):
     load(sd, "whole.safetensors")
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "nowhere.safetensors", "", "\0"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "nowhere.safetensors", "", "\0"]
+)
 def test_names_that_lead_out(sd, base, name):
     errors = pack("conceptsplit_core.errors")
     (base / "models" / "x.safetensors").write_bytes(b"secret")

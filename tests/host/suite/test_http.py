@@ -34,8 +34,16 @@ class Program:
             self.port = probe.getsockname()[1]
         self.log = base / "log.txt"
         command = [
-            sys.executable, str(HOST / "main.py"), "--cpu", "--base-directory", str(base), "--listen", "127.0.0.1",
-            "--port", str(self.port), "--disable-auto-launch",
+            sys.executable,
+            str(HOST / "main.py"),
+            "--cpu",
+            "--base-directory",
+            str(base),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--disable-auto-launch",
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=base, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
@@ -145,6 +153,9 @@ def test_stop_button(program):
     while json.loads(program.get("/queue"))["queue_running"] and time.monotonic() < end:
         time.sleep(0.2)
     assert not json.loads(program.get("/queue"))["queue_running"], "training did not stop"
-    assert json.loads(program.get(f"/history/{queued['prompt_id']}"))[queued["prompt_id"]]["status"]["status_str"] == "error"
+    assert (
+        json.loads(program.get(f"/history/{queued['prompt_id']}"))[queued["prompt_id"]]["status"]["status_str"]
+        == "error"
+    )
     node["inputs"] |= {"steps": 2, "file_name": "after"}
     assert program.run(train)["status"]["status_str"] == "success"

@@ -63,15 +63,34 @@ def demo_graph(prompt="a circle and a square", seed=1, loda=2, **adapter):
         3: ("CLIPTextEncode", {"clip": ["2", 0], "text": prompt}),
         4: ("CLIPTextEncode", {"clip": ["2", 0], "text": ""}),
         5: ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1}),
-        6: ("ConceptSplitKSampler", {
-            "model": ["1", 0], "seed": seed, "steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal",
-            "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "denoise": 1.0, "loda_steps": loda,
-            "loda_strength": 0.1, "afg": True,
-        }),
+        6: (
+            "ConceptSplitKSampler",
+            {
+                "model": ["1", 0],
+                "seed": seed,
+                "steps": 4,
+                "cfg": 4.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "positive": ["3", 0],
+                "negative": ["4", 0],
+                "latent_image": ["5", 0],
+                "denoise": 1.0,
+                "loda_steps": loda,
+                "loda_strength": 0.1,
+                "afg": True,
+            },
+        ),
         7: ("VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
         8: ("SaveImage", {"images": ["7", 0], "filename_prefix": "test"}),
-        **({9: ("ConceptSplitPreview", {"attention_maps": ["6", 1], "images": ["7", 0]}),
-            10: ("PreviewImage", {"images": ["9", 0]})} if loda else {}),
+        **(
+            {
+                9: ("ConceptSplitPreview", {"attention_maps": ["6", 1], "images": ["7", 0]}),
+                10: ("PreviewImage", {"images": ["9", 0]}),
+            }
+            if loda
+            else {}
+        ),
     }
 
 
@@ -96,21 +115,52 @@ def test_train_then_apply_in_one_graph(executor, base):
     graph = {
         1: ("ConceptSplitDemoCheckpoint", {}),
         2: ("ConceptSplitDemoImages", {"concept": "bobo", "count": 3, "seed": 0}),
-        3: ("ConceptSplitTrain", {
-            "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["2", 0], "concept_name": "bobo",
-            "class_word": ["2", 1], "file_name": "graph/bobo", "steps": 3, "batch_size": 2, "learning_rate": 0.001,
-            "rank": 4, "seed": 0, "templates": "a {}",
-        }),
+        3: (
+            "ConceptSplitTrain",
+            {
+                "model": ["1", 0],
+                "clip": ["1", 1],
+                "vae": ["1", 2],
+                "images": ["2", 0],
+                "concept_name": "bobo",
+                "class_word": ["2", 1],
+                "file_name": "graph/bobo",
+                "steps": 3,
+                "batch_size": 2,
+                "learning_rate": 0.001,
+                "rank": 4,
+                "seed": 0,
+                "templates": "a {}",
+            },
+        ),
         4: ("PreviewImage", {"images": ["3", 1]}),
-        5: ("ConceptSplitApply", {
-            "model": ["1", 0], "clip": ["1", 1], "value_adapter": ["3", 0], "concept_name": "", "strength": 1.0,
-        }),
+        5: (
+            "ConceptSplitApply",
+            {
+                "model": ["1", 0],
+                "clip": ["1", 1],
+                "value_adapter": ["3", 0],
+                "concept_name": "",
+                "strength": 1.0,
+            },
+        ),
         6: ("CLIPTextEncode", {"clip": ["5", 1], "text": "a <bobo>"}),
         7: ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": 1}),
-        8: ("KSampler", {
-            "model": ["5", 0], "seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal",
-            "positive": ["6", 0], "negative": ["6", 0], "latent_image": ["7", 0], "denoise": 1.0,
-        }),
+        8: (
+            "KSampler",
+            {
+                "model": ["5", 0],
+                "seed": 1,
+                "steps": 2,
+                "cfg": 2.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "positive": ["6", 0],
+                "negative": ["6", 0],
+                "latent_image": ["7", 0],
+                "denoise": 1.0,
+            },
+        ),
         9: ("VAEDecode", {"samples": ["8", 0], "vae": ["1", 2]}),
         10: ("SaveImage", {"images": ["9", 0], "filename_prefix": "test"}),
     }
@@ -173,8 +223,14 @@ def test_interrupt_of_a_running_prompt_and_the_next_one(executor, base):
 
 def test_demo_adapter_on_another_family_is_refused(loaded):
     errors = pack("conceptsplit_core.errors")
-    model, clip, _ = run("ConceptSplitDemoCheckpoint")
+    model, _clip, _ = run("ConceptSplitDemoCheckpoint")
     sd = loaded("sd15")
     with pytest.raises(errors.ConceptSplitError, match=r"demo model.*SD1\.5"):
-        run("ConceptSplitApply", model=sd.model, clip=sd.clip, value_adapter=make_adapter(model), concept_name="",
-            strength=1.0)
+        run(
+            "ConceptSplitApply",
+            model=sd.model,
+            clip=sd.clip,
+            value_adapter=make_adapter(model),
+            concept_name="",
+            strength=1.0,
+        )

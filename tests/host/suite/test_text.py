@@ -53,7 +53,9 @@ def test_words_of_several_tokens_and_chunk_borders(sd):
     assert conditioning[0][0].shape[1] == 154 and len(found) >= 3
     tokens = clip.tokenize("word " * 73 + "<pot> on a table")["l"]
     flat = [entry[0] for chunk in tokens for entry in chunk]
-    word = [entry[0] for entry in sd.clip.tokenize("old teapot warmer with handle and lid", disable_weights=True)["l"][0]]
+    word = [
+        entry[0] for entry in sd.clip.tokenize("old teapot warmer with handle and lid", disable_weights=True)["l"][0]
+    ]
     word = word[1 : word.index(49407)]
     assert [flat[row] for row in found] == word
     assert found[0] < 77 <= found[-1], "the word must stand across the border for this test to say anything"
@@ -104,7 +106,9 @@ def test_survives_other_nodes_clones(sd, base):
     clip = mark(sd.clip, "rex:dog")
     (clip,) = run("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=-2)
     lora_file(base, sd.model)
-    _, clip = run("LoraLoader", model=sd.model, clip=clip, lora_name="test.safetensors", strength_model=1.0, strength_clip=1.0)
+    _, clip = run(
+        "LoraLoader", model=sd.model, clip=clip, lora_name="test.safetensors", strength_model=1.0, strength_clip=1.0
+    )
     assert rows(encode(clip, "a <rex>")) == {"rex": (2,)}
     (plain,) = run("CLIPSetLastLayer", clip=sd.clip, stop_at_clip_layer=-2)
     assert torch.equal(encode(clip, "a <rex>")[0][0], encode(plain, "a dog")[0][0])
@@ -113,9 +117,9 @@ def test_survives_other_nodes_clones(sd, base):
 def test_conditioning_set_values_keep_the_binding(sd):
     clip = mark(sd.clip, "rex:dog")
     for node, options in {
-        "ConditioningSetTimestepRange": dict(start=0.0, end=0.5),
-        "ConditioningSetArea": dict(width=64, height=64, x=0, y=0, strength=1.0),
-        "ConditioningSetMask": dict(mask=torch.ones(1, 8, 8), strength=1.0, set_cond_area="default"),
+        "ConditioningSetTimestepRange": {"start": 0.0, "end": 0.5},
+        "ConditioningSetArea": {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0},
+        "ConditioningSetMask": {"mask": torch.ones(1, 8, 8), "strength": 1.0, "set_cond_area": "default"},
     }.items():
         assert rows(run(node, conditioning=encode(clip, "a <rex>"), **options)[0]) == {"rex": (2,)}, node
 
@@ -135,8 +139,16 @@ def test_scheduled_encoding_with_hooks(sd, base):
 
 def sdxl_encode(clip, text_g, text_l):
     return run(
-        "CLIPTextEncodeSDXL", clip=clip, width=512, height=512, crop_w=0, crop_h=0, target_width=512, target_height=512,
-        text_g=text_g, text_l=text_l,
+        "CLIPTextEncodeSDXL",
+        clip=clip,
+        width=512,
+        height=512,
+        crop_w=0,
+        crop_h=0,
+        target_width=512,
+        target_height=512,
+        text_g=text_g,
+        text_l=text_l,
     )[0]
 
 

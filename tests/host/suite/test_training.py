@@ -27,11 +27,22 @@ def pictures(count=3, size=64, seed=0):
 
 
 def train(sd, **options):
-    given = dict(
-        model=sd.model, clip=sd.clip, vae=sd.vae or PlainVAE(), images=pictures(), concept_name="rex", class_word="dog",
-        file_name="test/rex", steps=4, batch_size=2, learning_rate=1e-3, rank=4, seed=3,
-        templates="a photo of a {}\nthe {} in a park", save_every=2,
-    )
+    given = {
+        "model": sd.model,
+        "clip": sd.clip,
+        "vae": sd.vae or PlainVAE(),
+        "images": pictures(),
+        "concept_name": "rex",
+        "class_word": "dog",
+        "file_name": "test/rex",
+        "steps": 4,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "rank": 4,
+        "seed": 3,
+        "templates": "a photo of a {}\nthe {} in a park",
+        "save_every": 2,
+    }
     return run("ConceptSplitTrain", **{**given, **options})
 
 
@@ -52,7 +63,9 @@ def test_learns_saves_and_reloads(sd, base):
     assert read.info.class_word == "dog" and read.info.concept == "rex" and read.info.training["steps"] == 4
     for layer, up in adapter.up.items():
         torch.testing.assert_close(read.up[layer].float(), up, atol=1e-3, rtol=1e-3)
-    model, clip = run("ConceptSplitLoader", model=sd.model, clip=sd.clip, adapter="test/rex.safetensors", concept_name="")
+    model, clip = run(
+        "ConceptSplitLoader", model=sd.model, clip=sd.clip, adapter="test/rex.safetensors", concept_name=""
+    )
     conds = encode(clip, "a <rex>"), encode(clip, "")
     assert not torch.equal(sample(model, *conds), sample(sd.model, *conds))
 
@@ -76,7 +89,15 @@ def test_loss_falls(sd):
     tokens = pack("conceptsplit_core.tokens")
     with torch.inference_mode():
         result = training.train_adapter(
-            sd.model, sd.clip, PlainVAE(), pictures(1), None, tokens.Concept("rex", "dog"), ["a {}"], 8, 0,
+            sd.model,
+            sd.clip,
+            PlainVAE(),
+            pictures(1),
+            None,
+            tokens.Concept("rex", "dog"),
+            ["a {}"],
+            8,
+            0,
             core.TrainConfig(steps=60, batch_size=4, learning_rate=2e-2, seed=1, weight_decay=0.0),
         )
     assert sum(result.losses[-15:]) < 0.97 * sum(result.losses[:15])
@@ -122,9 +143,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(sd):
     saved, _ = train(sd, steps=2, gradient_checkpointing=True)
     for layer in plain.up:
         torch.testing.assert_close(saved.up[layer], plain.up[layer], atol=1e-5, rtol=1e-4)
-    assert "forward" not in vars(next(
-        m for m in sd.model.model.modules() if type(m).__name__ == "BasicTransformerBlock"
-    )), "checkpointing must leave the blocks"
+    assert "forward" not in vars(
+        next(m for m in sd.model.model.modules() if type(m).__name__ == "BasicTransformerBlock")
+    ), "checkpointing must leave the blocks"
 
 
 def test_only_the_class_words_rows_learn(sd):
@@ -175,15 +196,15 @@ def test_grey_and_alpha(sd, channels):
 @pytest.mark.parametrize(
     "options, told",
     [
-        (dict(file_name="../evil"), "cannot be used"),
-        (dict(file_name="/tmp/evil"), "cannot be used"),
-        (dict(file_name=""), "cannot be used"),
-        (dict(class_word=" "), "no class word"),
-        (dict(concept_name="my dog"), "cannot be written as a placeholder"),
-        (dict(templates="a photo"), "exactly one {}"),
-        (dict(learning_rate=0.0), "learning rate"),
-        (dict(vae=None), "MODEL, CLIP and VAE"),
-        (dict(model=None), "MODEL, CLIP and VAE"),
+        ({"file_name": "../evil"}, "cannot be used"),
+        ({"file_name": "/tmp/evil"}, "cannot be used"),
+        ({"file_name": ""}, "cannot be used"),
+        ({"class_word": " "}, "no class word"),
+        ({"concept_name": "my dog"}, "cannot be written as a placeholder"),
+        ({"templates": "a photo"}, "exactly one {}"),
+        ({"learning_rate": 0.0}, "learning rate"),
+        ({"vae": None}, "MODEL, CLIP and VAE"),
+        ({"model": None}, "MODEL, CLIP and VAE"),
     ],
 )
 def test_bad_settings_are_told_before_training(sd, options, told):
@@ -212,7 +233,9 @@ def test_storage_types(loaded, dtype):
     sd = loaded("sd15")
     with torch.inference_mode():
         model, *_ = comfy.sd.load_state_dict_guess_config(
-            checkpoints.unet_state("sd15", 0), output_clip=False, output_vae=False,
+            checkpoints.unet_state("sd15", 0),
+            output_clip=False,
+            output_vae=False,
             model_options={"dtype": getattr(torch, dtype)},
         )
     adapter, _ = train(sd, model=model, steps=2, batch_size=1, images=pictures(1))
@@ -240,7 +263,9 @@ def test_v_prediction_objective_is_the_hosts(loaded):
 
 def test_trained_adapters_leave_the_prompt_without_them_alone(sd, caplog):
     adapter, _ = train(sd, steps=2)
-    model, clip = run("ConceptSplitApply", model=sd.model, clip=sd.clip, value_adapter=adapter, concept_name="", strength=1.0)
+    model, clip = run(
+        "ConceptSplitApply", model=sd.model, clip=sd.clip, value_adapter=adapter, concept_name="", strength=1.0
+    )
     with messages(caplog):
         out = sample(model, encode(clip, "a bird"), encode(clip, ""), latent(batch=2))
     assert torch.equal(out, sample(sd.model, encode(sd.clip, "a bird"), encode(sd.clip, ""), latent(batch=2)))

@@ -15,8 +15,8 @@ from .helpers import (
     latent,
     make_adapter,
     messages,
-    sample,
     same_weights,
+    sample,
     watched,
     weights,
 )
@@ -71,7 +71,7 @@ def test_bound_conditioning_on_a_plain_model_is_bit_equal(sd, adapted):
 def test_only_bound_rows_of_the_conditional_branch_change(sd, adapted, cfg, batch):
     model, clip = adapted
     conds = bound(clip)
-    options = dict(image=latent(batch=batch), cfg=cfg, steps=1)
+    options = {"image": latent(batch=batch), "cfg": cfg, "steps": 1}
     with watched(sd.model) as plain:
         sample(sd.model, *conds, **options)
     with watched(sd.model) as ours:
@@ -107,7 +107,9 @@ def test_a_bound_negative_changes_its_own_rows(sd, adapted):
 
 def test_combine_keeps_each_binding(sd, adapted):
     model, clip = adapted
-    (both,) = run("ConditioningCombine", conditioning_1=encode(clip, "a bird"), conditioning_2=encode(clip, "the <rex>"))
+    (both,) = run(
+        "ConditioningCombine", conditioning_1=encode(clip, "a bird"), conditioning_2=encode(clip, "the <rex>")
+    )
     with watched(sd.model) as plain:
         sample(sd.model, both, encode(clip, ""), steps=1)
     with watched(sd.model) as ours:
@@ -121,7 +123,9 @@ def test_combine_keeps_each_binding(sd, adapted):
 
 def test_concat_binds_the_first_text_only_and_fits_its_length(sd, adapted):
     model, clip = adapted
-    (both,) = run("ConditioningConcat", conditioning_to=encode(clip, "a <rex>"), conditioning_from=encode(clip, "a <rex>"))
+    (both,) = run(
+        "ConditioningConcat", conditioning_to=encode(clip, "a <rex>"), conditioning_from=encode(clip, "a <rex>")
+    )
     assert both[0][0].shape[1] == 154
     with watched(sd.model) as plain:
         sample(sd.model, both, encode(clip, ""), steps=1)
@@ -132,8 +136,12 @@ def test_concat_binds_the_first_text_only_and_fits_its_length(sd, adapted):
 
 def test_average_keeps_the_first_binding(sd, adapted):
     model, clip = adapted
-    (mean,) = run("ConditioningAverage", conditioning_to=encode(clip, "a <rex>"), conditioning_from=encode(clip, "cat"),
-                  conditioning_to_strength=0.6)
+    (mean,) = run(
+        "ConditioningAverage",
+        conditioning_to=encode(clip, "a <rex>"),
+        conditioning_from=encode(clip, "cat"),
+        conditioning_to_strength=0.6,
+    )
     with watched(sd.model) as plain:
         sample(sd.model, mean, encode(clip, ""), steps=1)
     with watched(sd.model) as ours:
@@ -143,9 +151,11 @@ def test_average_keeps_the_first_binding(sd, adapted):
 
 def test_area_conditioning_leaves_its_synthetic_negative_alone(sd, adapted):
     model, clip = adapted
-    (part,) = run("ConditioningSetArea", conditioning=encode(clip, "a <rex>"), width=64, height=64, x=0, y=0, strength=1.0)
+    (part,) = run(
+        "ConditioningSetArea", conditioning=encode(clip, "a <rex>"), width=64, height=64, x=0, y=0, strength=1.0
+    )
     (both,) = run("ConditioningCombine", conditioning_1=encode(clip, "a bird"), conditioning_2=part)
-    options = dict(image=latent(96, 96), steps=1)
+    options = {"image": latent(96, 96), "steps": 1}
     with watched(sd.model) as plain:
         sample(sd.model, both, encode(clip, "blurry"), **options)
     with watched(sd.model) as ours:
@@ -157,8 +167,13 @@ def test_area_conditioning_leaves_its_synthetic_negative_alone(sd, adapted):
 
 def test_mask_conditioning(sd, adapted):
     model, clip = adapted
-    (masked,) = run("ConditioningSetMask", conditioning=encode(clip, "a <rex>"), mask=torch.ones(1, 64, 64),
-                    strength=1.0, set_cond_area="mask bounds")
+    (masked,) = run(
+        "ConditioningSetMask",
+        conditioning=encode(clip, "a <rex>"),
+        mask=torch.ones(1, 64, 64),
+        strength=1.0,
+        set_cond_area="mask bounds",
+    )
     assert torch.isfinite(sample(model, masked, encode(clip, ""))).all()
 
 
@@ -282,7 +297,9 @@ def lora_file(base, model):
 
 def test_lora_on_the_same_layers_in_either_order(sd, adapted, base):
     lora_file(base, sd.model)
-    load = lambda m, c: run("LoraLoader", model=m, clip=c, lora_name="test.safetensors", strength_model=1.0, strength_clip=1.0)  # noqa: E731
+    load = lambda m, c: run(
+        "LoraLoader", model=m, clip=c, lora_name="test.safetensors", strength_model=1.0, strength_clip=1.0
+    )
     lora_only = sample(load(sd.model, sd.clip)[0], *bound(adapted[1]))
     after = load(*adapted)
     first = sample(after[0], *bound(after[1]))
