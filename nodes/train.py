@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.utils
+import numpy as np
+import torch
 from comfy_api.latest import io
 from PIL import Image
 
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.training import train_adapter
-from ..conceptsplit_core.pictures import loss_curve
+from ..conceptsplit_core.pictures import contact_sheet, loss_curve
 from ..conceptsplit_core.tokens import Concept
 from ..conceptsplit_core.training import DEFAULT_TEMPLATES, TrainConfig, TrainEvent
 from .types import ValueAdapterType, field, out, schema, to_image
@@ -172,10 +174,22 @@ class ConceptSplitTrain(io.ComfyNode):
                     optional=True,
                     advanced=True,
                 ),
+                field(
+                    io.Int,
+                    "sample_every",
+                    "Steps between two sample pictures of the concept, all from the same noise; 0 draws none. They "
+                    "show in the node while it trains: stop when the likeness is there.",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 out(ValueAdapterType, "VALUE_ADAPTER", "The trained concept, for Apply Value Adapter."),
                 out(io.Image, "loss_curve", "The training loss over the steps."),
+                out(io.Image, "samples", "A sheet of pictures drawn while training, one per sample_every steps."),
             ],
         )
 
@@ -201,6 +215,7 @@ class ConceptSplitTrain(io.ComfyNode):
         save_every: int = _DEFAULTS.save_every,
         resume: bool = False,
         gradient_checkpointing: bool = False,
+        sample_every: int = 0,
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
         path = files.new_path(file_name)  # a bad name is told before an hour of training, not after
@@ -214,6 +229,8 @@ class ConceptSplitTrain(io.ComfyNode):
         )
         bar = comfy.utils.ProgressBar(steps)
         losses: list[float] = []
+        samples: list[np.ndarray] = []
+        labels: list[str] = []
 
         def on_event(event: TrainEvent) -> None:
             losses.append(event.loss)
@@ -222,6 +239,12 @@ class ConceptSplitTrain(io.ComfyNode):
                 title = f"loss {event.loss:.4f}, step {event.step} of {event.steps}"
                 preview = ("JPEG", Image.fromarray(loss_curve(losses, title=title)), 640)
             bar.update_absolute(event.step, event.steps, preview)
+
+        def on_sample(step: int, picture: torch.Tensor) -> None:
+            samples.append(picture[0].cpu().numpy())
+            labels.append(f"step {step}")
+            sheet = contact_sheet(samples, labels, title=f"<{concept.name}>")
+            bar.update_absolute(step, steps, ("JPEG", Image.fromarray(sheet), 1024))
 
         result = train_adapter(
             model,
@@ -238,9 +261,18 @@ class ConceptSplitTrain(io.ComfyNode):
             path.with_suffix(".checkpoint"),
             resume,
             on_event,
+            sample_every,
+            on_sample,
         )
         files.save_named(result.adapter, file_name)
-        return io.NodeOutput(result.adapter, to_image(loss_curve(result.losses)))
+        if not samples:
+            samples.append(np.full((64, 64, 3), 255, np.uint8))
+            labels.append("sample_every is 0")
+        return io.NodeOutput(
+            result.adapter,
+            to_image(loss_curve(result.losses)),
+            to_image(contact_sheet(samples, labels, title=f"<{concept.name}>")),
+        )
 
 
 NODES = [ConceptSplitTrain]

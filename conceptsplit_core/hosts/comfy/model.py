@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import comfy.model_base
+import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import nn
@@ -94,6 +95,30 @@ def prediction_type(model_sampling: object) -> str:
         f"This model's prediction type ({type(model_sampling).__mro__[1].__name__}) is not supported: use an epsilon "
         "or v-prediction checkpoint."
     )
+
+
+def compute_dtype(model: comfy.model_base.BaseModel) -> torch.dtype:
+    """What the UNet computes in, which for fp8 and other storage types is not what it is stored in."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+def whole(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL itself, or its stand-in that is loaded as a whole where the host streams weights (dynamic VRAM).
+
+    A gradient pass needs every weight to stay where it is until the backward pass has used it.
+
+    Raises:
+        ConceptSplitError: the host cannot make a stand-in, which it does by reading the file again.
+    """
+    if not getattr(model, "is_dynamic", bool)():
+        return model
+    try:
+        return model.get_non_dynamic_delegate()
+    except RuntimeError as error:
+        raise ConceptSplitError(
+            f"This model can only be streamed ({error}), and gradients need it whole: load it with one of ComfyUI's "
+            "own loaders, or start ComfyUI with --disable-dynamic-vram."
+        ) from error
 
 
 def adopt_parameters(module: nn.Module) -> int:

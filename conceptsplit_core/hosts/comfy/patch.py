@@ -36,7 +36,7 @@ from ...loda import LodaConfig, LodaTrace, region_bias
 from ...maps import find_size
 from ...tokens import row_mask
 from .clip import BoundText
-from .model import KEY, base_family, layer_paths, layer_shapes
+from .model import KEY, base_family, layer_paths, layer_shapes, whole
 
 log = logging.getLogger("ConceptSplit")
 
@@ -97,7 +97,7 @@ def with_loda(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` whose samplers run LODA; `maps` receives the trace of each run."""
     layer_shapes(model.model)  # refuses what is not a UNet before anything is sampled
-    return _patched(model, replace(patch_of(model), loda=config, maps=maps))
+    return _patched(whole(model), replace(patch_of(model), loda=config, maps=maps))
 
 
 def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.model_patcher.ModelPatcher:

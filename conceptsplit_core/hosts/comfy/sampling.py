@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...loda import LodaConfig, LodaTrace, regions, separate
 from ...maps import aggregate, choose_layers, level_sizes
-from .model import KEY, adopt_parameters, downscales
+from .model import KEY, adopt_parameters, compute_dtype, downscales
 from .patch import ROWS, Capture, FixedRegions, Run
 
 log = logging.getLogger("ConceptSplit")
@@ -133,7 +133,7 @@ class LodaSampler:
                 self.trace,
                 mask,
                 comfy.model_management.throw_exception_if_processing_interrupted,
-                loss_scale=1024.0 if self.guider.inner_model.get_dtype() == torch.float16 else 1.0,
+                loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
             )
             x = one_step(model, x, segment, extra_args=extra_args, callback=_shifted(callback, k), disable=True)
         if self.config.afg and count < total:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
 import comfy.sd
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,17 @@ from ...training import (
     train,
 )
 from .clip import with_concepts
-from .model import KEY, adopt_parameters, base_family, layer_modules, layer_shapes, prediction_type
+from .model import (
+    KEY,
+    adopt_parameters,
+    base_family,
+    compute_dtype,
+    layer_modules,
+    layer_shapes,
+    prediction_type,
+    whole,
+)
+from .patch import LoadedAdapter, with_adapter
 
 log = logging.getLogger("ConceptSplit")
 
@@ -138,12 +149,16 @@ def train_adapter(
     checkpoint_path: Path | None = None,
     resume: bool = False,
     on_event: Callable[[TrainEvent], None] | None = None,
+    sample_every: int = 0,
+    on_sample: Callable[[int, Tensor], None] | None = None,
 ) -> TrainResult:
     """Trains a value adapter on a few pictures of one concept; the MODEL stays as it is.
 
     Args:
         images: [N, H, W, C] in 0…1.  masks: [N or 1, H, W], 1 on the concept, or None.
         config: its prediction type is replaced by the model's own.
+        sample_every: steps between two pictures drawn with the adapter as it then is, from one fixed noise; 0 is never.
+        on_sample: receives (step, picture [1, H, W, 3]).
 
     Raises:
         ConceptSplitError: bad input, told in one sentence.
@@ -151,8 +166,7 @@ def train_adapter(
     """
     if model is None or vae is None:
         raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
-    if getattr(model, "is_dynamic", bool)():
-        model = model.get_non_dynamic_delegate()
+    model = whole(model)
     shapes = layer_shapes(model.model)
     sampling = model.get_model_object("model_sampling")
     kind = prediction_type(sampling)
@@ -185,12 +199,11 @@ def train_adapter(
     comfy.model_management.load_models_gpu([model], memory_required=need, force_full_load=True)
     device = model.load_device
     adopt_parameters(model.model)
-    half = model.model.get_dtype_inference() if hasattr(model.model, "get_dtype_inference") else model.model.get_dtype()
     config = TrainConfig(
         **{
             **asdict(config),
             "prediction_type": kind,
-            "loss_scale": 1024.0 if half == torch.float16 else 1.0,
+            "loss_scale": 1024.0 if compute_dtype(model.model) == torch.float16 else 1.0,
         }
     )
     with torch.inference_mode(False):
@@ -204,22 +217,65 @@ def train_adapter(
         if on_event is not None:
             on_event(event)
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if on_sample is not None and sample_every and (event.step % sample_every == 0 or event.step == event.steps):
+            with pause():
+                on_sample(event.step, draw(model, clip, vae, adapter.detached(), concept, templates[0], latents))
+            adopt_parameters(model.model)  # sampling may have loaded the model anew
 
-    with objective(model.model, adapter, gradient_checkpointing) as denoise:
+    with objective(model.model, adapter, gradient_checkpointing) as (denoise, pause):
         result = train(adapter, data, alphas_cumprod, denoise, config, watched, checkpoint_path, resume)
     return TrainResult(result.adapter.detached(), result.losses, result.seconds)
+
+
+SAMPLE_STEPS, SAMPLE_CFG, SAMPLE_SEED = 20, 5.0, 0
+
+
+def draw(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    adapter: ValueAdapter,
+    concept: Concept,
+    template: str,
+    like: Tensor,
+) -> Tensor:
+    """One picture [1, H, W, 3] of the concept, of the size of the training pictures `like`, always from one noise."""
+    with torch.inference_mode():
+        patched = with_adapter(model, LoadedAdapter(concept.name, adapter))
+        knowing = with_concepts(_without_concepts(clip), [concept])
+        positive, negative = (
+            knowing.encode_from_tokens_scheduled(knowing.tokenize(text))
+            for text in (template.replace("{}", f"<{concept.name}>"), "")
+        )
+        empty = torch.zeros(1, *like.shape[1:])
+        noise = comfy.sample.prepare_noise(empty, SAMPLE_SEED)
+        latent = comfy.sample.sample(
+            patched,
+            noise,
+            SAMPLE_STEPS,
+            SAMPLE_CFG,
+            "euler",
+            "normal",
+            positive,
+            negative,
+            empty,
+            disable_pbar=True,
+            seed=SAMPLE_SEED,
+        )
+        return vae.decode(latent)
 
 
 @contextmanager
 def objective(
     model: Any, adapter: ValueAdapter, gradient_checkpointing: bool = False
-) -> Iterator[Callable[[TrainBatch], Tensor]]:
+) -> Iterator[tuple[Callable[[TrainBatch], Tensor], Callable[[], AbstractContextManager[None]]]]:
     """The UNet of a loaded BaseModel as a function of a TrainBatch, with `adapter` on its value projections.
 
-    Hooks and checkpointing live inside the `with` only.
+    Hooks and checkpointing live inside the `with` only. The second thing given is a context in which the adapter is
+    silent, for sampling between two steps.
     """
     unet = model.diffusion_model
-    dtype = model.manual_cast_dtype or model.get_dtype()
+    dtype = compute_dtype(model)
     state = ValueState(None, (adapter,), (1.0,))
     handles: list[Any] = []
     wrapped: list[Any] = []
@@ -244,6 +300,11 @@ def objective(
             # The mask is not cleared: with checkpointing the backward pass runs the layers again.
             state.used.clear()
 
+    @contextmanager
+    def pause() -> Iterator[None]:
+        state.clear()
+        yield
+
     try:
         modules = layer_modules(model)
         handles += hook_values({name: attn2.to_v for name, attn2 in modules.items()}, state)
@@ -252,7 +313,7 @@ def objective(
                 if isinstance(module, host_attention.BasicTransformerBlock):
                     module.forward = _checkpointed(module.forward)
                     wrapped.append(module)
-        yield denoise
+        yield denoise, pause
     finally:
         remove_hooks(handles)
         for module in wrapped:

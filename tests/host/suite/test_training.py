@@ -52,7 +52,7 @@ def equal(a, b):
 
 def test_learns_saves_and_reloads(sd, base):
     kept = weights(sd.model)
-    adapter, curve = train(sd)
+    adapter, curve, _ = train(sd)
     assert all(bool(up.any()) and torch.isfinite(up).all() for up in adapter.up.values()), "no layer may stay silent"
     assert curve.shape[0] == 1 and curve.std() > 0
     assert same_weights(kept, sd.model) and hooks_on(sd.model) == 0
@@ -71,15 +71,15 @@ def test_learns_saves_and_reloads(sd, base):
 
 
 def test_same_seed_same_adapter_and_after_sampling_too(sd):
-    first, _ = train(sd)
+    first, *_ = train(sd)
     (clip,) = run("ConceptSplitMarkWords", clip=sd.clip, words="dog, cat")
     conds = encode(clip, "a dog and a cat"), encode(clip, "")
     before = sample(sd.model, *conds)
     sample_loda(sd.model, *conds)
-    second, _ = train(sd)
+    second, *_ = train(sd)
     assert equal(first, second)
     assert torch.equal(sample(sd.model, *conds), before)
-    other, _ = train(sd, seed=4)
+    other, *_ = train(sd, seed=4)
     assert not equal(first, other)
 
 
@@ -104,9 +104,9 @@ def test_loss_falls(sd):
 
 
 def test_resume_equals_uninterrupted(sd):
-    whole, _ = train(sd, steps=6, file_name="test/whole")
+    whole, *_ = train(sd, steps=6, file_name="test/whole")
     train(sd, steps=3, file_name="test/parts")
-    resumed, _ = train(sd, steps=6, file_name="test/parts", resume=True)
+    resumed, *_ = train(sd, steps=6, file_name="test/parts", resume=True)
     assert equal(whole, resumed)
 
 
@@ -114,7 +114,7 @@ def test_resume_equals_uninterrupted(sd):
 def test_stop_button(sd, when):
     import comfy.model_management as mm
 
-    whole, _ = train(sd, steps=6, file_name="test/whole2")
+    whole, *_ = train(sd, steps=6, file_name="test/whole2")
     calls = 0
 
     def stop(*_):
@@ -134,13 +134,13 @@ def test_stop_button(sd, when):
         handle.remove()
     assert calls == 4, "no further step"
     assert same_weights(kept, sd.model) and hooks_on(sd.model) == 0
-    resumed, _ = train(sd, steps=6, file_name=f"test/{when}", save_every=0, resume=True)
+    resumed, *_ = train(sd, steps=6, file_name=f"test/{when}", save_every=0, resume=True)
     assert equal(whole, resumed)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(sd):
-    plain, _ = train(sd, steps=2)
-    saved, _ = train(sd, steps=2, gradient_checkpointing=True)
+    plain, *_ = train(sd, steps=2)
+    saved, *_ = train(sd, steps=2, gradient_checkpointing=True)
     for layer in plain.up:
         torch.testing.assert_close(saved.up[layer], plain.up[layer], atol=1e-5, rtol=1e-4)
     assert "forward" not in vars(
@@ -162,8 +162,8 @@ def test_only_the_class_words_rows_learn(sd):
 def test_masks(sd):
     mask = torch.zeros(1, 64, 64)
     mask[:, :32] = 1.0
-    masked, _ = train(sd, mask=mask, background_weight=0.0)
-    plain, _ = train(sd)
+    masked, *_ = train(sd, mask=mask, background_weight=0.0)
+    plain, *_ = train(sd)
     assert not equal(masked, plain)
     errors = pack("conceptsplit_core.errors")
     with pytest.raises(errors.ConceptSplitError, match="2 masks for 3 images"):
@@ -189,7 +189,7 @@ def test_bad_images(sd, images, told):
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_grey_and_alpha(sd, channels):
-    adapter, _ = train(sd, images=torch.rand(2, 64, 64, channels), steps=1)
+    adapter, *_ = train(sd, images=torch.rand(2, 64, 64, channels), steps=1)
     assert any(bool(up.any()) for up in adapter.up.values())
 
 
@@ -217,7 +217,7 @@ def test_bad_settings_are_told_before_training(sd, options, told):
 def test_families(loaded, family):
     sd = loaded(family)
     kept = weights(sd.model)
-    adapter, _ = train(sd, steps=2, batch_size=1, templates="a {}", images=pictures(1), file_name=f"test/{family}")
+    adapter, *_ = train(sd, steps=2, batch_size=1, templates="a {}", images=pictures(1), file_name=f"test/{family}")
     assert adapter.info.base == family
     assert adapter.info.prediction_type == ("v_prediction" if family == "sd21" else "epsilon")
     assert all(bool(up.any()) for up in adapter.up.values())
@@ -238,7 +238,7 @@ def test_storage_types(loaded, dtype):
             output_vae=False,
             model_options={"dtype": getattr(torch, dtype)},
         )
-    adapter, _ = train(sd, model=model, steps=2, batch_size=1, images=pictures(1))
+    adapter, *_ = train(sd, model=model, steps=2, batch_size=1, images=pictures(1))
     assert all(bool(up.any()) and up.dtype == torch.float32 for up in adapter.up.values())
 
 
@@ -262,7 +262,7 @@ def test_v_prediction_objective_is_the_hosts(loaded):
 
 
 def test_trained_adapters_leave_the_prompt_without_them_alone(sd, caplog):
-    adapter, _ = train(sd, steps=2)
+    adapter, *_ = train(sd, steps=2)
     model, clip = run(
         "ConceptSplitApply", model=sd.model, clip=sd.clip, value_adapter=adapter, concept_name="", strength=1.0
     )
@@ -279,7 +279,32 @@ def test_training_on_a_model_with_lora(sd, base):
     model, _ = run(
         "LoraLoader", model=sd.model, clip=sd.clip, lora_name="test.safetensors", strength_model=1.0, strength_clip=0.0
     )
-    with_lora, _ = train(sd, model=model, steps=2)
-    plain, _ = train(sd, steps=2)
+    with_lora, *_ = train(sd, model=model, steps=2)
+    plain, *_ = train(sd, steps=2)
     assert not equal(with_lora, plain)
     assert same_weights(kept, sd.model)
+
+
+def test_sample_pictures_change_nothing(loaded, base):
+    """Pictures drawn between steps must not touch the training: same adapter, with and without, also on a LoRA."""
+    from .test_values import lora_file
+
+    model, clip, vae = run("ConceptSplitDemoCheckpoint")
+    lora_file(base, model)
+    (with_lora, _) = run(
+        "LoraLoader", model=model, clip=clip, lora_name="test.safetensors", strength_model=1.0, strength_clip=0.0
+    )
+    (images, word) = run("ConceptSplitDemoImages", concept="bobo", count=2, seed=0)
+    given = {
+        "model": with_lora, "clip": clip, "vae": vae, "images": images, "concept_name": "bobo", "class_word": word,
+        "file_name": "test/sampled", "steps": 3, "batch_size": 1, "learning_rate": 1e-3, "rank": 4, "seed": 3,
+        "templates": "a {}",
+    }  # fmt: skip
+    plain, _, empty = run("ConceptSplitTrain", **given)
+    drawn, _, sheet = run("ConceptSplitTrain", **given, sample_every=2)
+    saved, *_ = run("ConceptSplitTrain", **given, sample_every=2, gradient_checkpointing=True)
+    assert equal(plain, drawn)
+    for layer in plain.up:
+        torch.testing.assert_close(saved.up[layer], plain.up[layer], atol=1e-5, rtol=1e-3)
+    assert sheet.shape[2] > empty.shape[2] and sheet.std() > 0.05
+    assert hooks_on(model) == 0

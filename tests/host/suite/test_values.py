@@ -434,3 +434,88 @@ def test_families(loaded, family):
     assert host.base_family(sd.model.model) == family
     kind = host.prediction_type(model.get_model_object("model_sampling"))
     assert kind == ("v_prediction" if family == "sd21" else "epsilon")
+
+
+def test_bypass_lora(sd, adapted, base):
+    """A LoRA that never merges, where the host has one: both deltas add up, in either order."""
+    import nodes
+
+    if "LoraLoaderBypass" not in nodes.NODE_CLASS_MAPPINGS:
+        pytest.skip("this host has no bypass LoRA")
+    lora_file(base, sd.model)
+
+    def load(m, c):
+        return run(
+            "LoraLoaderBypass", model=m, clip=c, lora_name="test.safetensors", strength_model=1.0, strength_clip=0.0
+        )
+
+    conds = bound(adapted[1])
+    after = sample(load(*adapted)[0], *conds)
+    before = sample(apply(*load(sd.model, sd.clip), make_adapter(sd.model))[0], *conds)
+    assert torch.equal(after, before)
+    merged = run(
+        "LoraLoader", model=adapted[0], clip=adapted[1], lora_name="test.safetensors", strength_model=1.0,
+        strength_clip=0.0,
+    )[0]  # fmt: skip
+    torch.testing.assert_close(after, sample(merged, *conds), atol=2e-2, rtol=2e-2)
+
+
+def hooked(sd, clip, base, text):
+    """A conditioning with a weight hook on half of the schedule, as the host's hook nodes make it."""
+    lora_file(base, sd.model)
+    (hooks,) = run("CreateHookLora", lora_name="test.safetensors", strength_model=1.0, strength_clip=0.0)
+    (keyframe,) = run("CreateHookKeyframe", strength_mult=0.0, start_percent=0.5)
+    (hooks,) = run("SetHookKeyframes", hooks=hooks, hook_kf=keyframe)
+    return run(
+        "ConditioningSetProperties", cond_NEW=encode(clip, text), strength=1.0, set_cond_area="default", hooks=hooks
+    )[0]
+
+
+def own_weights(sd):
+    """The weights of the model itself: the host leaves a LoRA of an earlier run merged until the next load."""
+    sample(sd.model, encode(sd.clip, "a"), encode(sd.clip, ""), steps=1)
+    return weights(sd.model)
+
+
+def test_weight_hooks_split_the_passes(sd, adapted, base):
+    """Positive and negative with different hooks run apart; the mask must follow its own pass."""
+    model, clip = adapted
+    kept = own_weights(sd)
+    positive, negative = hooked(sd, clip, base, PROMPT), encode(clip, "blurry")
+    with watched(sd.model) as plain:
+        stock = sample(sd.model, positive, negative, steps=4)
+    with watched(sd.model) as ours:
+        changed = sample(model, positive, negative, steps=4)
+    assert {tuple(call.kinds) for call in ours} == {(0,), (1,)}
+    assert changed_rows(ours, plain) == {0: {(0, 5)}}
+    assert torch.isfinite(changed).all() and not torch.equal(changed, stock)
+    assert same_weights(kept, sd.model)
+
+
+def test_weight_hooks_under_loda(sd, adapted, base):
+    from .helpers import sample_loda
+
+    model, clip = adapted
+    (clip,) = run("ConceptSplitMarkWords", clip=clip, words="cat")
+    kept = own_weights(sd)
+    positive, negative = hooked(sd, clip, base, PROMPT), encode(clip, "blurry")
+    out, maps = sample_loda(model, positive, negative, steps=4)
+    assert torch.isfinite(out).all() and maps.trace.backwards > 0
+    assert torch.equal(sample_loda(model, positive, negative, steps=4)[0], out)
+    assert same_weights(kept, sd.model)
+
+
+def test_peak_memory_of_a_call_does_not_grow(sd, adapted):
+    """Nothing of ours is kept between calls: the same run leaves the same number of tensors alive."""
+    import gc
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    conds = bound(adapted[1])
+    sample(adapted[0], *conds)
+    before = alive()
+    for _ in range(3):
+        sample(adapted[0], *conds)
+    assert alive() <= before + 8
