@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
+
 LIMIT = 32  # encoded prompts kept per text encoder; SDXL: about 0.6 MB each
 _STORE = "conceptsplit_encoded"
 
@@ -39,9 +41,13 @@ def remembered(clip: Any, tokens: Any, return_pooled: Any, encode: Callable[[], 
 def _key(clip: Any, tokens: Any, return_pooled: Any) -> Hashable | None:
     """What an encoding depends on; None where something is in play whose identity is not known."""
     patcher = clip.patcher
-    hooked = any(getattr(patcher, name, None) for name in ("forced_hooks", "hook_patches", "object_patches"))
+    hooked = any(getattr(patcher, name, None) for name in ("forced_hooks", "hook_patches"))
     options = getattr(patcher, "model_options", {})
     if hooked or clip.apply_hooks_to_conds or any(options.values()) or not isinstance(tokens, dict):
+        return None
+    # The host itself notes the compute precision here; modules put in another's place have no identity to go by.
+    replaced = tuple(sorted(patcher.object_patches.items(), key=lambda item: item[0]))
+    if not all(isinstance(value, torch.dtype | str | int | float | None) for _, value in replaced):
         return None
     parts = []
     for name, chunks in tokens.items():
@@ -52,4 +58,4 @@ def _key(clip: Any, tokens: Any, return_pooled: Any) -> Hashable | None:
         if not all(isinstance(value, int | float) for chunk in rows for entry in chunk for value in entry):
             return None
         parts.append((name, rows))
-    return type(clip), patcher.patches_uuid, clip.layer_idx, return_pooled, tuple(parts)
+    return type(clip), patcher.patches_uuid, replaced, clip.layer_idx, return_pooled, tuple(parts)
