@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
+from conceptsplit_core.adapters import ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.loda import LodaConfig
 
 from . import models, programs
-from .meter import Cost, fake, measured, weight_bytes
+from .meter import Answers, Cost, fake, measured, weight_bytes
 from .rows import MB, Row
 
 DTYPE = torch.float16
@@ -38,28 +39,35 @@ G = 1e9
 
 def rows(families: tuple[str, ...] = models.FAMILIES) -> Iterator[Row]:
     for family in families:
-        yield from sampling_rows(family)
-        yield from growth_rows(family)
-        yield from training_rows(family)
-        yield size_row(family)
+        with fake() as answers:
+            built = models.build(family, DTYPE)
+            yield from sampling_rows(built, family, answers)
+            yield from growth_rows(built, answers)
+            yield size_row(built)
+            yield from training_rows(built, family, answers)
 
 
-def _adapters(built: models.Built, count: int) -> list:
+def _adapters(built: models.Built, count: int) -> list[tuple[ValueAdapter | None, float]]:
     return [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(count)]
 
 
-def sampling_rows(family: str) -> Iterator[Row]:
-    name = models.LABELS[family]
-    with fake(concepts=4):
-        built = models.build(family, DTYPE)
-        with measured() as plain:
-            programs.cfg_call(built)
-        with host.patched(built.model, _adapters(built, 4)) as patch, measured() as four:
-            programs.cfg_call(built, patch, models.row_mask(4))
+def sampling_rows(built: models.Built, family: str, answers: Answers) -> Iterator[Row]:
+    """ToVA, LODA updates and whole pictures."""
+    name = built.name
+    four = _adapters(built, 4)
+    two = four[:CONCEPTS]
+    mask = models.row_mask(CONCEPTS)
+    weights = weight_bytes(built.model.unet)
+    with measured() as plain:
+        programs.cfg_call(built)
+    answers.concepts = 4
+    with host.patched(built.model, four) as patch, measured() as all_four:
+        programs.cfg_call(built, patch, models.row_mask(4))
+    answers.concepts = CONCEPTS
     yield Row(
         "ToVA, 4 concepts, one sampling step",
         name,
-        four.flops / G,
+        all_four.flops / G,
         plain.flops / G,
         "GFLOP",
         "plain sampling",
@@ -68,30 +76,27 @@ def sampling_rows(family: str) -> Iterator[Row]:
         "<= 1.01",
     )
 
-    weights = 0
     updates: dict[str, Cost] = {}
     regions: dict[str, Cost] = {}
-    with fake(concepts=CONCEPTS):
-        built = models.build(family, DTYPE)
-        weights = weight_bytes(built.model.unet)
-        mask = models.row_mask(CONCEPTS)
-        for part in PARTS:
-            config = LodaConfig(iterations=1, map_part=part)
-            with host.patched(built.model, _adapters(built, CONCEPTS)) as patch:
-                with measured() as step:
-                    programs.cfg_call(built, patch, mask)
-                with measured() as updates[part]:
-                    programs.update(built, patch, mask, config)
-                with measured() as regions[part]:
-                    programs.region_bias(built, patch, mask, config)
-                with measured() as biased:
-                    programs.cfg_call(built, patch, mask)
-        peers: dict[str, Cost] = {}
-        _, size = programs.wanted_layers(built, LodaConfig())
-        for kind, also_self, whole in (("paper", False, False), ("whole", False, True), ("self", True, False)):
-            with programs.storing(built, also_self) as store, measured() as peers[kind]:
-                programs.paper_update(built, store, CONCEPTS, size, whole)
-            store.clear()
+    for part in PARTS:
+        config = LodaConfig(iterations=1, map_part=part)
+        with host.patched(built.model, two) as patch:
+            with measured() as updates[part]:
+                programs.update(built, patch, mask, config)
+            with measured() as regions[part]:
+                programs.region_bias(built, patch, mask, config)
+    with host.patched(built.model, two) as patch:
+        with measured() as step:
+            programs.cfg_call(built, patch, mask)
+        programs.region_bias(built, patch, mask, LodaConfig())
+        with measured() as biased:
+            programs.cfg_call(built, patch, mask)
+    peers: dict[str, Cost] = {}
+    _, size = programs.wanted_layers(built, LodaConfig())
+    for kind, also_self, whole in (("paper", False, False), ("whole", False, True), ("self", True, False)):
+        with programs.storing(built, also_self) as store, measured() as peers[kind]:
+            programs.paper_update(built, store, CONCEPTS, size, whole)
+        store.clear()
 
     default = LodaConfig()
     for part, told in PARTS.items():
@@ -168,6 +173,15 @@ def sampling_rows(family: str) -> Iterator[Row]:
             f"peak memory of an update with the UNet's weights, {told}",
             name,
             (weights + update.peak) / MB,
+            (weights + peers["paper"].peak) / MB,
+            "MB",
+            "the paper's way, self-attention fused",
+            "counted",
+        )
+        yield Row(
+            f"peak memory of an update with the UNet's weights, {told}",
+            name,
+            (weights + update.peak) / MB,
             (weights + plain.peak) / MB,
             "MB",
             "plain guided sampling",
@@ -176,11 +190,10 @@ def sampling_rows(family: str) -> Iterator[Row]:
             "<= 1.5",
         )
 
-    with fake(concepts=CONCEPTS, decide=False):
-        built = models.build(family, DTYPE)
-        with host.patched(built.model, _adapters(built, CONCEPTS)) as patch, measured() as apart:
-            trace = programs.update(built, patch, models.row_mask(CONCEPTS), LodaConfig())
-        assert trace.forwards == 1 and trace.backwards == 0
+    answers.decide = False
+    with host.patched(built.model, two) as patch, measured() as apart:
+        trace = programs.update(built, patch, mask, LodaConfig())
+    answers.decide = True
     yield Row(
         "LODA when the maps are apart already",
         name,
@@ -191,20 +204,20 @@ def sampling_rows(family: str) -> Iterator[Row]:
         "counted",
         1.0,
         "<= 1.0",
+        note=f"{trace.forwards} partial forward, {trace.backwards} backward passes.",
     )
 
 
-def growth_rows(family: str) -> Iterator[Row]:
+def growth_rows(built: models.Built, answers: Answers) -> Iterator[Row]:
     """Number of concepts 2 to 8, batch 1 to 8."""
-    name = models.LABELS[family]
+    name = built.name
     config = LodaConfig(iterations=1)
     found: dict[tuple[int, int], Cost] = {}
     for concepts, batch in ((2, 1), (8, 1), (2, 8)):
-        with fake(rows=batch, concepts=concepts):
-            built = models.build(family, DTYPE)
-            with host.patched(built.model, _adapters(built, concepts)) as patch:
-                with measured() as found[concepts, batch]:
-                    programs.update(built, patch, models.row_mask(concepts, batch), config)
+        answers.rows, answers.concepts = batch, concepts
+        with host.patched(built.model, _adapters(built, concepts)) as patch, measured() as found[concepts, batch]:
+            programs.update(built, patch, models.row_mask(concepts, batch), config)
+    answers.rows, answers.concepts = 1, CONCEPTS
     base = found[2, 1]
     yield Row(
         "one LODA update, 8 concepts",
@@ -218,7 +231,7 @@ def growth_rows(family: str) -> Iterator[Row]:
         "<= 1.02",
     )
     yield Row(
-        "memory of one LODA update, 8 concepts",
+        "activation memory of an update, 8 concepts",
         name,
         found[8, 1].peak / MB,
         base.peak / MB,
@@ -240,34 +253,35 @@ def growth_rows(family: str) -> Iterator[Row]:
     )
 
 
-def training_rows(family: str) -> Iterator[Row]:
-    """A training step of batch 1, checkpointing off and on, against LoRA on to_v as such scripts train it."""
-    name = models.LABELS[family]
+def training_rows(built: models.Built, family: str, answers: Answers) -> Iterator[Row]:
+    """A training step of batch 1, checkpointing off and on, against LoRA on to_v as such scripts train it.
+
+    Last in a family: the LoRA stays on the model.
+    """
+    name = built.name
+    answers.concepts = 1
     ours: dict[bool, Cost] = {}
     lora: dict[bool, Cost] = {}
-    with fake(concepts=1):
-        built = models.build(family, DTYPE)
-        unet = built.model.unet
-        weights = weight_bytes(unet)
-        adapter = models.adapter(built.model, "c", RANK)
-        # What learns in fp32, with its gradient and AdamW's two moments.
-        learned = 3 * adapter.nbytes(torch.float32)
-        pixels = built.grid[0] * 8
-        for checkpointing in (False, True):
-            batch = models.train_batch(built, 1)
-            with programs.our_training(built, adapter, checkpointing) as (denoise, parameters):
-                with measured() as ours[checkpointing]:
-                    programs.train_step(denoise, parameters, batch)
-        vae, encoders = models.vae(DTYPE), models.text_encoders(family, DTYPE)
-        with measured() as encoding:
-            programs.encode_each_step(vae, encoders, pixels, 1)
-        others = weight_bytes(vae, *encoders)
-        parameters = programs.add_lora(unet, RANK)
-        for checkpointing in (False, True):
-            unet.train()
-            unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
-            with measured() as lora[checkpointing]:
-                programs.train_step(programs.lora_denoise(built), parameters, models.train_batch(built, 1))
+    unet = built.model.unet
+    weights = weight_bytes(unet)
+    adapter = models.adapter(built.model, "c", RANK)
+    # What learns in fp32, with its gradient and AdamW's two moments.
+    learned = 4 * adapter.nbytes(torch.float32)
+    for checkpointing in (False, True):
+        batch = models.train_batch(built, 1)
+        training = programs.our_training(built, adapter, checkpointing)
+        with training as (denoise, parameters), measured() as ours[checkpointing]:
+            programs.train_step(denoise, parameters, batch)
+    vae, encoders = models.vae(DTYPE), models.text_encoders(family, DTYPE)
+    with measured() as encoding:
+        programs.encode_each_step(vae, encoders, built.grid[0] * 8, 1)
+    others = weight_bytes(vae, *encoders)
+    trained = programs.add_lora(unet, RANK)
+    for checkpointing in (False, True):
+        unet.train()
+        unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
+        with measured() as lora[checkpointing]:
+            programs.train_step(programs.lora_denoise(built), trained, models.train_batch(built, 1))
 
     peer = lora[False].flops + encoding.flops
     yield Row(
@@ -341,20 +355,9 @@ def training_rows(family: str) -> Iterator[Row]:
         )
 
 
-def size_row(family: str, rank: int = 16) -> Row:
+def size_row(built: models.Built, rank: int = 16) -> Row:
     """Size of an adapter in half precision at one rank, from the layers' shapes."""
-    with fake():
-        built = models.build(family, DTYPE)
-        shapes = host.layer_shapes(built.model.unet)
+    shapes = host.layer_shapes(built.model.unet)
     size = sum(rank * (context + values) for context, values in shapes.values()) * 2
-    return Row(
-        f"adapter file, rank {rank}, fp16",
-        models.LABELS[family],
-        size / 1e6,
-        1.0,
-        "MB",
-        "1 MB",
-        "counted",
-        None,
-        "<= 1.0" if family == "sd15" else None,
-    )
+    goal = "<= 1.0" if built.model.family == "sd15" else None
+    return Row(f"adapter file, rank {rank}, fp16", built.name, size / 1e6, 1.0, "MB", "1 MB", "counted", None, goal)

@@ -61,6 +61,11 @@ class Cost:
     def mark(self) -> None:
         self.marked = self._live
 
+    def restart_peak(self) -> int:
+        """The peak since the last call, in bytes; the next one counts from what is alive now."""
+        peak, self.peak = self.peak, self._live
+        return peak
+
 
 class _Meter(TorchDispatchMode):
     """Adds up operations, and the storages that operators allocate until each is freed.
@@ -107,12 +112,18 @@ class _Meter(TorchDispatchMode):
         self.cost._live -= size
 
 
-class _Answers(TorchDispatchMode):
-    """Answers what fake tensors cannot: how many rows are bound, and which way a decision goes."""
+class Answers(TorchDispatchMode):
+    """Answers what fake tensors cannot: how many rows are bound, and which way a decision goes.
 
-    def __init__(self, rows: int, concepts: int, decide: bool):
+    rows: text rows per concept over the whole batch.
+    concepts: how many concepts are bound.
+    decide: what every yes-or-no read from a tensor is: with True a loss counts as not zero and a gradient as finite,
+        with False the maps count as apart already. Every other number read is 1.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.rows, self.concepts, self.decide = rows, concepts, decide
+        self.rows, self.concepts, self.decide = 1, 2, True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.nonzero.default:
@@ -126,17 +137,10 @@ class _Answers(TorchDispatchMode):
 
 
 @contextmanager
-def fake(rows: int = 1, concepts: int = 2, decide: bool = True) -> Iterator[None]:
-    """Inside, every tensor has a shape and no storage. Build the model inside too.
-
-    Args:
-        rows: text rows per concept over the whole batch.
-        concepts: how many concepts are bound.
-        decide: what every yes-or-no read from a tensor is: with True a loss counts as not zero and a gradient as
-            finite, with False the maps count as apart already. Every other number read is 1.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), _Answers(rows, concepts, decide):
-        yield
+def fake() -> Iterator[Answers]:
+    """Inside, every tensor has a shape and no storage. Build the model inside too."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Answers() as answers:
+        yield answers
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.hosts import diffusers_load as host_load
 from conceptsplit_core.hosts.diffusers_load import TEXT_CONFIGS, UNET_CONFIGS, VAE_CONFIG
 from conceptsplit_core.training import TrainBatch
 
@@ -130,11 +131,50 @@ def text_encoders(family: str, dtype: torch.dtype) -> list[nn.Module]:
     return found
 
 
+def reduced(family: str, width: int = 160, cells: int = 32) -> Built:
+    """The family at half its width on a 32² latent, with weights, in fp32: what two CPU cores can run.
+
+    The picture autoencoder and the text encoder are reduced alike, so that their share of a training step stays
+    about that of the real model.
+    """
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    built = build(family, torch.float32, width, cells)
+    config = dict(VAE_CONFIG, block_out_channels=[c * width // 320 for c in VAE_CONFIG["block_out_channels"]])
+    built.model.vae = AutoencoderKL(**config).requires_grad_(False).eval()
+    text = dict(TEXT_CONFIGS["open" if family == "sd21" else "clip"])
+    text["num_hidden_layers"] = max(1, text["num_hidden_layers"] * width * cells**2 // (320 * 64**2))
+    encoder = CLIPTextModel(CLIPTextConfig(**text)).requires_grad_(False).eval()
+    built.model.encoders = (host_load.TextEncoder(None, encoder),)
+    built.name = f"{family_name(family)} at half width, {cells}² latent"
+    return built
+
+
+def demo() -> Built:
+    """The built-in demo model."""
+    model = host.load_model("demo")
+    model.unet.requires_grad_(False).eval()
+    side = model.unet.config.sample_size
+    context = torch.randn(1, TEXT_ROWS, model.unet.config.cross_attention_dim)
+    x = torch.randn(1, model.unet.config.in_channels, side, side)
+    return Built("demo model", model, x, context, None, torch.tensor(500))
+
+
+def family_name(family: str) -> str:
+    return LABELS[family].split()[0]
+
+
+def concept_row(index: int) -> int:
+    """The text row that concept number `index` owns."""
+    return 5 + 3 * index
+
+
 def row_mask(concepts: int, batch: int = 1) -> Tensor:
     """[batch, 77, concepts]: each concept owns one row."""
     mask = torch.zeros(batch, TEXT_ROWS, concepts)
     for i in range(concepts):
-        mask[:, 5 + 3 * i, i] = 1.0
+        mask[:, concept_row(i), i] = 1.0
     return mask
 
 

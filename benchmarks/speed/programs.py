@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from conceptsplit_core import loda as loda_core
 from conceptsplit_core.adapters import ValueAdapter
@@ -23,7 +25,7 @@ from conceptsplit_core.loda import LodaConfig, LodaTrace
 from conceptsplit_core.maps import aggregate, choose_layers, level_sizes
 from conceptsplit_core.training import TrainBatch, batch_loss
 
-from .models import Built
+from .models import Built, concept_row
 
 # --- ours -----------------------------------------------------------------------------------------------------
 
@@ -163,7 +165,7 @@ def paper_update(
     kernel = torch.ones(1, 1, 7, 7) / 49
     chosen = []
     for i in range(concepts):
-        one = maps[:, :, 5 + 3 * i].view(-1, 1, *size)
+        one = maps[:, :, concept_row(i)].view(-1, 1, *size)
         one = F.conv2d(F.pad(one, (1, 1, 1, 1), mode="reflect"), kernel)
         chosen.append(one / one.sum())
     divergences = [(p * ((p + 1e-8).log() - (q + 1e-8).log())).sum() for p, q in combinations(chosen, 2)]
@@ -182,10 +184,14 @@ def add_lora(unet: Any, rank: int) -> list[nn.Parameter]:
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=r".*attn2\.to_v"), "bench"
-    )
-    cast_training_params(unet, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=r".*attn2\.to_v")
+    if isinstance(next(unet.parameters()), FakeTensor):
+        # Fake parameters cannot be moved, and are in fp32 and on the only device there is.
+        with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+            unet.add_adapter(config, "bench")
+    else:
+        unet.add_adapter(config, "bench")
+        cast_training_params(unet, dtype=torch.float32)
     return [p for p in unet.parameters() if p.requires_grad]
 
 

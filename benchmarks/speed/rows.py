@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,21 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads used, {card}"
 
 
-def write_json(rows: Sequence[Row], path: Path, quick: bool, facts: dict[str, Any]) -> None:
-    content = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "quick": quick,
-        **facts,
-        "rows": [r.to_dict() for r in rows],
-    }
+def write_json(parts: Mapping[str, Sequence[dict[str, Any]]], path: Path, facts: Mapping[str, Any]) -> None:
+    """One file for all parts; each row says which part it belongs to."""
+    rows = [{**row, "part": part} for part, group in parts.items() for row in group]
+    content = {"machine": machine(), "torch": torch.__version__, **facts, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by part of an earlier run; empty without one."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    if path.is_file():
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            found.setdefault(row.pop("part"), []).append(row)
+    return found
 
 
 def _number(value: float | None) -> str:

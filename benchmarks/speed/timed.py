@@ -1,0 +1,442 @@
+"""Rows that are timed on this machine: the demo model, and the three families at half width.
+
+Two programs are run in turn in one process, in changing order, and their medians are compared, so that whatever else
+the machine does meets both alike. The demo model is so small that Python's own time is a large part of every step:
+its ratios are upper bounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.loda import LodaConfig
+from conceptsplit_core.tokens import Binding
+from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, batch_loss, make_batch, train
+
+from . import models, programs
+from .counted import IMAGE_GOAL, PARTS, SHARE
+from .meter import measured
+from .rows import MB, Row
+
+RANK = 8
+
+
+def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median seconds of both; one unmeasured run each first. A program that gives a float has timed itself."""
+    ours()
+    peer()
+    taken: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds):
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            began = time.perf_counter()
+            told = (ours, peer)[which]()
+            taken[which].append(told if isinstance(told, float) else time.perf_counter() - began)
+    return statistics.median(taken[0]), statistics.median(taken[1])
+
+
+def rows(quick: bool = False) -> Iterator[Row]:
+    yield from sampling_rows(models.demo(), "sd15", 3 if quick else 7, length=(50, 10), goals=False)
+    yield from demo_rows(quick)
+    if quick:
+        return
+    for family in models.FAMILIES:
+        built = models.reduced(family)
+        yield from sampling_rows(built, family, 5, length=(10, 2), goals=True)
+        yield from training_rows(built, 3)
+        del built
+
+
+def _conditionings(built: models.Built, concepts: int) -> tuple[host.Conditioning, host.Conditioning]:
+    bindings = tuple(Binding(f"c{i}", (models.concept_row(i),)) for i in range(concepts))
+    return host.Conditioning("", built.context, built.pooled, bindings), host.Conditioning(
+        "", built.context, built.pooled
+    )
+
+
+def image(
+    built: models.Built,
+    steps: int,
+    loda: LodaConfig | None,
+    adapters: dict | None = None,
+    concepts: int = 2,
+    batch: int = 1,
+) -> Tensor:
+    """A whole picture through `host.sample`, decoded."""
+    positive, negative = _conditionings(built, concepts)
+    side = built.grid[0] * built.model.pixel_factor
+    return host.sample(
+        built.model,
+        [positive],
+        negative,
+        seeds=range(batch),
+        concepts=[f"c{i}" for i in range(concepts)],
+        adapters=adapters,
+        steps=steps,
+        size=(side, side),
+        loda=loda,
+    ).latents
+
+
+def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[int, int], goals: bool) -> Iterator[Row]:
+    """ToVA, whole images, single updates.
+
+    Args:
+        family: whose predictions and goals apply.
+        length: (steps, of which with LODA) of a whole picture.
+        goals: False leaves out what is held to a goal on real models only.
+    """
+    name = built.name
+    four = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(4)]
+    mask = models.row_mask(4)
+
+    def bound_call() -> float:
+        # Hooks are registered once per picture, not once per step, so that is not timed here.
+        with host.patched(built.model, four) as patch:
+            began = time.perf_counter()
+            programs.cfg_call(built, patch, mask)
+            return time.perf_counter() - began
+
+    mine, plain = alternate(bound_call, lambda: programs.cfg_call(built), 3 * rounds)
+    yield Row(
+        "ToVA, 4 concepts, one sampling step",
+        name,
+        mine * 1e3,
+        plain * 1e3,
+        "ms",
+        "plain sampling",
+        "timed",
+        1.01,
+        "<= 1.01" if goals else None,
+    )
+
+    steps, loda_steps = length
+    two = {f"c{i}": four[i] for i in range(2)}
+    for part, told in PARTS.items():
+        # A threshold out of reach: every update is made.
+        config = LodaConfig(steps=loda_steps, iterations=1, threshold=0.69, map_part=part)
+        mine, plain = alternate(
+            lambda config=config: image(built, steps, config, two),
+            lambda: image(built, steps, None),
+            max(3, rounds // 2),
+        )
+        yield Row(
+            f"{loda_steps} LODA steps of {steps} + AFG, one update a step, {told}",
+            name,
+            mine,
+            plain,
+            "s",
+            "plain sampling",
+            "timed",
+            1 + loda_steps * SHARE[family, part] / steps,
+            IMAGE_GOAL[family] if goals else None,
+        )
+
+    pair = models.row_mask(2)
+    _, size = programs.wanted_layers(built, LodaConfig())
+    for part, told in PARTS.items():
+        config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
+
+        def ours(config: LodaConfig = config) -> None:
+            with host.patched(built.model, list(two.values())) as patch:
+                programs.update(built, patch, pair, config)
+
+        def paper() -> None:
+            with programs.storing(built) as store:
+                programs.paper_update(built, store, 2, size)
+
+        mine, theirs = alternate(ours, paper, rounds)
+        yield Row(
+            f"one LODA update, {told}",
+            name,
+            mine * 1e3,
+            theirs * 1e3,
+            "ms",
+            "the paper's way as autograd runs it",
+            "timed",
+        )
+
+    config = LodaConfig(iterations=1, threshold=1e-30)
+    with host.patched(built.model, list(two.values())) as patch:
+        read = programs.map_reader(built, patch, pair, config)
+
+        def forward() -> None:
+            with torch.no_grad():
+                read(built.x)
+
+        mine, theirs = alternate(lambda: programs.update(built, patch, pair, config), forward, rounds)
+    yield Row(
+        "LODA when the maps are apart already",
+        name,
+        mine * 1e3,
+        theirs * 1e3,
+        "ms",
+        "one partial forward",
+        "timed",
+        1.0,
+        note="The difference is what autograd notes down for a backward pass that does not come.",
+    )
+
+    for concepts, batch, against, goal in ((8, 1, "2 concepts", "<= 1.1"), (2, 4, "batch 1", None)):
+        config = LodaConfig(iterations=1, threshold=0.69)
+        many = models.row_mask(concepts, batch)
+
+        def grown(many: Tensor = many, config: LodaConfig = config) -> None:
+            with host.patched(built.model, [(None, 0.0)] * many.shape[-1]) as patch:
+                programs.update(built, patch, many, config)
+
+        mine, theirs = alternate(grown, lambda: grown(pair), rounds)
+        told = f"{concepts} concepts" if batch == 1 else f"batch {batch}, per picture"
+        yield Row(
+            f"one LODA update, {told}",
+            name,
+            mine / batch * 1e3,
+            theirs * 1e3,
+            "ms",
+            against,
+            "timed",
+            1.0,
+            goal if goal and goals else None,
+        )
+
+
+# --- training -------------------------------------------------------------------------------------------------
+
+
+def _data(built: models.Built, images: int = 4, prompts: int = 4) -> TrainData:
+    latents = torch.randn(images, *built.x.shape[1:])
+    extra = {} if built.pooled is None else {"pooled": built.pooled[0]}
+    return TrainData(
+        latents, [Prompt(f"p{i}", built.context[0] + 0.01 * i, (models.concept_row(0),), extra) for i in range(prompts)]
+    )
+
+
+def training_rows(built: models.Built, rounds: int, steps: int = 2) -> Iterator[Row]:
+    """Images per second of training, batch 1: ours through `train`, against a peft LoRA that encodes at each step."""
+    name = built.name
+    data = _data(built)
+    config = TrainConfig(steps=steps, batch_size=1, save_every=0, prediction_type=built.model.prediction_type)
+    adapter = models.adapter(built.model, "c", RANK)
+    encoders = [encoder.model for encoder in built.model.encoders]
+    pixels = built.grid[0] * built.model.pixel_factor
+
+    def ours() -> None:
+        with host.training_denoiser(built.model, adapter) as denoise:
+            train(adapter, data, built.model.alphas_cumprod, denoise, config)
+
+    def peer(encode: bool) -> None:
+        parameters = programs.add_lora(built.model.unet, RANK)
+        try:
+            _lora_loop(
+                built,
+                parameters,
+                data,
+                config,
+                lambda: encode and programs.encode_each_step(built.model.vae, encoders, pixels, 1),
+            )
+        finally:
+            programs.remove_lora(built.model.unet)
+
+    for encode, told, goal in (
+        (True, "peft LoRA on to_v, encoding at each step", ">= 1.5"),
+        (False, "peft LoRA on to_v, everything encoded beforehand", None),
+    ):
+        mine, theirs = alternate(ours, lambda encode=encode: peer(encode), rounds)
+        yield Row(
+            "ToVA training, batch 1",
+            name,
+            steps / mine,
+            steps / theirs,
+            "images/s",
+            told,
+            "timed",
+            1.5 if encode else 1.0,
+            goal,
+        )
+
+
+def _lora_loop(
+    built: models.Built, parameters: list, data: TrainData, config: TrainConfig, before: Callable[[], object]
+) -> None:
+    """A plain training loop over the same draws as ours."""
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    denoise = programs.lora_denoise(built)
+    for step in range(config.steps):
+        before()
+        batch = make_batch(data, built.model.alphas_cumprod, config, step, Process())
+        batch_loss(denoise(batch), batch).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# --- the demo model -------------------------------------------------------------------------------------------
+
+
+def demo_rows(quick: bool) -> Iterator[Row]:
+    """What needs a model that has learned something: equal loss, adapter size; and memory over many steps."""
+    from conceptsplit_core.demo import scenes
+    from conceptsplit_core.tokens import Concept
+
+    built = models.demo()
+    model, name = built.model, built.name
+    concept = Concept("bobo", scenes.CONCEPTS["bobo"].class_word)
+    templates = model.templates or ("a {}",)
+    pictures = _pixels(scenes.draw_concept("bobo", 5, 1))
+    data = host.training_data(model, pictures, concept, templates)
+    steps = 60 if quick else 250
+    config = TrainConfig(steps=steps, batch_size=4, learning_rate=2e-3, save_every=0)
+    held_out = make_batch(data, model.alphas_cumprod, TrainConfig(batch_size=64, seed=12345), 0, Process())
+
+    peaks: list[int] = []
+    adapter = host.new_adapter(model, concept, RANK, 0.0, 0)
+    began = time.perf_counter()
+    with host.training_denoiser(model, adapter) as denoise:
+        train(adapter, data, model.alphas_cumprod, denoise, config)
+        mine = time.perf_counter() - began
+        reached = _loss(denoise, held_out)
+
+    encoders = [encoder.model for encoder in model.encoders]
+    before = _loss(programs.lora_denoise(built), held_out)
+    parameters = programs.add_lora(model.unet, RANK)
+    began = time.perf_counter()
+    try:
+        _lora_loop(built, parameters, data, config, lambda: _encode_demo(model, pictures[:4], encoders))
+        theirs = time.perf_counter() - began
+        lora_reached = _loss(programs.lora_denoise(built), held_out)
+    finally:
+        programs.remove_lora(model.unet)
+    yield Row(
+        "ToVA training, batch 4, demo",
+        name,
+        4 * steps / mine,
+        4 * steps / theirs,
+        "images/s",
+        "peft LoRA on to_v, encoding at each step",
+        "timed",
+        None,
+        None,
+        note="One run each, not alternating. The demo's encoders are tiny, so encoding at each step costs little.",
+    )
+    yield Row(
+        f"loss after {steps} steps, less is better",
+        name,
+        reached,
+        lora_reached,
+        "mean squared error",
+        "peft LoRA on to_v, same draws",
+        "timed",
+        None,
+        "<= 1.02",
+        note=f"Held-out draws; {before:.4g} before training. The LoRA moves every row, ours one word.",
+    )
+
+    short = TrainConfig(steps=12, batch_size=4, save_every=0)
+    fresh = host.new_adapter(model, concept, RANK, 0.0, 0)
+    with host.training_denoiser(model, fresh) as denoise, measured() as cost:
+        train(fresh, data, model.alphas_cumprod, denoise, short, lambda event: peaks.append(cost.restart_peak()))
+    yield Row(
+        "training peak memory, step 12", name, peaks[-1] / MB, peaks[1] / MB, "MB", "step 2", "counted", 1.0, "<= 1.0"
+    )
+
+    yield from size_rows(built, adapter, held_out, before, reached)
+    yield from loading_rows(built, adapter)
+
+
+def _pixels(pictures: list) -> Tensor:
+    """Pictures uint8 [H, W, 3] as [N, 3, H, W] in -1..1."""
+    return torch.stack([torch.from_numpy(p) for p in pictures]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def _loss(denoise: Callable, batch: object) -> float:
+    return float(batch_loss(denoise(batch), batch))
+
+
+@torch.no_grad()
+def _encode_demo(model: host.DiffusersModel, pictures: Tensor, encoders: list) -> None:
+    host.encode_images(model, pictures)
+    ids = torch.zeros(len(pictures), 77, dtype=torch.int64)
+    for encoder in encoders:
+        encoder(ids)
+
+
+def size_rows(built: models.Built, adapter, held_out, before: float, reached: float) -> Iterator[Row]:
+    """How small an adapter may get before the concept suffers: SVD truncation, then precision.
+
+    Fidelity is the share of the training's gain in held-out loss that is kept.
+    """
+    from conceptsplit_core.adapters import adapter_bytes, parse_adapter
+
+    full = len(adapter_bytes(adapter, torch.float32))
+    gain = before - reached
+    kept: list[tuple[int, str, float, float]] = []
+    for rank in (8, 6, 4, 3, 2, 1):
+        small, error = adapter.truncated(rank)
+        for dtype in (torch.float32, torch.float16) if rank == 8 else (torch.float16,):
+            data = adapter_bytes(small, dtype)
+            back = parse_adapter(data)
+            with host.patched(built.model, [(back, 1.0)]) as patch:
+                patch.state.mask = held_out.mask
+                loss = _loss(programs.lora_denoise(built), held_out)
+            told = f"rank {rank}, {str(dtype).split('.')[1]}"
+            kept.append((len(data), told, error, (before - loss) / gain))
+            yield Row(
+                f"adapter file of the demo, {told}",
+                built.name,
+                len(data) / 1e3,
+                full / 1e3,
+                "kB",
+                "as trained, rank 8, float32",
+                "counted",
+                note=f"SVD error {error:.3f} of the update's norm; keeps {100 * kept[-1][3]:.1f} % of the gain in "
+                "held-out loss.",
+            )
+    usable = [entry for entry in kept if entry[3] >= 0.98]
+    if usable:
+        size, told, error, share = min(usable)
+        yield Row(
+            "smallest usable adapter (98 % of the gain)",
+            built.name,
+            size / 1e3,
+            full / 1e3,
+            "kB",
+            "as trained, rank 8, float32",
+            "counted",
+            note=f"It is {told}: SVD error {error:.3f}, {100 * share:.1f} % of the gain.",
+        )
+
+
+def loading_rows(built: models.Built, adapter) -> Iterator[Row]:
+    """Loading four adapters against one step of sampling: nothing of the model is touched."""
+    import tempfile
+    from pathlib import Path
+
+    from conceptsplit_core.adapters import load_adapter, save_adapter
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.safetensors" for i in range(4)]
+        for path in paths:
+            save_adapter(adapter, path)
+        shapes = host.layer_shapes(built.model.unet)
+
+        def load() -> None:
+            for path in paths:
+                load_adapter(path).check_fits(shapes, built.model.family)
+
+        mine, theirs = alternate(load, lambda: image(built, 10, None), 5)
+    yield Row(
+        "loading 4 adapters",
+        built.name,
+        mine * 1e3,
+        theirs * 1e3,
+        "ms",
+        "a plain picture of 10 steps",
+        "timed",
+        note="Read, checked and fitted; the model is neither copied nor reloaded.",
+    )
