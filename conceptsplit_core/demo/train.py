@@ -1,8 +1,9 @@
 """Trains the demo model from nothing: `python -m conceptsplit_core.demo.train <stage> --out FOLDER`.
 
 Stages in order: `tokenizer` (writes the tokenizer files), `vae` (picture autoencoder), `latents` (draws and encodes
-the training scenes), `unet` (UNet and text encoder together), `export` (one safetensors file); `samples` and
-`grounding` look at a state in between. Every stage is seeded, `vae` and `unet` resume from their last state in OUT.
+the training scenes), `unet` (UNet and text encoder together), `decoder` (more steps for the picture decoder alone,
+at any time after `vae`), `export` (one safetensors file); `samples` and `grounding` look at a state in between. Every
+stage is seeded, `vae` and `unet` resume from their last state in OUT.
 
 The UNet's objective is noise prediction, and with `--grounding W` a second term: W times the mean negative log share
 of each class word's and adjective's cross-attention map on its own object (`grounding_loss`). Without it a model
@@ -165,14 +166,49 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
                   f"z {spread.min().item():.2f}..{spread.max().item():.2f} {time.time() - began:.0f}s", flush=True)
         if step % 100 == 99 or step == steps - 1:
             _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}, path)
-            test = np.stack([scenes.draw_scene(20_000_000 + i).image for i in range(12)])
-            with torch.no_grad():
-                again = _to_images(model.decoder(model.encoder(_to_tensor(test))))
-            both = np.concatenate([np.concatenate([test[i : i + 6], again[i : i + 6]]) for i in (0, 6)])
-            _save_grid(both, 6, out / "vae.png")
-            error = np.abs(test.astype(float) - again)
-            print(f"vae {step + 1} test L1 {error.mean():.2f}/255 PSNR "
-                  f"{10 * math.log10(255**2 / np.square(error).mean()):.1f} dB", flush=True)
+            print(f"vae {step + 1} {_vae_report(model, out)}", flush=True)
+
+
+@torch.no_grad()
+def _vae_report(model: Any, out: Path) -> str:
+    """Error on twelve unseen pictures, and a sheet of them above their reconstructions."""
+    test = np.stack([scenes.draw_scene(20_000_000 + i).image for i in range(12)])
+    again = _to_images(model.decoder(model.encoder(_to_tensor(test))))
+    both = np.concatenate([np.concatenate([test[i : i + 6], again[i : i + 6]]) for i in (0, 6)])
+    _save_grid(both, 6, out / "vae.png")
+    error = np.abs(test.astype(float) - again)
+    return f"test L1 {error.mean():.2f}/255 PSNR {10 * math.log10(255**2 / np.square(error).mean()):.1f} dB"
+
+
+def polish_decoder(out: Path, steps: int, batch: int, seed: int) -> None:
+    """More steps for the decoder alone, which may go on after latents are drawn: the encoder stays as it is.
+
+    Short, so it saves only at its end; an interrupted polish starts over.
+    """
+    torch.manual_seed(seed)
+    state = torch.load(out / "vae.pt", weights_only=True)
+    model = build_vae().to(memory_format=torch.channels_last)
+    model.load_state_dict(state["model"])
+    drawn = [scenes.draw_scene(11_000_000 + seed + i) for i in range(1500)]
+    optimiser = torch.optim.AdamW(model.decoder.parameters(), 8e-4, weight_decay=0.0, fused=True)
+    for step in range(steps):
+        rng = np.random.default_rng([seed, step, 2])
+        for group in optimiser.param_groups:
+            group["lr"] = 8e-4 * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (1 - step / steps))
+        x = _to_tensor(_crops(rng, drawn, batch, 64)).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            z = model.encoder(x)
+        wrong = model.decoder(z + 0.05 * torch.randn_like(z)) - x
+        edge = wrong.diff(dim=2).abs().mean() + wrong.diff(dim=3).abs().mean()
+        loss = wrong.abs().mean() + wrong.square().mean() + 0.5 * edge
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
+        optimiser.step()
+        if step % 50 == 49:
+            print(f"decoder {step + 1} loss {loss.item():.4f} pixel {wrong.abs().mean().item():.4f}", flush=True)
+    _save({**state, "model": model.state_dict(), "decoder_steps": steps}, out / "vae.pt")
+    print(_vae_report(model, out))
 
 
 # --- text-to-latent model -------------------------------------------------------------------------------------
@@ -698,7 +734,8 @@ def export(out: Path, name: str, target: Path, note: str) -> None:
         "latent_size": LATENT_SIDE,
         "lexicon": list(scenes.lexicon()),
         "training": {
-            "vae": {"steps": int(vae["step"]), "seed": 1},
+            "vae": {"steps": int(vae["step"]), "decoder_steps": int(vae.get("decoder_steps", 0)), "batch": 16,
+                    "seed": 1},
             "unet": {"steps": int(state["step"]), "batch": int(state["batch"]), "seed": int(state["seed"]),
                      "rate": float(state["rate"]), "seconds": round(float(state["seconds"])),
                      "grounding_weight": float(state["grounding"])},
@@ -716,7 +753,8 @@ def export(out: Path, name: str, target: Path, note: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m conceptsplit_core.demo.train", description=__doc__)
-    parser.add_argument("stage", choices=("tokenizer", "vae", "latents", "unet", "samples", "grounding", "export"))
+    stages = ("tokenizer", "vae", "latents", "unet", "decoder", "samples", "grounding", "export")
+    parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", type=Path, required=True, help="folder for states, logs and pictures")
     parser.add_argument("--name", default="unet", help="name of the UNet run in that folder")
     parser.add_argument("--steps", type=int, default=2000)
@@ -744,6 +782,8 @@ def main(argv: list[str] | None = None) -> None:
         print(lexicon.write_tokenizer(checkpoint.TOKENIZER_DIR), "tokens")
     elif args.stage == "vae":
         train_vae(args.out, args.steps, args.batch, args.seed)
+    elif args.stage == "decoder":
+        polish_decoder(args.out, args.steps, args.batch, args.seed)
     elif args.stage == "latents":
         draw_latents(args.out, args.part, args.parts, args.scenes, args.seed)
     elif args.stage == "unet":
