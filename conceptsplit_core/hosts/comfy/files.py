@@ -16,7 +16,6 @@ from ...errors import ConceptSplitError
 log = logging.getLogger("ConceptSplit")
 
 FOLDER = "value_adapters"
-DEMO_ADAPTERS = Path(__file__).resolve().parents[2] / "demo" / "adapters"  # of the demo model, for the workflows
 # Two adapters for the demo model come with the pack, so that the workflows run before anything was trained.
 DEMO_ADAPTERS = Path(__file__).resolve().parents[2] / "demo" / "adapters"
 _NAME = re.compile(r"[\w][\w .()+\-]*\Z")
