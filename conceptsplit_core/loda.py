@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConceptSplitError
-from .maps import DIVERGENCES, distributions, gaussian_blur, normalise, separation_loss
+from .maps import DIVERGENCES, gaussian_blur, normalise, separation_loss
 
 STEP_RULES = ("normalised", "gradient")
 MAP_PARTS = ("all", "down")
@@ -266,11 +266,3 @@ def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: f
     has = region.flatten(2).any(dim=-1, keepdim=True) & fitted.any(dim=-1, keepdim=True)
     per_concept = torch.where(fitted, positive, negative) * has  # [B, n, hw]
     return torch.einsum("bnp,bln->bpl", per_concept.float(), (mask != 0).float())
-
-
-def overlap(maps: Tensor, config: LodaConfig) -> Tensor:
-    """What two concepts share, Σ min(P_i, P_j), mean over pairs, per image [B]: 1 identical, 0 disjoint. For reports."""
-    p = distributions(maps, config.smooth_sigma)
-    n = p.shape[1]
-    shared = [torch.minimum(p[:, i], p[:, j]).sum(dim=(-2, -1)) for i in range(n) for j in range(i + 1, n)]
-    return torch.stack(shared, dim=-1).mean(dim=-1)

@@ -63,8 +63,12 @@ def write_tokenizer(folder: Path) -> int:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     write("special_tokens_map.json", json.dumps(special, indent=2) + "\n")
     settings = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True,
-        "add_prefix_space": False, "errors": "replace", **special,
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": LENGTH,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+        **special,
     }
     write("tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
     return len(vocabulary)

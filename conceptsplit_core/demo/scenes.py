@@ -46,8 +46,15 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 ANGLES: dict[str, tuple[float, ...]] = {"horizontal": (0.0,), "vertical": (90.0,), "diagonal": (45.0, 135.0)}
 PREFIXES = (
-    "a photo of", "a picture of", "an image of", "a drawing of", "a painting of", "a close photo of",
-    "a good photo of", "a rendering of", "a nice picture of",
+    "a photo of",
+    "a picture of",
+    "an image of",
+    "a drawing of",
+    "a painting of",
+    "a close photo of",
+    "a good photo of",
+    "a rendering of",
+    "a nice picture of",
 )
 _EXTRA_WORDS = (
     "a an and on at of in the to with one two three four my this that background , . left right top bottom center "
@@ -360,7 +367,8 @@ def _phrase(rng: np.random.Generator, thing: SceneObject, detail: str | None) ->
     words.append(thing.class_word)
     article = "an" if words[0][0] in "aeiou" else "a"
     shifted = ObjectWords(
-        class_word=len(words), pattern=None if pattern_at is None else pattern_at + 1,
+        class_word=len(words),
+        pattern=None if pattern_at is None else pattern_at + 1,
         colours=tuple(c + 1 for c in colour_at),
     )
     return [article, *words], shifted

@@ -162,8 +162,11 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"vae {step} loss {loss.item():.4f} pixel {pixel.item():.4f} "
-                  f"z {spread.min().item():.2f}..{spread.max().item():.2f} {time.time() - began:.0f}s", flush=True)
+            print(
+                f"vae {step} loss {loss.item():.4f} pixel {pixel.item():.4f} "
+                f"z {spread.min().item():.2f}..{spread.max().item():.2f} {time.time() - began:.0f}s",
+                flush=True,
+            )
         if step % 100 == 99 or step == steps - 1:
             _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}, path)
             print(f"vae {step + 1} {_vae_report(model, out)}", flush=True)
@@ -468,8 +471,17 @@ def _average_gradients(parameters: list[torch.nn.Parameter], last: bool, world: 
 
 
 def train_unet(
-    rank: int, world: int, out: Path, name: str, steps: int, decay_from: int, batch: int, rate: float,
-    grounding: float, seed: int, minutes: float,
+    rank: int,
+    world: int,
+    out: Path,
+    name: str,
+    steps: int,
+    decay_from: int,
+    batch: int,
+    rate: float,
+    grounding: float,
+    seed: int,
+    minutes: float,
 ) -> None:
     """Noise prediction, both ends of the noise range weighted, caption dropout 10 %, EMA; resumes from OUT/NAME.pt.
 
@@ -536,15 +548,32 @@ def train_unet(
         sums += (error.mean().item(), loss.item(), ground.item(), 1)
         if log is not None and (step % 50 == 49 or last):
             means = sums / sums[3]
-            line = {"step": step + 1, "eps": round(means[0], 4), "loss": round(means[1], 4),
-                    "ground": round(means[2], 4), "seconds": round(spent + time.time() - began)}
+            line = {
+                "step": step + 1,
+                "eps": round(means[0], 4),
+                "loss": round(means[1], 4),
+                "ground": round(means[2], 4),
+                "seconds": round(spent + time.time() - began),
+            }
             print(json.dumps(line), file=log, flush=True)
             sums[:] = 0
         if rank == 0 and (time.time() - saved > 150 or last):
             saved = time.time()
-            _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "ema": ema, "step": step + 1,
-                   "seconds": spent + saved - began, "grounding": grounding, "seed": seed, "batch": batch * world,
-                   "rate": rate, "scale": data.scale}, path)
+            _save(
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "ema": ema,
+                    "step": step + 1,
+                    "seconds": spent + saved - began,
+                    "grounding": grounding,
+                    "seed": seed,
+                    "batch": batch * world,
+                    "rate": rate,
+                    "scale": data.scale,
+                },
+                path,
+            )
         if last:
             break
     if log is not None:
@@ -577,7 +606,12 @@ PROMPTS = (
 
 @torch.no_grad()
 def sample(
-    model: Model, words: Words, prompts: list[str], seed: int, steps: int = 20, guidance: float = 5.0,
+    model: Model,
+    words: Words,
+    prompts: list[str],
+    seed: int,
+    steps: int = 20,
+    guidance: float = 5.0,
     bound: list[list[int]] | None = None,
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
     """DDIM (eta 0) latents [n, 8, 16, 16] in the UNet's scale; with `bound` rows also the maps per step."""
@@ -643,7 +677,7 @@ def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[st
     model, words, state = load_model(out, name)
     vae = build_vae()
     vae.load_state_dict(torch.load(out / "vae.pt", weights_only=True)["model"])
-    drawn = []
+    drawn: list[scenes.Scene] = []
     seed = 30_000_000
     while len(drawn) < scenes_per_time:
         scene = scenes.draw_scene(seed, 2)
@@ -653,8 +687,17 @@ def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[st
     x = torch.cat([vae.encoder(_to_tensor(s.image[None])) for s in drawn]) * state["scale"]
     mask = F.avg_pool2d(torch.from_numpy(np.stack([s.masks for s in drawn])), scenes.SIZE // LATENT_SIDE)
     context = model.encode(torch.from_numpy(np.stack([words.ids(s.caption) for s in drawn])))
-    rows = torch.tensor([[s.words[0].class_word + 1, s.words[1].class_word + 1, s.words[0].adjectives[0] + 1,
-                          s.words[1].adjectives[0] + 1] for s in drawn])
+    rows = torch.tensor(
+        [
+            [
+                s.words[0].class_word + 1,
+                s.words[1].class_word + 1,
+                s.words[0].adjectives[0] + 1,
+                s.words[1].adjectives[0] + 1,
+            ]
+            for s in drawn
+        ]
+    )
     signal = alphas_cumprod().float()
     report: dict[str, Any] = {"step": int(state["step"]), "share": {}, "jsd": {}}
     for t in (100, 300, 500, 700, 900):
@@ -676,11 +719,21 @@ def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[st
             other = (p[..., :2] * small.flip(-1)).sum(1) / area.flip(-1)
             adjective = (p[..., 2:] * small).sum(1) / area
             strength = (found[..., :2] * small).sum(1) / small.sum(1)
-            layers[layer] = {k: round(v.mean().item(), 3) for k, v in
-                             {"own": own, "other": other, "adjective": adjective, "attention": strength}.items()}
+            layers[layer] = {
+                k: round(v.mean().item(), 3)
+                for k, v in {"own": own, "other": other, "adjective": adjective, "attention": strength}.items()
+            }
         report["share"][t] = layers
-    pairs = [("circle", "square"), ("star", "heart"), ("triangle", "ring"), ("cross", "diamond"), ("heart", "circle"),
-             ("square", "star"), ("ring", "cross"), ("diamond", "triangle")]
+    pairs = [
+        ("circle", "square"),
+        ("star", "heart"),
+        ("triangle", "ring"),
+        ("cross", "diamond"),
+        ("heart", "circle"),
+        ("square", "star"),
+        ("ring", "cross"),
+        ("diamond", "triangle"),
+    ]
     prompts = [f"a {a} and a {b}" for a, b in pairs for _ in range(4)]
     for label, texts, bound in (
         ("class words", prompts, [[2, 5]] * len(prompts)),
@@ -697,8 +750,9 @@ def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[st
             for layer, found in sums.items():
                 p = found / found.sum(1, keepdim=True)
                 d = _divergence(p[..., 0], p[..., 1])
-                result.setdefault(layer, {})[i] = [round(v, 4) for v in torch.quantile(
-                    d, torch.tensor([0.25, 0.5, 0.75])).tolist()]
+                result.setdefault(layer, {})[i] = [
+                    round(v, 4) for v in torch.quantile(d, torch.tensor([0.25, 0.5, 0.75])).tolist()
+                ]
         report["jsd"][label] = result
     (out / f"{name}-{state['step']:06d}-grounding.json").write_text(json.dumps(report, indent=1))
     return report
@@ -719,7 +773,8 @@ def export(out: Path, name: str, target: Path, note: str) -> None:
     # Some versions of transformers keep the encoder one level down; the file does not.
     tensors = {
         k.replace("text_encoder.text_model.", "text_encoder."): v
-        for k, v in state["ema"].items() if v.is_floating_point()
+        for k, v in state["ema"].items()
+        if v.is_floating_point()
     }
     tensors |= {f"vae.{k}": v for k, v in vae["model"].items()}
     tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in tensors.items()}
@@ -734,11 +789,20 @@ def export(out: Path, name: str, target: Path, note: str) -> None:
         "latent_size": LATENT_SIDE,
         "lexicon": list(scenes.lexicon()),
         "training": {
-            "vae": {"steps": int(vae["step"]), "decoder_steps": int(vae.get("decoder_steps", 0)), "batch": 16,
-                    "seed": 1},
-            "unet": {"steps": int(state["step"]), "batch": int(state["batch"]), "seed": int(state["seed"]),
-                     "rate": float(state["rate"]), "seconds": round(float(state["seconds"])),
-                     "grounding_weight": float(state["grounding"])},
+            "vae": {
+                "steps": int(vae["step"]),
+                "decoder_steps": int(vae.get("decoder_steps", 0)),
+                "batch": 16,
+                "seed": 1,
+            },
+            "unet": {
+                "steps": int(state["step"]),
+                "batch": int(state["batch"]),
+                "seed": int(state["seed"]),
+                "rate": float(state["rate"]),
+                "seconds": round(float(state["seconds"])),
+                "grounding_weight": float(state["grounding"]),
+            },
             "data": "conceptsplit_core/demo/scenes.py",
             "machine": "2 CPU cores, no GPU",
             "note": note,
@@ -788,8 +852,18 @@ def main(argv: list[str] | None = None) -> None:
         draw_latents(args.out, args.part, args.parts, args.scenes, args.seed)
     elif args.stage == "unet":
         (args.out / f"{args.name}.meeting").unlink(missing_ok=True)
-        run = (args.workers, args.out, args.name, args.steps, args.decay_from, args.batch, args.rate, args.grounding,
-               args.seed, args.minutes)
+        run = (
+            args.workers,
+            args.out,
+            args.name,
+            args.steps,
+            args.decay_from,
+            args.batch,
+            args.rate,
+            args.grounding,
+            args.seed,
+            args.minutes,
+        )
         if args.workers > 1:
             torch.multiprocessing.spawn(train_unet, run, nprocs=args.workers)
         else:
