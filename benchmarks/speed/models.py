@@ -131,8 +131,8 @@ def text_encoders(family: str, dtype: torch.dtype) -> list[nn.Module]:
     return found
 
 
-def reduced(family: str, width: int = 160, cells: int = 32) -> Built:
-    """The family at half its width on a 32² latent, with weights, in fp32: what two CPU cores can run.
+def reduced(family: str, width: int = 160, cells: int = 16) -> Built:
+    """The family at half its width on a 16² latent, with weights, in fp32: what two CPU cores can run.
 
     The picture autoencoder and the text encoder are reduced alike, so that their share of a training step stays
     about that of the real model.

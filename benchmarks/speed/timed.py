@@ -1,7 +1,8 @@
 """Rows that are timed on this machine: the demo model, and the three families at half width.
 
-Two programs are run in turn in one process, in changing order, and their medians are compared, so that whatever else
-the machine does meets both alike. The demo model is so small that Python's own time is a large part of every step:
+Two programs are run in turn in one process, in changing order, and their medians are compared. What is timed is the
+processor time of the process, on one thread unless OMP_NUM_THREADS says otherwise: what other programs take of the
+machine is not in it. The demo model is so small that Python's own time is a large part of every step:
 its ratios are upper bounds.
 """
 
@@ -28,15 +29,15 @@ RANK = 8
 
 
 def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of both; one unmeasured run each first. A program that gives a float has timed itself."""
+    """Median processor seconds of both, after one unmeasured run each. A program may time itself: it gives a float."""
     ours()
     peer()
     taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds):
         for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            began = time.perf_counter()
+            began = time.process_time()
             told = (ours, peer)[which]()
-            taken[which].append(told if isinstance(told, float) else time.perf_counter() - began)
+            taken[which].append(told if isinstance(told, float) else time.process_time() - began)
     return statistics.median(taken[0]), statistics.median(taken[1])
 
 
@@ -98,9 +99,9 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
     def bound_call() -> float:
         # Hooks are registered once per picture, not once per step, so that is not timed here.
         with host.patched(built.model, four) as patch:
-            began = time.perf_counter()
+            began = time.process_time()
             programs.cfg_call(built, patch, mask)
-            return time.perf_counter() - began
+            return time.process_time() - began
 
     mine, plain = alternate(bound_call, lambda: programs.cfg_call(built), 3 * rounds)
     yield Row(
@@ -295,19 +296,19 @@ def demo_rows(quick: bool) -> Iterator[Row]:
 
     peaks: list[int] = []
     adapter = host.new_adapter(model, concept, RANK, 0.0, 0)
-    began = time.perf_counter()
+    began = time.process_time()
     with host.training_denoiser(model, adapter) as denoise:
         train(adapter, data, model.alphas_cumprod, denoise, config)
-        mine = time.perf_counter() - began
+        mine = time.process_time() - began
         reached = _loss(denoise, held_out)
 
     encoders = [encoder.model for encoder in model.encoders]
     before = _loss(programs.lora_denoise(built), held_out)
     parameters = programs.add_lora(model.unet, RANK)
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         _lora_loop(built, parameters, data, config, lambda: _encode_demo(model, pictures[:4], encoders))
-        theirs = time.perf_counter() - began
+        theirs = time.process_time() - began
         lora_reached = _loss(programs.lora_denoise(built), held_out)
     finally:
         programs.remove_lora(model.unet)
