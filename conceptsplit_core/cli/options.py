@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 LODA_DEFAULTS: dict[str, Any] = {
     "steps": 10,
     "iterations": 3,
-    "step_size": 0.05,
+    "step_size": 0.02,
     "step_rule": "normalised",
     "divergence": "jsd",
     "threshold": 0.0,

@@ -59,6 +59,17 @@ def test_update_is_the_gradient_in_the_models_input_coordinates():
     torch.testing.assert_close(separate(x, sigma, 0, TinyMaps(), config, LodaTrace()), expected)
 
 
+def test_normalised_update_keeps_each_channels_mean_and_has_the_size_asked_for():
+    config = LodaConfig(steps=1, iterations=1, step_size=0.05, step_rule="normalised")
+    x = latent(2)
+    moved = (separate(x, 0.0, 0, TinyMaps(), config, LodaTrace()) - x).flatten(2)
+    assert moved.mean(dim=-1).abs().max() < 1e-12
+    far = LodaConfig(steps=1, iterations=1, step_size=0.05)
+    moved = separate(x, 0.0, 0, TinyMaps(), far, LodaTrace()) - x
+    assert (moved.flatten(1).pow(2).mean(dim=1).sqrt() <= 0.05 + 1e-9).all()
+    assert (moved.flatten(1).pow(2).mean(dim=1).sqrt() > 0.02).all()
+
+
 def test_gradient_of_the_loss_against_finite_differences():
     config = LodaConfig(divergence="jsd")
     x = latent(1).requires_grad_(True)
