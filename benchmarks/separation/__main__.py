@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from conceptsplit_core.hosts.diffusers import load_model
 from conceptsplit_core.loda import LodaConfig
 
 from . import methods, run, tune
@@ -42,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train-steps", type=int, default=methods.Learning.steps)
     parser.add_argument("--drawings", type=int, help="drawings for the detector's confusion matrix (400; quick 80)")
     parser.add_argument("--cache", type=Path, default=run.CACHE)
+    parser.add_argument("--model", default="demo", help="another checkpoint file of the demo model's format")
     parser.add_argument("--threads", type=int, default=2, help="of this process; workers have one each")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--single", type=int, help="seeds per concept drawn alone (16; quick 4; 0 for none)")
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     say = lambda text: print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
     bench = run.Bench(
-        load_model("demo"), methods.Sampling(args.steps, args.guidance), methods.Learning(steps=args.train_steps),
+        methods.open_model(args.model), methods.Sampling(args.steps, args.guidance),
+        methods.Learning(steps=args.train_steps),
         args.cache, say,
     )  # fmt: skip
     loda = LodaConfig(**{"steps": max(1, args.steps // 5), **json.loads(args.loda)})

@@ -28,7 +28,7 @@ MAX_EDGE_ERROR = 1.3
 below 0.6, after the autoencoder below 1.3; halves of two shapes joined start at 1.1."""
 WHOLE_EDGE_ERROR = 0.7
 """Edge error up to which a component is surely one shape and no search for touching objects is made."""
-SPLIT_EDGE_ERROR = 2.0
+SPLIT_EDGE_ERROR = 3.0
 """Largest edge error of a part for a component to be taken apart."""
 MIN_PATTERN_CORRELATION = 0.70
 """Correlation with the best pattern below which a texture is UNKNOWN."""
@@ -76,7 +76,7 @@ class Found:
     texture: pattern and colours, each possibly UNKNOWN; correlation: with the best pattern of the bank (1 for plain).
     fidelity: per asked look, 1 − mean squared distance to the look drawn in its nominal colours, in units of a
         quarter of the squared distance of those colours; 0 at worst. What a picture all in the mean colour has is 0.
-    shares: per asked look, the share of the object's pixels whose colour word is in the look.
+    colour_distance: per asked look, RGB distance between the object's colours and the look's, the pattern disregarded.
     colour_shares: share of the object's pixels by nearest colour word.
     """
 
@@ -89,6 +89,7 @@ class Found:
     fidelity: dict[Look, float] = field(default_factory=dict)
     colour_shares: dict[str, float] = field(default_factory=dict)
     nearest_shape: str = UNKNOWN
+    colour_distance: dict[Look, float] = field(default_factory=dict)
 
 
 # --- banks ----------------------------------------------------------------------------------------------------
@@ -417,6 +418,13 @@ def _fidelity(samples: _Samples, look: Look, fits: dict[str, tuple[float, np.nda
     return max(0.0, *values)
 
 
+def _colour_distance(samples: _Samples, look: Look) -> float:
+    """How far pixels are from the look's nearest colour, and the look's colours from the nearest pixels; the mean."""
+    colours = np.array([COLOURS[c] for c in look.colours], np.float32)
+    distance = np.linalg.norm(samples.colours[:, None] - colours, axis=2)
+    return float((distance.min(axis=1).mean() + np.quantile(distance, 0.15, axis=0).mean()) / 2)
+
+
 def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
     """All objects of a picture, uint8 [SIZE, SIZE, 3], largest first; `looks` are those to measure fidelity to."""
     if image.shape != (scenes.SIZE, scenes.SIZE, 3) or image.dtype != np.uint8:
@@ -433,6 +441,7 @@ def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
         found.append(Found(
             shape, edge_error, texture, correlation, int(mask.sum()), (float(columns.mean()), float(rows.mean())),
             fidelity, {_NAMES[i]: float(v) for i, v in enumerate(counts) if v >= 0.02}, nearest_shape,
+            {look: _colour_distance(samples, look) for look in looks},
         ))  # fmt: skip
     return found
 

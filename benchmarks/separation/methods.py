@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import checkpoint, scenes
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hooks import ValueState, hook_values, remove_hooks
 from conceptsplit_core.hosts import diffusers as host
@@ -62,9 +62,9 @@ class Learning:
     images: int = 6
     image_seed: int = 3
     rank: int = 8
-    steps: int = 300
-    batch_size: int = 6
-    learning_rate: float = 2e-3
+    steps: int = 250
+    batch_size: int = 4
+    learning_rate: float = 3e-3
     seed: int = 0
 
 
@@ -144,7 +144,7 @@ def learn(model: host.DiffusersModel, name: str, kind_name: str, learning: Learn
     """The adapter of one concept, from the cache if it was learned before on this very model."""
     kind = KINDS[kind_name]
     key = hashlib.sha256(
-        json.dumps([fingerprint(model), name, kind_name, asdict(kind), asdict(learning)]).encode()
+        json.dumps([fingerprint(model, pictures=False), name, kind_name, asdict(kind), asdict(learning)]).encode()
     ).hexdigest()[:12]
     path = cache / f"{kind_name}-{name}-{key}.safetensors"
     if path.exists():
@@ -186,10 +186,25 @@ def _read(path: Path) -> ValueAdapter:
     return ValueAdapter(info, sides["down"], sides["up"])
 
 
-def fingerprint(model: host.DiffusersModel) -> str:
-    """Twelve hex digits that name a model's weights."""
+def open_model(source: str) -> host.DiffusersModel:
+    """The built-in demo model ("demo"), or another checkpoint file of its format: a variant trained otherwise."""
+    if source == "demo":
+        return host.load_model("demo")
+    built_in = checkpoint.load
+    checkpoint.load = lambda path=source: built_in(path)  # the host knows only the built-in file
+    try:
+        model = host.load_model("demo")
+    finally:
+        checkpoint.load = built_in
+    model.source = source
+    return model
+
+
+def fingerprint(model: host.DiffusersModel, pictures: bool = True) -> str:
+    """Twelve hex digits that name a model's weights; without `pictures` those of the decoder do not count."""
     digest = hashlib.sha256()
-    for part in (model.unet, model.vae, *(encoder.model for encoder in model.encoders)):
+    encoders = [encoder.model for encoder in model.encoders]
+    for part in (model.unet, model.vae if pictures else model.vae.encoder, *encoders):
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -279,16 +294,16 @@ class Arm:
 class Sampling:
     """What all arms share."""
 
-    steps: int = 20
-    guidance: float = 5.0
+    steps: int = 16
+    guidance: float = 3.0
     batch: int = 16
 
 
 PAPER = LodaConfig(
-    steps=4, iterations=10, step_size=20.0, step_rule="gradient", divergence="kl", threshold=3.0, smooth_sigma=1.4,
+    steps=3, iterations=10, step_size=20.0, step_rule="gradient", divergence="kl", threshold=3.0, smooth_sigma=1.4,
     afg=True, afg_positive=3.0, afg_negative=-1e8, afg_fraction=0.1, afg_sigma=1.5,
 )  # fmt: skip
-"""The paper's settings; its 10 of 50 steps are 4 of 20, its 7-tap Gaussian has about this σ."""
+"""The paper's settings; its 10 of 50 steps are 3 of 16, its 7-tap Gaussian has about this σ."""
 
 
 def arms(loda: LodaConfig) -> dict[str, Arm]:

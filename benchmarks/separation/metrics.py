@@ -38,7 +38,8 @@ blend: share of wanted things whose object mixes its own colours with another wa
 unique_binding: share of looks worn by exactly one object, of the right class.
 fidelity: to the own look, 0 if omitted; fidelity_present: over those present (absent from the record if none).
 loose_…: success, concepts_right, omission and leak again for a generous reader, to whom every object has the shape it
-    is nearest to and wears the look in whose colours it is, whatever the pattern. Tells mixing from clumsy drawing.
+    is nearest to and wears the wanted look whose colours it is nearest to, whatever the pattern. Tells mixing from
+    clumsy drawing; `base` shows what chance gives.
 odd_shape: some object's shape is UNKNOWN; extra: there are more objects than wanted.
 """
 
@@ -51,9 +52,11 @@ class Wanted:
     look: Look
 
 
-LOOSE_SHARE = 0.6
-"""Share of an object's pixels in a look's colours, and at least LOOSE_EACH in each, for the generous reader."""
-LOOSE_EACH = 0.12
+LOOSE_DISTANCE = 95.0
+LOOSE_MARGIN = 25.0
+"""RGB distance of colours up to which the generous reader takes an object to wear the nearest wanted look, and by how
+much the others must be farther: half of one look and half of another is neither. One of a look's two colours alone may
+be enough for this reader."""
 
 
 @dataclass
@@ -106,14 +109,12 @@ def _assign(found: Sequence[Found], wanted: Sequence[Wanted]) -> list[int | None
 
 def _loose(thing: Found, wanted: Sequence[Wanted]) -> Found:
     """The object as the generous reader sees it."""
-    texture, fidelity = Texture(UNKNOWN, ()), {}
-    best = 0.0
-    for want in wanted:
-        shares = [thing.colour_shares.get(c, 0.0) for c in want.look.colours]
-        fidelity[want.look] = 0.0
-        if sum(shares) >= LOOSE_SHARE and min(shares) >= LOOSE_EACH and sum(shares) > best:
-            best, texture = sum(shares), Texture(want.look.pattern, want.look.colours)
-    return replace(thing, shape=thing.nearest_shape, texture=texture, fidelity=fidelity)
+    distances = {want.look: thing.colour_distance.get(want.look, np.inf) for want in wanted}
+    look = min(distances, key=lambda k: distances[k])
+    others = [value for other, value in distances.items() if other != look]
+    clear = distances[look] <= LOOSE_DISTANCE and min(others, default=np.inf) >= distances[look] + LOOSE_MARGIN
+    texture = Texture(look.pattern, look.colours) if clear else Texture(UNKNOWN, ())
+    return replace(thing, shape=thing.nearest_shape, texture=texture, fidelity={})
 
 
 def judge(found: Sequence[Found], wanted: Sequence[Wanted]) -> Judged:

@@ -195,7 +195,7 @@ _worker: Bench | None = None
 def _start_worker(source: str, digest: str, sampling: Sampling, learning: Learning, cache: Path) -> None:
     global _worker
     torch.set_num_threads(1)
-    _worker = Bench(host.load_model(source), sampling, learning, cache, say=lambda text: None)
+    _worker = Bench(methods.open_model(source), sampling, learning, cache, say=lambda text: None)
     if _worker.digest != digest:
         raise RuntimeError("the model's file changed during the run: start again")
 
@@ -369,7 +369,8 @@ def report(
         "what_this_shows": "The mechanism on a small model of drawn shapes; nothing about photographic quality.",
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__,
                     "threads": torch.get_num_threads()},
-        "model": {"source": bench.model.source, "weights": bench.digest, "family": bench.model.family, **described},
+        "model": {"source": Path(bench.model.source).name, "weights": bench.digest, "family": bench.model.family,
+                  **described},
         "learning": asdict(bench.learning),
         "sampling": asdict(bench.sampling),
         "split": {"tuning": methods.TUNING, "reporting": methods.REPORTING, "reported_seeds_from": methods.REPORT_FROM},
