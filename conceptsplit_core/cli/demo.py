@@ -33,7 +33,7 @@ from .common import bar, machine, open_model, say, to_tensor, write_picture
 class Settings:
     """Settings of the demo, tuned on seeds 0 to 99 and other concepts; the report uses seeds from 1000 on."""
 
-    concepts: tuple[str, ...] = ("pixa", "ozzy")
+    concepts: tuple[str, ...] = ("pixa", "nero")
     pictures: int = 5
     picture_seed: int = 1
     steps: int = 400
