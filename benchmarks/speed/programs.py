@@ -166,7 +166,8 @@ def paper_update(
     chosen = []
     for i in range(concepts):
         one = maps[:, :, concept_row(i)].view(-1, 1, *size)
-        one = F.conv2d(F.pad(one, (1, 1, 1, 1), mode="reflect"), kernel)
+        # Its own padding shrinks the map; on a small one nothing would be left. The cost is nil either way.
+        one = F.conv2d(F.pad(one, (3, 3, 3, 3), mode="replicate"), kernel)
         chosen.append(one / one.sum())
     divergences = [(p * ((p + 1e-8).log() - (q + 1e-8).log())).sum() for p, q in combinations(chosen, 2)]
     loss = F.relu(10.0 - len(divergences) / sum(1 / (d + 1e-8) for d in divergences))
@@ -196,7 +197,7 @@ def add_lora(unet: Any, rank: int) -> list[nn.Parameter]:
 
 
 def remove_lora(unet: Any) -> None:
-    unet.delete_adapters("bench")
+    unet.unload_lora()
     unet.requires_grad_(False)
 
 
