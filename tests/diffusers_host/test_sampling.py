@@ -209,7 +209,7 @@ def test_the_first_update_is_the_same_in_both_samplers_coordinates(load, family)
     moved = loda_core.separate(x, sigma, 0, maps_of, config, LodaTrace())
     update = (moved - x) / (sigma**2 + 1) ** 0.5
     # Normalised steps: the RMS in unit-variance coordinates is the step size times √(loss / target).
-    assert 0.9 * 0.05 < float(update.pow(2).mean().sqrt()) <= 0.05 * 1.001
+    assert 0.9 * config.step_size < float(update.pow(2).mean().sqrt()) <= 1.001 * config.step_size
 
 
 def test_one_concept_is_plain_sampling_and_says_so(load, adapter_for):
