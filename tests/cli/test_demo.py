@@ -22,7 +22,7 @@ def test_demo_writes_what_it_promises(call, tmp_path):
         picture = np.asarray(Image.open(out / f"{name}.png"))
         assert picture.std() > 5, name
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    assert report["prompt"] == "a <bobo> and a <dax>"
+    assert report["prompt"] == "a <bobo> and a <dax> on a grey background"
     assert report["seconds"]["all"] > 0 and "cores" in report["machine"]
     assert [row["seed"] for row in report["separation"]["per seed"]] == [1000]
     assert report["loda"]["forwards"] >= report["loda"]["backwards"] > 0
@@ -42,4 +42,4 @@ def test_demo_refuses_what_it_does_not_know(refused, tmp_path):
 
 def test_the_joint_prompt_reads_as_english():
     assert demo.joint_prompt(("bobo", "lumo")) == "a <bobo> and a <lumo>"
-    assert demo.joint_prompt(("bobo", "lumo", "dax"), "a photo of") == "a photo of a <bobo>, a <lumo> and a <dax>"
+    assert demo.joint_prompt(("bobo", "lumo", "dax"), "on grey") == "a <bobo>, a <lumo> and a <dax> on grey"
