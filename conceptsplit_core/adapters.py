@@ -161,6 +161,14 @@ class ValueAdapter:
                 self.info, {k: copy(v) for k, v in self.down.items()}, {k: copy(v) for k, v in self.up.items()}
             )
 
+    def to(self, device: torch.device | str) -> ValueAdapter:
+        """The adapter with all its tensors on `device`; those already there are shared, not copied."""
+        return ValueAdapter(
+            self.info,
+            {layer: tensor.to(device) for layer, tensor in self.down.items()},
+            {layer: tensor.to(device) for layer, tensor in self.up.items()},
+        )
+
     def with_info(self, **changes: Any) -> ValueAdapter:
         """The same tensors under other facts, for instance another concept name."""
         return ValueAdapter(replace(self.info, **changes), self.down, self.up)

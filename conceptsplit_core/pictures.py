@@ -41,6 +41,16 @@ def as_picture(image: NDArray) -> Picture:
     return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else np.ascontiguousarray(array[..., :3])
 
 
+def _value_axis(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], low: float, high: float) -> None:
+    """Five lines over `box` = (left, top, right, bottom) with their values, `low` at the bottom and `high` on top."""
+    left, top, right, bottom = box
+    for part in range(5):
+        value = low + (high - low) * part / 4
+        y = bottom - (bottom - top) * (value - low) / (high - low)
+        draw.line([(left, y), (right, y)], fill=GRID)
+        draw.text((left - 6, y), f"{value:.3g}", fill=SOFT, font=_font(11), anchor="rm")
+
+
 def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360), title: str = "training loss") -> Picture:
     """Loss over steps: every step as a faint line, and its running mean, which is what to look at.
 
@@ -66,11 +76,7 @@ def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360), titl
         y = bottom - (bottom - top) * (min(max(v, low), high) - low) / (high - low)
         return x, y
 
-    for part in range(5):
-        v = low + (high - low) * part / 4
-        y = point(0, v)[1]
-        draw.line([(left, y), (right, y)], fill=GRID)
-        draw.text((left - 6, y), f"{v:.3g}", fill=SOFT, font=_font(11), anchor="rm")
+    _value_axis(draw, (left, top, right, bottom), low, high)
     for part in range(5):
         i = round((values.size - 1) * part / 4)
         draw.text((point(i, low)[0], bottom + 6), str(i + 1), fill=SOFT, font=_font(11), anchor="mt")
@@ -184,10 +190,7 @@ def separation_curve(steps: Sequence[int], series: Sequence[tuple[str, Sequence[
         return np.asarray(picture)
     high = max(max(values), 1e-6)
     count = max(len(line) for _, line in series)
-    for part in range(5):
-        y = bottom - (bottom - top) * part / 4
-        draw.line([(left, y), (right, y)], fill=GRID)
-        draw.text((left - 6, y), f"{high * part / 4:.3g}", fill=SOFT, font=_font(11), anchor="rm")
+    _value_axis(draw, (left, top, right, bottom), 0.0, high)
     x_of = lambda i: left + (right - left) * i / max(1, count - 1)
     for i in range(count):
         if i == 0 or (i < len(steps) and steps[i] != steps[i - 1]):
@@ -228,10 +231,11 @@ def trace_sheets(trace: LodaTrace, images: NDArray, side: int = 256) -> list[Pic
     return sheets
 
 
-def trace_curve(trace: LodaTrace) -> Picture:
-    """The separation loss of a run at every evaluation, one line per image."""
+def trace_curve(trace: LodaTrace, labels: Sequence[str] | None = None) -> Picture:
+    """The separation loss of a run at every evaluation, one line per image: all of them, or the first with a label."""
     steps = [step for step, _ in trace.losses]
-    count = len(trace.losses[0][1]) if trace.losses else 0
+    if labels is None:
+        labels = [f"image {i + 1}" for i in range(len(trace.losses[0][1]) if trace.losses else 0)]
     return separation_curve(
-        steps, [(f"image {i + 1}", [float(loss[i]) for _, loss in trace.losses]) for i in range(count)]
+        steps, [(label, [float(loss[i]) for _, loss in trace.losses]) for i, label in enumerate(labels)]
     )

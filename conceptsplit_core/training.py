@@ -387,12 +387,14 @@ def train(
                         "model has no cross-attention of the adapter's names."
                     )
                 gradients = torch.autograd.grad(loss * config.loss_scale, parameters, allow_unused=True)
-                usable = True
+                finite = []
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     gradient = torch.zeros_like(parameter) if gradient is None else gradient.float() / config.loss_scale
                     process.reduce(gradient)
-                    usable = usable and bool(torch.isfinite(gradient).all())
+                    finite.append(torch.isfinite(gradient).all())
                     parameter.grad = gradient
+                # Asked once: a GPU would wait for each answer, and SDXL has 140 parameters.
+                usable = bool(torch.stack(finite).all())
                 # Half precision overflows now and then: such a step moves nothing. Always is a fault.
                 unmoved = 0 if usable else unmoved + 1
                 if unmoved >= 10:

@@ -17,6 +17,30 @@ from .types import AttentionMapsType, field, out, schema
 _DEFAULTS = LodaConfig()
 
 
+def _model_field() -> Any:
+    return field(io.Model, "model", "The model, after all value adapter loaders.")
+
+
+def _prompt_fields() -> list[Any]:
+    return [
+        field(io.Conditioning, "positive", "The prompt with the concepts, encoded by the last loader's CLIP."),
+        field(io.Conditioning, "negative", "What the picture should not show."),
+    ]
+
+
+def _cfg_field() -> Any:
+    return field(
+        io.Float,
+        "cfg",
+        "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 to 8.",
+        default=7.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+    )
+
+
 def _loda_fields() -> list[Any]:
     d = _DEFAULTS
     return [
@@ -194,6 +218,15 @@ def _config(loda_steps: int, loda_strength: float, afg: bool, options: dict[str,
     )
 
 
+def _prepared(
+    model: Any, loda_steps: int, loda_strength: float, afg: bool, options: dict[str, Any]
+) -> tuple[Any, MapsHandle]:
+    """The model that samples as the LODA inputs ask, the model itself if they ask for none, and where maps will be."""
+    config = _config(loda_steps, loda_strength, afg, options)
+    maps = MapsHandle()
+    return with_loda(model, config, maps) if config.steps else model, maps
+
+
 _MAPS_OUT = "What LODA saw and did, for Concept Attention Preview."
 
 
@@ -208,7 +241,7 @@ class ConceptSplitKSampler(io.ComfyNode):
             "plain KSampler and says so in the console.",
             search_aliases=["loda", "afg", "attention", "conceptsplit"],
             inputs=[
-                field(io.Model, "model", "The model, after all value adapter loaders."),
+                _model_field(),
                 field(
                     io.Int,
                     "seed",
@@ -219,16 +252,7 @@ class ConceptSplitKSampler(io.ComfyNode):
                     control_after_generate=True,
                 ),
                 field(io.Int, "steps", "Sampling steps in all. Usual are 20 to 50.", default=30, min=1, max=10000),
-                field(
-                    io.Float,
-                    "cfg",
-                    "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 to 8.",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                ),
+                _cfg_field(),
                 field(
                     io.Combo,
                     "sampler_name",
@@ -243,8 +267,7 @@ class ConceptSplitKSampler(io.ComfyNode):
                     options=comfy.samplers.KSampler.SCHEDULERS,
                     default="normal",
                 ),
-                field(io.Conditioning, "positive", "The prompt with the concepts, encoded by the last loader's CLIP."),
-                field(io.Conditioning, "negative", "What the picture should not show."),
+                *_prompt_fields(),
                 field(io.Latent, "latent_image", "The latent to start from; its noise mask is respected."),
                 field(
                     io.Float,
@@ -281,10 +304,7 @@ class ConceptSplitKSampler(io.ComfyNode):
         afg: bool,
         **options: Any,
     ) -> io.NodeOutput:
-        config = _config(loda_steps, loda_strength, afg, options)
-        maps = MapsHandle()
-        if config.steps:
-            model = with_loda(model, config, maps)
+        model, maps = _prepared(model, loda_steps, loda_strength, afg, options)
         (latent,) = host_nodes.common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
@@ -300,19 +320,9 @@ class ConceptSplitGuider(io.ComfyNode):
             description="CFG guider with LODA, for SamplerCustomAdvanced: any sampler, any schedule.",
             search_aliases=["loda", "afg", "cfgguider", "conceptsplit"],
             inputs=[
-                field(io.Model, "model", "The model, after all value adapter loaders."),
-                field(io.Conditioning, "positive", "The prompt with the concepts, encoded by the last loader's CLIP."),
-                field(io.Conditioning, "negative", "What the picture should not show."),
-                field(
-                    io.Float,
-                    "cfg",
-                    "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 to 8.",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                ),
+                _model_field(),
+                *_prompt_fields(),
+                _cfg_field(),
                 *_loda_fields(),
             ],
             outputs=[
@@ -333,9 +343,8 @@ class ConceptSplitGuider(io.ComfyNode):
         afg: bool,
         **options: Any,
     ) -> io.NodeOutput:
-        config = _config(loda_steps, loda_strength, afg, options)
-        maps = MapsHandle()
-        guider = comfy.samplers.CFGGuider(with_loda(model, config, maps) if config.steps else model)
+        model, maps = _prepared(model, loda_steps, loda_strength, afg, options)
+        guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider, maps)

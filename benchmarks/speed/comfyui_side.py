@@ -10,11 +10,11 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.speed.meter import measured
+from benchmarks.speed.meter import alternate, measured
 from benchmarks.speed.rows import MB, Row
 
 # Importing this boots the host.
@@ -28,19 +28,6 @@ SIDE = 128  # pixels
 WORDS = ("dog", "cat", "mug", "bear")
 NAMES = ("rex", "tom", "cup", "bob")
 GUIDANCE = 5.0
-
-
-def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median processor seconds of both, run in turn after one unmeasured run each."""
-    ours()
-    peer()
-    taken: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds):
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            began = time.process_time()
-            (ours, peer)[which]()
-            taken[which].append(time.process_time() - began)
-    return statistics.median(taken[0]), statistics.median(taken[1])
 
 
 def load() -> tuple[Any, Any, Any]:

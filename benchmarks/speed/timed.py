@@ -8,7 +8,6 @@ its ratios are upper bounds.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -22,23 +21,10 @@ from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, 
 
 from . import models, programs
 from .counted import IMAGE_GOAL, PARTS, SHARE
-from .meter import measured
+from .meter import alternate, measured
 from .rows import MB, Row
 
 RANK = 8
-
-
-def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median processor seconds of both, after one unmeasured run each. A program may time itself: it gives a float."""
-    ours()
-    peer()
-    taken: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds):
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            began = time.process_time()
-            told = (ours, peer)[which]()
-            taken[which].append(told if isinstance(told, float) else time.process_time() - began)
-    return statistics.median(taken[0]), statistics.median(taken[1])
 
 
 def rows(quick: bool = False) -> Iterator[Row]:

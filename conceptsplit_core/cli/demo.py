@@ -198,8 +198,7 @@ def run(arguments: argparse.Namespace) -> None:
     trace = after.trace
     assert trace is not None
     plain, separated = separation(before.watched[at], settings.loda), separation(after.watched[at], settings.loda)
-    curves = [(f"seed {seed}", [float(loss[i]) for _, loss in trace.losses]) for i, seed in enumerate(seeds[:6])]
-    write_picture(pictures.separation_curve([step for step, _ in trace.losses], curves), out / "separation.png")
+    write_picture(pictures.trace_curve(trace, [f"seed {seed}" for seed in seeds[:6]]), out / "separation.png")
     seconds["all"] = round(time.perf_counter() - began, 1)
     report = {
         "what": "ConceptSplit demo: concepts learned on the built-in model and composed without and with LODA",

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..maps import jsd
 from . import scenes
 
 VAE_CONFIG: dict[str, Any] = {
@@ -659,12 +660,6 @@ def write_samples(
     _save_grid(_to_images(pictures), 2 * per, out / f"{name}-{state['step']:06d}-cfg{guidance:g}.png")
 
 
-def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence in nats along the last axis."""
-    m = (p + q) / 2
-    return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
-
-
 @torch.no_grad()
 def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[str, Any]:
     """How far cross-attention maps know where their objects are.
@@ -749,7 +744,7 @@ def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[st
                 sums[layer] = found
             for layer, found in sums.items():
                 p = found / found.sum(1, keepdim=True)
-                d = _divergence(p[..., 0], p[..., 1])
+                d = jsd(p[..., :1], p[..., 1:])  # over pixels; the last axis is one wide
                 result.setdefault(layer, {})[i] = [
                     round(v, 4) for v in torch.quantile(d, torch.tensor([0.25, 0.5, 0.75])).tolist()
                 ]

@@ -366,11 +366,8 @@ def new_adapter(model: DiffusersModel, concept: Concept, rank: int, alpha: float
         alpha=alpha or float(rank),
         prediction_type=model.prediction_type,
     )
-    adapter = ValueAdapter.create(shapes, info, seed)
     # Drawn on the CPU, so that a seed means the same everywhere; trained where the model is.
-    adapter.down = {layer: tensor.to(model.device) for layer, tensor in adapter.down.items()}
-    adapter.up = {layer: tensor.to(model.device) for layer, tensor in adapter.up.items()}
-    return adapter
+    return ValueAdapter.create(shapes, info, seed).to(model.device)
 
 
 @contextmanager
