@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ...training import (
     TrainResult,
     expand_templates,
     train,
+    training_facts,
 )
 from .clip import with_concepts
 from .model import (
@@ -173,7 +174,9 @@ def train_adapter(
     images = check_images(images)
     size = (images.shape[1], images.shape[2])
     templates = list(templates)
-    facts = {**asdict(config), "images": images.shape[0], "templates": templates, "width": size[1], "height": size[0]}
+    # Before the file's facts are taken from it: they must name the objective that is trained.
+    config = replace(config, prediction_type=kind)
+    facts = {**training_facts(config, images.shape[0], templates), "width": size[1], "height": size[0]}
     info = AdapterInfo(
         concept.name,
         concept.class_word,
@@ -199,18 +202,9 @@ def train_adapter(
     comfy.model_management.load_models_gpu([model], memory_required=need, force_full_load=True)
     device = model.load_device
     adopt_parameters(model.model)
-    config = TrainConfig(
-        **{
-            **asdict(config),
-            "prediction_type": kind,
-            "loss_scale": 1024.0 if compute_dtype(model.model) == torch.float16 else 1.0,
-        }
-    )
+    config = replace(config, loss_scale=1024.0 if compute_dtype(model.model) == torch.float16 else 1.0)
     with torch.inference_mode(False):
-        adapter = ValueAdapter.create(shapes, info, config.seed)
-        adapter = ValueAdapter(
-            info, {k: v.to(device) for k, v in adapter.down.items()}, {k: v.to(device) for k, v in adapter.up.items()}
-        )
+        adapter = ValueAdapter.create(shapes, info, config.seed).to(device)
         data = TrainData(latents.to(device), prompts, None if masks is None else masks.to(device))
 
     def watched(event: TrainEvent) -> None:
