@@ -78,31 +78,27 @@ def version(host: Path) -> str:
     return text.partition('__version__ = "')[2].partition('"')[0] or "unknown version"
 
 
-def test(host: Path, arguments: list[str]) -> bool:
+def run_module(host: Path, module: str, arguments: list[str]) -> int:
+    """Runs `python -m module` from this repository with the host's own Python; its exit status.
+
+    The environment names the host (CONCEPTSPLIT_HOST) and has pytest and requests, also where the host lacks them.
+    """
     python = host_python(host)
     if python is None:
         print(f"{host.name} ({version(host)}): no Python found that can run it.", flush=True)
-        return False
+        return 1
     folders = tools(python)
     environment = dict(os.environ, CONCEPTSPLIT_HOST=str(host), PYTHONDONTWRITEBYTECODE="1")
     environment.setdefault("OMP_NUM_THREADS", "1")
     paths = [*map(str, folders), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    command = [
-        str(python),
-        "-m",
-        "pytest",
-        str(SUITE),
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(SUITE),
-        "-c",
-        str(SUITE / "pytest.ini"),
-        *arguments,
-    ]
     print(f"=== ComfyUI {version(host)} ({host.name})", flush=True)
-    return subprocess.run(command, cwd=REPO, env=environment).returncode == 0
+    return subprocess.run([str(python), "-m", module, *arguments], cwd=REPO, env=environment).returncode
+
+
+def test(host: Path, arguments: list[str]) -> bool:
+    options = ["-p", "no:cacheprovider", "--rootdir", str(SUITE), "-c", str(SUITE / "pytest.ini")]
+    return run_module(host, "pytest", [str(SUITE), *options, *arguments]) == 0
 
 
 def main(arguments: list[str]) -> int:

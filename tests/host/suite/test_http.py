@@ -27,18 +27,23 @@ class Program:
     """A ComfyUI in its own process, with its own folders."""
 
     def __init__(self, base: Path):
-        (base / "custom_nodes").mkdir(parents=True)
+        self.base = base
+        (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / "comfyui-conceptsplit").symlink_to(REPO, target_is_directory=True)
+        self.start()
+
+    def start(self) -> None:
+        """Boots it; after `stop` or `kill` once more, with the folders as they are then."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.log = base / "log.txt"
+        self.log = self.base / "log.txt"
         command = [
             sys.executable,
             str(HOST / "main.py"),
             "--cpu",
             "--base-directory",
-            str(base),
+            str(self.base),
             "--listen",
             "127.0.0.1",
             "--port",
@@ -46,7 +51,9 @@ class Program:
             "--disable-auto-launch",
         ]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=base, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+            self.process = subprocess.Popen(
+                command, cwd=self.base, stdout=log, stderr=subprocess.STDOUT, env=os.environ
+            )
         end = time.monotonic() + BOOT_SECONDS
         while time.monotonic() < end:
             if self.process.poll() is not None:
@@ -91,6 +98,11 @@ class Program:
             assert self.process.poll() is None, self.tail()
             time.sleep(0.3)
         raise AssertionError(f"not done within {RUN_SECONDS} s:\n{self.tail()}")
+
+    def kill(self) -> None:
+        """Ends it at once, as a power cut does."""
+        self.process.kill()
+        self.process.wait()
 
     def stop(self) -> None:
         self.process.terminate()
