@@ -4,8 +4,8 @@
 
 draws it with diffusers and renews tests/fixtures/one_picture.png, which is right to do when the demo model or its
 adapters were trained anew, and never to make a failing host pass. 28 steps, because then the Euler schedules of
-diffusers ("linspace") and ComfyUI ("normal") have the same whole timesteps. The settings are kept inside the file, where
-the host suite reads them.
+diffusers ("linspace") and ComfyUI ("normal") have the same whole timesteps. The settings are kept inside the file,
+where the host suite reads them.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 
 pytest.importorskip("diffusers")
 
-from tests.demo import one_picture  # noqa: E402
+from tests.demo import one_picture
 
 
 def test_diffusers_draws_the_committed_pair():
