@@ -23,7 +23,7 @@ from .errors import ConceptSplitError
 from .maps import DIVERGENCES, gaussian_blur, normalise, separation_loss
 
 STEP_RULES = ("normalised", "gradient")
-MAP_PARTS = ("all", "down")
+MAP_PARTS = ("auto", "all", "down")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class LodaConfig:
     threshold: t of ReLU(t − HM(D)), in the divergence's unit; 0 means the divergence's own default.
     smooth_sigma: Gaussian smoothing of the maps, in map pixels.
     map_downscale: read maps at 1/this of the latent's size; 0 chooses.
-    map_part: 'all' layers of that size, as the paper does, or 'down': those on the way down only, at half the cost.
+    map_part: 'all' layers of that size, as the paper does; 'down': those on the way down only, at half the cost (a
+        third on SDXL); 'auto': 'down' where the way down has many layers of that size (SDXL), else 'all'.
     afg: fix the separation afterwards.
     afg_positive, afg_negative: logits added inside and outside a concept's region (paper: p and m).
     afg_fraction: share of the pixels that is a concept's region.
@@ -56,7 +57,7 @@ class LodaConfig:
     threshold: float = 0.0
     smooth_sigma: float = 1.0
     map_downscale: int = 0
-    map_part: str = "all"
+    map_part: str = "auto"
     afg: bool = True
     afg_positive: float = 3.0
     afg_negative: float = -1e8

@@ -59,6 +59,11 @@ def choose_downscale(available: Sequence[int], wanted: int = 0) -> int:
     return wanted
 
 
+# From so many layers of one size on the way down, their mean is a mean: the rest would cost more than it tells.
+# SDXL has 20 there, SD1.5 and SD2.1 have 2.
+ENOUGH_LAYERS = 8
+
+
 def choose_layers(factors: Mapping[str, int], wanted: int = 0, part: str = "all") -> tuple[int, list[str]]:
     """The downscale factor maps are read at (see `choose_downscale`), and the layers they are read from.
 
@@ -66,11 +71,14 @@ def choose_layers(factors: Mapping[str, int], wanted: int = 0, part: str = "all"
         factors: downscale factor of every cross-attention layer by canonical name, in the order of a forward pass.
         wanted: 0 chooses.
         part: 'all' layers of that factor, or 'down': only those on the way down, so that the UNet is left earlier
-            (SDXL: after 31 % of its work instead of 77 %); all where the way down has none.
+            (SDXL: after 31 % of its work instead of 77 %); all where the way down has none. 'auto': 'down' where
+            that is `ENOUGH_LAYERS` or more, else 'all'.
     """
     factor = choose_downscale(sorted(set(factors.values())), wanted)
     layers = [name for name, value in factors.items() if value == factor]
     early = [name for name in layers if name.startswith("down_blocks.")]
+    if part == "auto":
+        part = "down" if len(early) >= ENOUGH_LAYERS else "all"
     return factor, early if part == "down" and early else layers
 
 

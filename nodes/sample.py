@@ -189,7 +189,7 @@ def _loda_fields() -> list[Any]:
             io.Combo,
             "map_part",
             "all: read maps from all layers of that size, as the paper does. down: only from those on "
-            "the way down, at half the cost (a third on SDXL).",
+            "the way down, at half the cost (a third on SDXL). auto: down on SDXL, else all.",
             options=list(MAP_PARTS),
             default=d.map_part,
             optional=True,

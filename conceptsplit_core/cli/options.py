@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 DIVERGENCES = ("jsd", "symmetric_kl", "bhattacharyya", "kl")
 STEP_RULES = ("normalised", "gradient")
-MAP_PARTS = ("all", "down")
+MAP_PARTS = ("auto", "all", "down")
 SAMPLERS = ("ddim", "euler")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -24,7 +24,7 @@ LODA_DEFAULTS: dict[str, Any] = {
     "threshold": 0.0,
     "smooth_sigma": 1.0,
     "map_downscale": 0,
-    "map_part": "all",
+    "map_part": "auto",
     "afg": True,
     "afg_positive": 3.0,
     "afg_negative": -1e8,
@@ -377,8 +377,8 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         "--map-part",
         choices=MAP_PARTS,
         default=d["map_part"],
-        help="down reads only the layers on the way down: about half the cost and memory of an update "
-        f"(default: {d['map_part']})",
+        help="down reads only the layers on the way down: about half the cost and memory of an update (a third on "
+        f"SDXL); auto does so on SDXL alone (default: {d['map_part']})",
     )
     fix = parser.add_argument_group("attention fixing guidance (AFG): keep what LODA separated")
     fix.add_argument(

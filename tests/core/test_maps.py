@@ -145,3 +145,10 @@ def test_layers_on_the_way_down_only_where_there_are_some():
     assert choose_layers(factors) == (4, ["down_blocks.2.a", "up_blocks.1.a"])
     assert choose_layers(factors, part="down") == (4, ["down_blocks.2.a"])
     assert choose_layers(factors, wanted=8, part="down") == (8, ["mid_block.a"])
+
+
+def test_auto_is_the_way_down_where_it_has_many_layers():
+    few = {"down_blocks.2.a": 4, "mid_block.a": 8, "up_blocks.1.a": 4}
+    assert choose_layers(few, part="auto") == choose_layers(few, part="all")
+    many = {f"down_blocks.2.{i}": 4 for i in range(20)} | {"mid_block.a": 4, "up_blocks.0.a": 4}
+    assert choose_layers(many, part="auto") == choose_layers(many, part="down") != choose_layers(many, part="all")
