@@ -26,6 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ..maps import jsd
 from . import scenes
@@ -55,10 +57,53 @@ def _save_grid(pictures: np.ndarray, columns: int, path: Path) -> None:
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    """Write beside the target and rename, so that a kill never leaves half a file."""
+    """Write a state as safetensors, beside the target first and then renamed: a kill never leaves half a file.
+
+    Dicts of tensors become tensors named "key|name"; what is no tensor goes into the metadata.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    facts: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            tensors[key] = value.contiguous()
+        elif isinstance(value, dict):
+            tensors |= {f"{key}|{name}": tensor.contiguous() for name, tensor in value.items()}
+        else:
+            facts[key] = value
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    save_file(tensors, str(part), {"facts": json.dumps(facts)})
     part.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `_save` has written."""
+    with safe_open(str(path), framework="pt") as file:
+        state: dict[str, Any] = json.loads(file.metadata()["facts"])
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            key, bar, inner = name.partition("|")
+            if bar:
+                state.setdefault(key, {})[inner] = file.get_tensor(name)
+            else:
+                state[key] = file.get_tensor(name)
+    return state
+
+
+def _optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Moments and step counts, named by the parameter's place."""
+    held = optimiser.state_dict()["state"]
+    return {f"{i}.{name}": tensor for i, moments in held.items() for name, tensor in moments.items()}
+
+
+def _restore_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
+    """Put `_optimiser_state` back; each moment gets its parameter's memory format, which the fused step relies on."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    held: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        place, _, what = name.partition(".")
+        like = parameters[int(place)]
+        shaped = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape and tensor.dim() else tensor.clone()
+        held.setdefault(int(place), {})[what] = shaped
+    optimiser.load_state_dict({"state": held, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def _to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -124,20 +169,20 @@ def _crops(rng: np.random.Generator, drawn: list[scenes.Scene], n: int, side: in
 
 
 def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
-    """L1 on pixels, their differences and their hue, a little L2; resumes from OUT/vae.pt.
+    """L1 on pixels, their differences and their hue, a little L2; resumes from OUT/vae.safetensors.
 
     A little noise on the latent keeps the decoder calm off the data.
     """
     torch.manual_seed(seed)
-    path = out / "vae.pt"
+    path = out / "vae.safetensors"
     drawn = [scenes.draw_scene(10_000_000 + seed + i) for i in range(3000)]
     model = build_vae().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0, fused=True)
     start = 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = _read(path)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        _restore_optimiser(optimiser, state["optimiser"])
         start = int(state["step"])
     began = time.time()
     for step in range(start, steps):
@@ -169,7 +214,7 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
                 flush=True,
             )
         if step % 100 == 99 or step == steps - 1:
-            _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}, path)
+            _save({"model": model.state_dict(), "optimiser": _optimiser_state(optimiser), "step": step + 1}, path)
             print(f"vae {step + 1} {_vae_report(model, out)}", flush=True)
 
 
@@ -190,7 +235,7 @@ def polish_decoder(out: Path, steps: int, batch: int, seed: int) -> None:
     Short, so it saves only at its end; an interrupted polish starts over.
     """
     torch.manual_seed(seed)
-    state = torch.load(out / "vae.pt", weights_only=True)
+    state = _read(out / "vae.safetensors")
     model = build_vae().to(memory_format=torch.channels_last)
     model.load_state_dict(state["model"])
     drawn = [scenes.draw_scene(11_000_000 + seed + i) for i in range(1500)]
@@ -211,7 +256,7 @@ def polish_decoder(out: Path, steps: int, batch: int, seed: int) -> None:
         optimiser.step()
         if step % 50 == 49:
             print(f"decoder {step + 1} loss {loss.item():.4f} pixel {wrong.abs().mean().item():.4f}", flush=True)
-    _save({**state, "model": model.state_dict(), "decoder_steps": steps}, out / "vae.pt")
+    _save({**state, "model": model.state_dict(), "decoder_steps": steps}, out / "vae.safetensors")
     print(_vae_report(model, out))
 
 
@@ -377,7 +422,7 @@ class Words:
 def draw_latents(out: Path, part: int, parts: int, count: int, seed: int) -> None:
     """Draw and encode scenes part, part + parts, ...: latents, masks on the latent grid, and scene seeds."""
     vae = build_vae()
-    vae.load_state_dict(torch.load(out / "vae.pt", weights_only=True)["model"])
+    vae.load_state_dict(_read(out / "vae.safetensors")["model"])
     vae.to(memory_format=torch.channels_last)
     seeds = list(range(seed + part, seed + count, parts))
     latents = torch.empty(len(seeds), 8, LATENT_SIDE, LATENT_SIDE, dtype=torch.float16)
@@ -390,14 +435,14 @@ def draw_latents(out: Path, part: int, parts: int, count: int, seed: int) -> Non
         for i, scene in enumerate(drawn):
             small = F.avg_pool2d(torch.from_numpy(scene.masks)[None], scenes.SIZE // LATENT_SIDE)[0]
             masks[at + i, : len(small)] = small.half()
-    _save({"latents": latents, "masks": masks, "seeds": torch.tensor(seeds)}, out / f"latents-{part}.pt")
+    _save({"latents": latents, "masks": masks, "seeds": torch.tensor(seeds)}, out / f"latents-{part}.safetensors")
 
 
 class Data:
     """Latents in memory; a caption is made anew each time from the scene's objects."""
 
     def __init__(self, out: Path) -> None:
-        parts = [torch.load(p, weights_only=True) for p in sorted(out.glob("latents-*.pt"))]
+        parts = [_read(p) for p in sorted(out.glob("latents-*.safetensors"))]
         seeds = torch.cat([p["seeds"] for p in parts])
         order = seeds.argsort()
         self.latents = torch.cat([p["latents"] for p in parts])[order]
@@ -484,8 +529,9 @@ def train_unet(
     seed: int,
     minutes: float,
 ) -> None:
-    """Noise prediction, both ends of the noise range weighted, caption dropout 10 %, EMA; resumes from OUT/NAME.pt.
+    """Noise prediction, both ends of the noise range weighted, caption dropout 10 %, EMA.
 
+    Resumes from OUT/NAME.safetensors.
     The rate is constant up to step `decay_from` and then falls to 2 % at `steps`. Every random draw depends on
     (seed, step, rank) alone, so stopping and resuming changes nothing. Stops early after `minutes`.
     With `world` processes each one takes `batch` samples and gradients are averaged: one thread per process is
@@ -501,13 +547,14 @@ def train_unet(
     model.unet.to(memory_format=torch.channels_last)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    path = out / f"{name}.pt"
+    path = out / f"{name}.safetensors"
     start, spent = 0, 0.0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = _read(path)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        ema, start, spent = state["ema"], int(state["step"]), float(state["seconds"])
+        _restore_optimiser(optimiser, state["optimiser"])
+        ema = {k: torch.empty_like(v).copy_(state["ema"][k]) for k, v in model.state_dict().items()}
+        start, spent = int(state["step"]), float(state["seconds"])
     signal = alphas_cumprod().float()
     began = saved = time.time()
     log = (out / f"{name}.log").open("a", encoding="utf-8") if rank == 0 else None
@@ -563,7 +610,7 @@ def train_unet(
             _save(
                 {
                     "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
+                    "optimiser": _optimiser_state(optimiser),
                     "ema": ema,
                     "step": step + 1,
                     "seconds": spent + saved - began,
@@ -641,7 +688,7 @@ def sample(
 def load_model(out: Path, name: str, ema: bool = True) -> tuple[Model, Words, dict[str, Any]]:
     words = Words()
     model = Model(words.vocabulary)
-    state = torch.load(out / f"{name}.pt", weights_only=True)
+    state = _read(out / f"{name}.safetensors")
     model.load_state_dict(state["ema" if ema else "model"])
     return model.eval(), words, state
 
@@ -652,7 +699,7 @@ def write_samples(
     """A sheet of `per` pictures for each prompt, two prompts per line."""
     model, words, state = load_model(out, name)
     vae = build_vae()
-    vae.load_state_dict(torch.load(out / "vae.pt", weights_only=True)["model"])
+    vae.load_state_dict(_read(out / "vae.safetensors")["model"])
     repeated = [p for p in prompts for _ in range(per)]
     latents, _ = sample(model, words, repeated, seed, guidance=guidance)
     with torch.no_grad():
@@ -671,7 +718,7 @@ def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[st
     """
     model, words, state = load_model(out, name)
     vae = build_vae()
-    vae.load_state_dict(torch.load(out / "vae.pt", weights_only=True)["model"])
+    vae.load_state_dict(_read(out / "vae.safetensors")["model"])
     drawn: list[scenes.Scene] = []
     seed = 30_000_000
     while len(drawn) < scenes_per_time:
@@ -758,13 +805,11 @@ def grounding_report(out: Path, name: str, scenes_per_time: int = 64) -> dict[st
 
 def export(out: Path, name: str, target: Path, note: str) -> None:
     """Write EMA weights, the autoencoder and all configs as one half-precision safetensors file."""
-    from safetensors.torch import save_file
-
     from . import checkpoint
 
     words = Words()
-    state = torch.load(out / f"{name}.pt", weights_only=True)
-    vae = torch.load(out / "vae.pt", weights_only=True)
+    state = _read(out / f"{name}.safetensors")
+    vae = _read(out / "vae.safetensors")
     # Some versions of transformers keep the encoder one level down; the file does not.
     tensors = {
         k.replace("text_encoder.text_model.", "text_encoder."): v

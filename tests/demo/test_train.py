@@ -1,0 +1,44 @@
+"""The demo model's training script: its states are safetensors, and stopping changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from conceptsplit_core.demo import train
+
+SETTINGS = {"decay_from": 2, "batch": 2, "rate": 1e-3, "grounding": 0.02, "seed": 1, "minutes": 1e9}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A handful of encoded scenes from an untrained autoencoder: enough to take steps on."""
+    out = tmp_path_factory.mktemp("drawn")
+    torch.manual_seed(0)
+    train._save({"model": train.build_vae().state_dict(), "step": 0}, out / "vae.safetensors")
+    train.draw_latents(out, 0, 1, 6, 1)
+    return out
+
+
+def test_a_resumed_training_gives_the_same_bits(drawn):
+    train.train_unet(0, 1, drawn, "whole", 4, **SETTINGS)
+    train.train_unet(0, 1, drawn, "parts", 4, **{**SETTINGS, "minutes": 0})
+    assert train._read(drawn / "parts.safetensors")["step"] == 1, "stopped by the clock after one step"
+    train.train_unet(0, 1, drawn, "parts", 4, **SETTINGS)
+    whole, parts = (load_file(drawn / f"{name}.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    assert not list(drawn.glob("*.part")) and not list(drawn.glob("*.pt"))
+
+
+def test_a_state_survives_writing_and_reading(tmp_path):
+    state = {"model": {"a.b": torch.arange(6).view(2, 3).t()}, "loose": torch.ones(2), "step": 3, "scale": 0.1234567}
+    train._save(state, tmp_path / "s.safetensors")
+    again = train._read(tmp_path / "s.safetensors")
+    assert torch.equal(again["model"]["a.b"], state["model"]["a.b"]) and torch.equal(again["loose"], state["loose"])
+    assert (again["step"], again["scale"]) == (3, 0.1234567)
