@@ -220,6 +220,7 @@ def test_families(loaded, family):
     adapter, *_ = train(sd, steps=2, batch_size=1, templates="a {}", images=pictures(1), file_name=f"test/{family}")
     assert adapter.info.base == family
     assert adapter.info.prediction_type == ("v_prediction" if family == "sd21" else "epsilon")
+    assert adapter.info.training["prediction_type"] == adapter.info.prediction_type
     assert all(bool(up.any()) for up in adapter.up.values())
     assert same_weights(kept, sd.model)
 
