@@ -6,6 +6,7 @@ Shapes: B batch rows, L text rows, Lq pixels (h·w), n concepts, H heads, d head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,33 @@ Delta = tuple[Tensor, Tensor, float]
 BoundRows = tuple[Tensor, Tensor, Tensor]
 
 
-def bound_rows(mask: Tensor) -> list[BoundRows | None]:
+class PassRows(list["BoundRows | None"]):
+    """The bound rows of one forward pass, per concept, and what follows from them for all of its layers."""
+
+    def __init__(self, rows: Sequence[BoundRows | None]):
+        super().__init__(rows)
+        self._together: dict[Any, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def together(
+        self, acting: Sequence[int], ranks: Sequence[int], scales: Sequence[float], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All rows of the acting concepts as one: their places (batch [m], row [m]), which of the Σr inner values
+        belong to another concept [m, Σr], and weight · scale of each row [m, 1]. Worked out once per pass."""
+        key = (tuple(acting), tuple(ranks), tuple(scales), dtype)
+        if key not in self._together:
+            parts = [part for i in acting if (part := self[i]) is not None]
+            batch, row = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+            factor = torch.cat([part[2].to(dtype) * scale for part, scale in zip(parts, scales, strict=True)])
+            other = torch.ones(len(row), sum(ranks), dtype=torch.bool)
+            at = first = 0
+            for part, rank in zip(parts, ranks, strict=True):
+                other[at : at + len(part[1]), first : first + rank] = False
+                at, first = at + len(part[1]), first + rank
+            self._together[key] = (batch, row, other.to(batch.device), factor.unsqueeze(-1))
+        return self._together[key]
+
+
+def bound_rows(mask: Tensor) -> PassRows:
     """The nonzero places of a row mask [B, L, n], per concept; None where a concept is bound nowhere.
 
     Looking them up once per forward pass, instead of once per layer, spares a GPU one synchronisation per layer.
@@ -30,7 +57,7 @@ def bound_rows(mask: Tensor) -> list[BoundRows | None]:
     for i in range(mask.shape[-1]):
         batch, row = mask[..., i].nonzero(as_tuple=True)
         found.append((batch, row, mask[batch, row, i]) if batch.numel() else None)
-    return found
+    return PassRows(found)
 
 
 def value_delta(
@@ -52,19 +79,37 @@ def value_delta(
         [B, L, d_v] in the context's dtype, or None when nothing is bound or every delta is silent, so that the
         caller can leave V untouched to the bit.
     """
-    total: Tensor | None = None
-    for delta, bound in zip(deltas, bound_rows(mask) if rows is None else rows, strict=True):
-        if delta is None or delta[2] == 0.0 or bound is None:
-            continue
-        down, up, scale = delta
-        batch, row, weight = bound
-        # Only the bound rows are multiplied: a handful out of 77 per prompt.
-        added = (context[batch, row].to(down.dtype) @ down.t() @ up.t()) * (weight.to(down.dtype) * scale).unsqueeze(-1)
-        if total is None:
-            total = torch.zeros(*context.shape[:2], up.shape[0], dtype=context.dtype, device=context.device)
-        # Out of place, because autograd needs it in training; accumulating, because two concepts may share a row.
-        total = total.index_put((batch, row), added.to(total.dtype), accumulate=True)
-    return total
+    if rows is None:
+        rows = bound_rows(mask)
+    acting = [
+        (i, delta)
+        for i, (delta, bound) in enumerate(zip(deltas, rows, strict=True))
+        if delta is not None and delta[2] != 0.0 and bound is not None
+    ]
+    if not acting:
+        return None
+    # All concepts in one product each way: their number adds no operation per layer, and it is the number of
+    # operations, not their size, that a GPU feels here.
+    down, up, _ = acting[0][1]
+    dtype = down.dtype
+    if len(acting) > 1:
+        for other_dtype in {delta[0].dtype for _, delta in acting} - {dtype}:
+            dtype = torch.promote_types(dtype, other_dtype)
+        down = torch.cat([delta[0].to(dtype) for _, delta in acting])
+        up = torch.cat([delta[1].to(dtype) for _, delta in acting], dim=1)
+    rows = rows if isinstance(rows, PassRows) else PassRows(rows)
+    batch, row, other, factor = rows.together(
+        [i for i, _ in acting], [d[0].shape[0] for _, d in acting], [d[2] for _, d in acting], dtype
+    )
+    # Only the bound rows are multiplied: a handful out of 77 per prompt.
+    inner = context[batch, row].to(down.dtype) @ down.t()
+    if len(acting) > 1:
+        # Filled, not multiplied by zero: what one concept's adapter makes of another's row may be infinite.
+        inner = inner.masked_fill(other, 0.0)
+    added = (inner @ up.t()) * factor
+    total = torch.zeros(*context.shape[:2], up.shape[0], dtype=context.dtype, device=context.device)
+    # Out of place, because autograd needs it in training; accumulating, because two concepts may share a row.
+    return total.index_put((batch, row), added.to(total.dtype), accumulate=True)
 
 
 def apply_value_delta(value: Tensor, context: Tensor, mask: Tensor, deltas: Sequence[Delta | None]) -> Tensor:

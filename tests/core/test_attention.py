@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
-from conceptsplit_core.attention import apply_value_delta, attend, bound_attention, value_delta
+from conceptsplit_core.attention import apply_value_delta, attend, bound_attention, bound_rows, value_delta
 from conceptsplit_core.hooks import ValueState, hook_values, match_mask, remove_hooks
 
 
@@ -43,6 +43,49 @@ def test_two_concepts_on_one_row_add_up():
     both = value_delta(context, mask, deltas)
     one = value_delta(context, mask[..., :1], deltas[:1]) + value_delta(context, mask[..., 1:], deltas[1:])
     torch.testing.assert_close(both, one)
+
+
+def test_concepts_together_are_the_concepts_one_by_one():
+    """Ranks, numbers of rows and scales may all differ; what a concept makes of another's row never shows."""
+    g = torch.Generator().manual_seed(3)
+    make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    context = make(2, 9, 5)
+    deltas = [(make(r, 5), make(6, r), s) for r, s in ((2, 1.0), (4, 0.5), (1, -2.0), (3, 0.0))]
+    mask = torch.zeros(2, 9, 4, dtype=torch.float64)
+    mask[1, 2, 0] = mask[1, 3, 0] = mask[0, 7, 0] = mask[1, 8, 3] = 1
+    mask[1, 3, 1], mask[1, 5, 2] = 0.25, 1
+    deltas[2][0][:, :] *= 1e300  # on any row but its own this overflows
+    context[1, 3], context[1, 5] = 1e10, 1e-300
+    out = value_delta(context, mask, deltas)
+    alone = [value_delta(context, mask[..., i : i + 1], deltas[i : i + 1]) for i in range(3)]
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out, sum(alone))
+    assert not out[1, 8].any()
+
+
+def test_the_number_of_concepts_adds_no_operation_per_layer():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = {}
+    for n in (2, 8):
+        context, _, deltas = setup(rows=12)
+        mask = torch.zeros(3, 12, n, dtype=torch.float64)
+        for i in range(n):
+            mask[1, i, i] = 1
+        rows = bound_rows(mask)
+        many = (deltas * 4)[:n]
+        value_delta(context, mask, many, rows)
+        with Counter() as counter:
+            value_delta(context, mask, many, rows)
+        counts[n] = counter.count
+    assert counts[2] == counts[8]
 
 
 def test_nothing_bound_returns_the_same_tensor():
