@@ -50,6 +50,7 @@ class Cost:
     kept: bytes still alive at the block's end, counted the same way.
     marked: bytes alive when `mark` was called (at the end of a forward pass: what is kept for the backward).
     operators: how often each operator ran.
+    kinds: flops of each kind of operator: attention, convolutions, linear layers.
     """
 
     flops: int = 0
@@ -57,6 +58,7 @@ class Cost:
     kept: int = 0
     marked: int = 0
     operators: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
 
     _live: int = 0
 
@@ -67,6 +69,13 @@ class Cost:
         """The peak since the last call, in bytes; the next one counts from what is alive now."""
         peak, self.peak = self.peak, self._live
         return peak
+
+
+KINDS = ("attention", "convolutions", "linear layers")
+
+
+def _kind(operator: str) -> str:
+    return KINDS[0] if "attention" in operator else KINDS[1] if "convolution" in operator else KINDS[2]
 
 
 class _Meter(TorchDispatchMode):
@@ -93,7 +102,9 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.cost.operators[packet.__name__] += 1
         if count is not None:
-            self.cost.flops += count(*args, **kwargs, out_val=out)
+            flops = count(*args, **kwargs, out_val=out)
+            self.cost.flops += flops
+            self.cost.kinds[_kind(packet.__name__)] += flops
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -20,7 +20,7 @@ from conceptsplit_core.tokens import Binding
 from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, batch_loss, make_batch, train
 
 from . import models, programs
-from .counted import IMAGE_GOAL, PARTS, SHARE
+from .counted import IMAGE_GOAL, PARTS, default_part, parts
 from .meter import alternate, measured
 from .rows import MB, Row
 
@@ -89,7 +89,7 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
             programs.cfg_call(built, patch, mask)
             return time.process_time() - began
 
-    mine, plain = alternate(bound_call, lambda: programs.cfg_call(built), 3 * rounds)
+    mine, plain = alternate(bound_call, lambda: programs.cfg_call(built), 2 * rounds)
     yield Row(
         "ToVA, 4 concepts, one sampling step",
         name,
@@ -104,7 +104,19 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
 
     steps, loda_steps = length
     two = {f"c{i}": four[i] for i in range(2)}
-    for part, told in PARTS.items():
+    pair = models.row_mask(2)
+    work: dict[str, float] = {}
+    with host.patched(built.model, list(two.values())) as patch:
+        with measured() as call:
+            programs.cfg_call(built, patch, pair)
+        for part in PARTS:
+            with measured() as one:
+                programs.update(built, patch, pair, LodaConfig(iterations=1, threshold=0.69, map_part=part))
+            work[part] = one.flops / call.flops
+    standard = default_part(built)
+    for part, told in parts(built).items():
+        if goals and part != standard:
+            continue
         # A threshold out of reach: every update is made.
         config = LodaConfig(steps=loda_steps, iterations=1, threshold=0.69, map_part=part)
         mine, plain = alternate(
@@ -120,13 +132,13 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
             "s",
             "plain sampling",
             "timed",
-            1 + loda_steps * SHARE[family, part] / steps,
+            1 + loda_steps * work[part] / steps,
             IMAGE_GOAL[family] if goals else None,
+            note="Predicted by this model's own count of operations.",
         )
 
-    pair = models.row_mask(2)
     _, size = programs.wanted_layers(built, LodaConfig())
-    for part, told in PARTS.items():
+    for part, told in parts(built).items():
         config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
 
         def ours(config: LodaConfig = config) -> None:
