@@ -33,14 +33,18 @@ log = logging.getLogger("ConceptSplit")
 # Samplers of which one step on its own equals that step within a run (tried on both supported hosts, see
 # tests/host). The ancestral ones need one noise source over all segments, or every step draws the same noise.
 PER_RUN = {"s_churn", "s_noise_end"}  # options that spread over a run's steps, so that single steps are not exact
-ONE_STEP = {"sample_euler", "sample_heun", "sample_dpm_2"}
+ONE_STEP = {"sample_euler", "sample_heun", "sample_dpm_2", "sample_euler_cfg_pp"}
 ONE_STEP_NOISE = {
     "sample_euler_ancestral",
     "sample_dpm_2_ancestral",
     "sample_dpmpp_2s_ancestral",
     "sample_lcm",
     "sample_ddpm",
+    "sample_euler_ancestral_cfg_pp",
+    "sample_dpmpp_2s_ancestral_cfg_pp",
 }
+# Given a single step these evaluate the model once, take no step and return the noise (both supported hosts).
+NEVER_ALONE = {"sample_unipc", "sample_unipc_bh2"}
 
 
 def sampler_wrapper(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,35 +139,34 @@ class LodaSampler:
                 comfy.model_management.throw_exception_if_processing_interrupted,
                 loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
             )
-            x = one_step(model, x, segment, extra_args=extra_args, callback=_shifted(callback, k), disable=True)
+            # A copy: CFG++ samplers put their own functions into what they are given.
+            own = dict(extra_args)
+            x = one_step(model, x, segment, extra_args=own, callback=_shifted(callback, k), disable=True)
         if self.config.afg and count < total:
             self._fix_regions(model, x, sigmas[count], conds, extra_args)
         if count == total:
             return x
-        return self.base(
-            model,
-            x,
-            sigmas[count:].clone(),
-            extra_args=extra_args,
-            callback=_shifted(callback, count),
-            disable=disable,
-            **options,
-        )
+        rest, told = sigmas[count:].clone(), _shifted(callback, count)
+        if total - count == 1 and getattr(self.base, "__name__", "") in NEVER_ALONE:
+            return one_step(model, x, rest, extra_args=extra_args, callback=told, disable=disable)
+        return self.base(model, x, rest, extra_args=extra_args, callback=told, disable=disable, **options)
 
     def _one_step(
         self, x: Tensor, extra_args: dict[str, Any], options: dict[str, Any]
     ) -> tuple[Callable, dict[str, Any]]:
         """The function that takes the first K steps, and the base sampler's options."""
         name = getattr(self.base, "__name__", "")
+        # CFG++ puts guidance into another place of the step; plain Euler at its low scale would hardly guide.
+        euler = k_diffusion.sample_euler_cfg_pp if name.endswith("_cfg_pp") else k_diffusion.sample_euler
         if any(options.get(key) for key in PER_RUN):
-            return k_diffusion.sample_euler, options
+            return euler, options
         if name in ONE_STEP:
             return lambda *a, **k: self.base(*a, **k, **options), options
         if name in ONE_STEP_NOISE and "noise_sampler" in inspect.signature(self.base).parameters:
             shared = k_diffusion.default_noise_sampler(x, seed=extra_args.get("seed"))
             options = {"noise_sampler": shared, **options}
             return lambda *a, **k: self.base(*a, **k, **options), options
-        return k_diffusion.sample_euler, options
+        return euler, options
 
     def _optimised_conds(self, x: Tensor) -> list[dict[str, Any]]:
         """The positive conditionings that bind a concept, as copies that autograd may read."""
