@@ -262,6 +262,17 @@ def _fingerprint(adapter: ValueAdapter, data: TrainData, config: TrainConfig) ->
     return digest.hexdigest()
 
 
+def _check_room(path: Path, parameters: list[Tensor]) -> None:
+    """Writes what a checkpoint will take beside `path` and takes it away again: better told before the first step.
+
+    Raises:
+        ConceptSplitError: the folder cannot be written to or the disk is full.
+    """
+    probe = path.with_name(path.name + ".probe")
+    write_whole(probe, bytes(3 * sum(parameter.nbytes for parameter in parameters) + 4096))
+    probe.unlink()
+
+
 def _save_checkpoint(
     path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, losses: list[float], fingerprint: str
 ) -> None:
@@ -366,6 +377,8 @@ def train(
             if resume and path is not None and path.exists():
                 losses = _load_checkpoint(path, parameters, optimizer, fingerprint)
                 saved = len(losses)
+            if path is not None and process.rank == 0 and len(losses) < config.steps:
+                _check_room(path, parameters)
             unmoved = 0
             for step in range(len(losses), config.steps):
                 began = time.perf_counter()
@@ -415,12 +428,14 @@ def train(
                     seconds = time.perf_counter() - began
                     on_event(TrainEvent(len(losses), config.steps, losses[-1], seconds, adapter))
         finally:
-            # Also on the way out of an interrupt: what was learned up to the last whole step stays resumable.
-            if path and process.rank == 0 and len(losses) > max(saved, 0):
-                _save_checkpoint(path, parameters, optimizer, losses, fingerprint)
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
+            try:
+                # Also on the way out of an interrupt: what was learned up to the last whole step stays resumable.
+                if path and process.rank == 0 and len(losses) > max(saved, 0):
+                    _save_checkpoint(path, parameters, optimizer, losses, fingerprint)
+            finally:
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
     if not any(bool(adapter.up[layer].any()) for layer in adapter.up):
         raise ConceptSplitError(
             f"Training ended after {len(losses)} steps with an adapter that changes nothing: raise the steps or the "

@@ -106,6 +106,7 @@ def encode_prompts(
     knowing = with_concepts(_without_concepts(clip), [concept])
     prompts = []
     for text in expand_templates(templates, f"<{concept.name}>"):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         encoded = knowing.encode_from_tokens(knowing.tokenize(text), return_pooled=True, return_dict=True)
         carried = encoded[KEY]
         rows = next((binding.rows for binding in carried.bindings if binding.concept == concept.name), ())
@@ -121,6 +122,15 @@ def encode_prompts(
             extra["y"] = _own(adm[0])
         prompts.append(Prompt(carried.text, _own(encoded["cond"][0]), rows, extra))
     return prompts
+
+
+def encode_images(vae: comfy.sd.VAE, images: Tensor) -> Tensor:
+    """Latents [N, C, h, w] of pictures [N, H, W, 3], one after the other, so that the stop button is heard between."""
+    latents = []
+    for image in images:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        latents.append(vae.encode(image[None]))
+    return torch.cat(latents)
 
 
 def _without_concepts(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
@@ -189,7 +199,7 @@ def train_adapter(
     )
 
     prompts = encode_prompts(clip, model.model, concept, templates, size)
-    latents = torch.cat([vae.encode(image[None]) for image in images])
+    latents = encode_images(vae, images)
     with torch.inference_mode(False):
         latents = _own(model.model.process_latent_in(latents))
         count, _, *side = latents.shape
