@@ -116,6 +116,33 @@ def placeholders(text: str) -> list[str]:
     return [match.group(1) for match in PLACEHOLDER.finditer(text)]
 
 
+# Any word will do that is one token of its own.
+_STAND_INS = ("house", "water", "x", "b", "k", "7", "4", "a", "i", "o")
+
+
+def _stand_in(word: Sequence[int], plain: Tokenize, special: Specials) -> str:
+    """Another word of as many tokens, none of which is in `word`."""
+    for text in _STAND_INS:
+        ids = content(plain(text), special)[0]
+        if len(ids) == 1 and ids[0] not in word:
+            return " ".join([text] * len(word))
+    return ""
+
+
+def _woven(between: Sequence[str], words: Sequence[str]) -> str:
+    return "".join(part for pair in zip(between, [*words, ""], strict=True) for part in pair)
+
+
+def _changed(
+    ids: Sequence[int], rows: Sequence[int], word: Sequence[int], other_ids: Sequence[int], other_rows: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The rows of `word` where another text differs in just that word's tokens; None where anything else differs."""
+    differs = [at for at, (one, other) in enumerate(zip(ids, other_ids, strict=False)) if one != other]
+    if list(rows) != list(other_rows) or len(differs) != len(word) or differs[-1] - differs[0] != len(word) - 1:
+        return None
+    return tuple(rows[at] for at in differs) if [ids[at] for at in differs] == list(word) else None
+
+
 def bind(
     text: str,
     concepts: Sequence[Concept],
@@ -125,17 +152,18 @@ def bind(
 ) -> BoundPrompt:
     """Replaces placeholders by class words and finds the rows each concept owns.
 
-    A placeholder ``<name>`` binds exactly where it stands, and may stand several times. A concept without one is
-    bound to the class word itself: of the occurrences no placeholder took, the n-th goes to the n-th such concept
-    of that class.
+    A placeholder ``<name>`` binds exactly where it stands, and may stand several times. Its rows are those that
+    change when another word of as many tokens stands there; so whatever else the prompt holds, and however words
+    around it grow together with it, it is never taken for another occurrence. A concept without a placeholder is
+    bound to the class word itself: of the occurrences nobody took, the n-th goes to the n-th such concept of that
+    class.
 
     Args:
         text: the prompt as the user wrote it.
         concepts: the loaded concepts, in loading order; names are unique.
         tokenize: text to chunks of token ids as the host encodes them; what is not a word of the vocabulary
             (an embedding's vector) is any id that no word has, such as -1.
-        tokenize_plain: the same with weight brackets taken literally. Used for single words and for what stands
-            before a placeholder; defaults to `tokenize`.
+        tokenize_plain: the same with weight brackets taken literally. Used for single words; defaults to `tokenize`.
         special: the ids that frame a chunk; CLIP's when None.
 
     Raises:
@@ -169,21 +197,20 @@ def bind(
             "value adapter under that name or correct the prompt."
         )
 
-    # Text with class words in place of placeholders, and for each placeholder the text before it.
-    pieces: list[str] = []
-    before: list[tuple[str, str]] = []
+    # The text between placeholders, and class words in place of them.
+    between: list[str] = []
+    written: list[str] = []
     end = 0
     for match in PLACEHOLDER.finditer(text):
-        pieces.append(text[end : match.start()])
-        before.append((match.group(1), "".join(pieces)))
-        pieces.append(by_name[match.group(1)].class_word)
+        between.append(text[end : match.start()])
+        written.append(match.group(1))
         end = match.end()
-    pieces.append(text[end:])
-    expanded = "".join(pieces)
+    between.append(text[end:])
+    standing = [by_name[name].class_word for name in written]
+    expanded = _woven(between, standing)
 
     chunks = tokenize(expanded)
     words: dict[str, list[int]] = {}
-    places: dict[str, list[tuple[int, ...]]] = {}
     for concept in concepts:
         word = concept.class_word
         if word not in words:
@@ -193,30 +220,29 @@ def bind(
                     f"The class word {word!r} of concept '{concept.name}' is empty for this text encoder: use a word "
                     "it can read."
                 )
-            places[word] = find_rows(chunks, words[word], special)
 
     owned: dict[str, list[int]] = {concept.name: [] for concept in concepts}
-    taken: dict[str, set[int]] = {word: set() for word in words}
-    for name, prefix in before:
-        word = by_name[name].class_word
-        # Counting the word in what stands before the placeholder, with the tokenizer itself, tells which of the
-        # prompt's occurrences this one is, whatever else the prompt contains.
-        ordinal = len(find_rows(plain(prefix), words[word], special)) if prefix.strip() else 0
-        if ordinal >= len(places[word]):
+    taken: set[int] = set()
+    ids, places = content(chunks, special)
+    for at, name in enumerate(written):
+        word = standing[at]
+        other = _woven(between, [*standing[:at], _stand_in(words[word], plain, special), *standing[at + 1 :]])
+        rows = _changed(ids, places, words[word], *content(tokenize(other), special))
+        if rows is None:
             raise ConceptSplitError(
                 f"Placeholder <{name}> in prompt \"{shown}\" does not stand as the word '{word}' after tokenizing: "
                 "put spaces around it."
             )
-        taken[word].add(ordinal)
-        owned[name].extend(places[word][ordinal])
+        taken.update(rows)
+        owned[name].extend(rows)
 
-    written = {name for name, _ in before}
-    free = {
-        word: iter([rows for n, rows in enumerate(found) if n not in taken[word]]) for word, found in places.items()
-    }
-    for concept in concepts:
+    # Longer words first: the bear of a polar bear belongs to the polar bear.
+    for concept in sorted(concepts, key=lambda concept: -len(words[concept.class_word])):
         if concept.name not in written:
-            owned[concept.name].extend(next(free[concept.class_word], ()))
+            found = find_rows(chunks, words[concept.class_word], special)
+            rows = next((rows for rows in found if taken.isdisjoint(rows)), ())
+            taken.update(rows)
+            owned[concept.name].extend(rows)
 
     bindings = tuple(Binding(name, tuple(sorted(rows))) for name, rows in owned.items() if rows)
     missing = [by_name[name] for name, rows in owned.items() if not rows]

@@ -155,3 +155,25 @@ def test_bound_rows_always_hold_the_class_word(parts):
 def test_half_a_surrogate_pair_is_one_sentence():
     with pytest.raises(ConceptSplitError, match="broken character at position 3"):
         bind("a \ud83d", [REX], tokenize, special=SPECIAL)
+
+
+def test_a_placeholder_grown_together_with_a_word_is_never_taken_for_another_occurrence():
+    # "dogcat" is no dog; the dog further on is not what stood in its place.
+    puss = Concept("puss", "cat")
+    for text in ("a <rex><puss> and a dog", "a <rex>s, a dog", "a hot<rex> and a dog", "a <rex><rex> a dog a dog"):
+        with pytest.raises(ConceptSplitError, match="put spaces around it"):
+            bind(text, [REX, puss], tokenize, special=SPECIAL)
+
+
+def test_a_word_that_repeats_itself_is_bound_where_its_placeholder_stands():
+    dance = Concept("dance", "cha cha")
+    assert rows(bind("cha <dance> cha", [dance], tokenize, special=SPECIAL), "dance") == (2, 3)
+
+
+def test_a_word_inside_a_longer_class_word_belongs_to_the_longer():
+    bear, polar = Concept("small", "bear"), Concept("teddy", "polar bear")
+    for text in ("a polar bear and a bear", "a <teddy> and a bear"):
+        bound = bind(text, [bear, polar], tokenize, special=SPECIAL)
+        assert set(rows(bound, "teddy")).isdisjoint(rows(bound, "small")) and len(bound.bindings) == 2
+    alone = bind("a polar bear", [bear, polar], tokenize, special=SPECIAL)
+    assert [b.concept for b in alone.bindings] == ["teddy"] and "small" in alone.warnings[0]
