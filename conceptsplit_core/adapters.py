@@ -32,7 +32,9 @@ from .errors import ConceptSplitError
 FORMAT = "conceptsplit.value_adapter"
 FORMAT_VERSION = 1
 MAX_BYTES = 512 * 1024 * 1024
-MAX_HEADER_BYTES = 8 * 1024 * 1024
+# Room for SDXL's 140 tensors thirty times over. JSON may take forty times its length in memory, so this bounds it.
+MAX_HEADER_BYTES = 1024 * 1024
+MAX_VALUE = 65504.0  # float16's largest; trained values stay below 10, a flipped exponent bit makes 1e38
 BASES = {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "demo": "the ConceptSplit demo model", "unknown": "unknown"}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -282,7 +284,8 @@ def save_adapter(
         dtype: storage precision; None keeps each tensor's own.
 
     Raises:
-        ConceptSplitError: not finite (the layer is named), or the file cannot be written.
+        ConceptSplitError: not finite or too large for half precision (the layer is named), or the file cannot be
+            written.
     """
     write_whole(path, adapter_bytes(adapter, dtype))
 
@@ -293,10 +296,10 @@ def adapter_bytes(adapter: ValueAdapter, dtype: torch.dtype | None = torch.float
     for layer in sorted(adapter.down):
         for side, tensor in (("lora_A", adapter.down[layer]), ("lora_B", adapter.up[layer])):
             stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-            if not torch.isfinite(stored).all():
+            if not largest(stored) <= MAX_VALUE:
                 raise ConceptSplitError(
-                    f"Value adapter '{adapter.info.concept}' holds values that are not finite in {layer}: train it "
-                    "again with a lower learning rate, or store it as float32."
+                    f"Value adapter '{adapter.info.concept}' holds values that are not finite or far too large in "
+                    f"{layer}: train it again with a lower learning rate."
                 )
             tensors[f"unet.{layer}.to_v.{side}.weight"] = stored
     info = asdict(adapter.info)
@@ -304,8 +307,20 @@ def adapter_bytes(adapter: ValueAdapter, dtype: torch.dtype | None = torch.float
     return save_tensors(tensors, metadata=metadata)
 
 
-def _header(data: bytes, name: str) -> dict[str, Any]:
-    """The JSON header of a safetensors file, with its sizes checked before anything is allocated."""
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude in a floating-point tensor, NaN where one is; needs no memory of the tensor's size."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = (float(end) for end in tensor.detach().aminmax())
+    return max(-low, high) if low == low else low
+
+
+def read_header(data: bytes, name: str) -> dict[str, Any]:
+    """The JSON header of a safetensors file, with its sizes checked before anything is allocated.
+
+    Raises:
+        ConceptSplitError: cut off, larger than a header can be, or not a JSON table.
+    """
     if len(data) < 8:
         raise ConceptSplitError(f"{name} is not a safetensors file: it ends after {len(data)} bytes.")
     (size,) = struct.unpack("<Q", data[:8])
@@ -383,7 +398,7 @@ def load_adapter(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Va
 
 def parse_adapter(data: bytes, name: str = "the file") -> ValueAdapter:
     """`load_adapter` for bytes in memory; `name` is how messages call them."""
-    header = _header(data, name)
+    header = read_header(data, name)
     metadata = header.get("__metadata__") or {}
     if not isinstance(metadata, dict):
         raise ConceptSplitError(f"{name} has unreadable metadata: the file is damaged.")
@@ -417,8 +432,11 @@ def parse_adapter(data: bytes, name: str = "the file") -> ValueAdapter:
             )
         if tensor.dtype not in _DTYPES:
             raise ConceptSplitError(f"{name} stores {key[:100]!r} as {tensor.dtype}; value adapters are float16 to 64.")
-        if not torch.isfinite(tensor).all():
-            raise ConceptSplitError(f"{name} holds values that are not finite in {key[:100]!r}: train it again.")
+        if not (reach := largest(tensor)) <= MAX_VALUE:
+            raise ConceptSplitError(
+                f"{name} holds values that are not finite or far too large ({reach:.3g}) in {key[:100]!r}: it is "
+                "damaged; download or train it again."
+            )
         layer, side = parsed
         table = down if side == "down" else up
         if layer in table:

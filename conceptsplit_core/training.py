@@ -25,11 +25,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from .adapters import ValueAdapter, write_whole
+from .adapters import ValueAdapter, largest, read_header, write_whole
 from .errors import ConceptSplitError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 CHECKPOINT_FORMAT = "conceptsplit.training"
+MAX_TEMPLATE_BYTES = 100_000  # they are stored in the adapter file's header, which has a limit
 
 DEFAULT_TEMPLATES = (
     "a photo of a {}",
@@ -79,11 +80,12 @@ class TrainConfig:
         need(self.steps >= 1, f"steps is {self.steps}, use 1 or more")
         need(self.batch_size >= 1, f"batch size is {self.batch_size}, use 1 or more")
         need(0 < self.learning_rate < math.inf, f"learning rate is {self.learning_rate}, use for instance 0.001")
-        need(self.weight_decay >= 0, f"weight decay is {self.weight_decay}, use 0 or more")
+        need(0 <= self.weight_decay < math.inf, f"weight decay is {self.weight_decay}, use 0 or more")
         need(self.warmup >= 0, f"warmup is {self.warmup} steps, use 0 or more")
         need(self.save_every >= 0, f"save every is {self.save_every} steps, use 0 (at the end) or more")
         need(0 <= self.background_weight <= 1, f"background weight is {self.background_weight}, use 0 to 1")
-        need(self.loss_scale > 0, f"loss scale is {self.loss_scale}, use 1 or more")
+        need(0 < self.loss_scale < math.inf, f"loss scale is {self.loss_scale}, use 1 or more")
+        need(0 <= self.max_grad_norm < math.inf, f"gradient norm limit is {self.max_grad_norm}, use 0 (none) or more")
         need(
             self.prediction_type in PREDICTION_TYPES,
             f"prediction type '{self.prediction_type}', use {' or '.join(PREDICTION_TYPES)}",
@@ -290,37 +292,59 @@ def _save_checkpoint(
 def _load_checkpoint(
     path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> list[float]:
+    """Puts a checkpoint's state into `parameters` and `optimizer`, all of it or nothing; the losses so far."""
     broken = ConceptSplitError(
         f"{path.name} is not a readable training checkpoint: delete it to start this training from the beginning."
     )
+    # Parameters and two moments each, and the losses of some millions of steps: more is another file.
+    room = 3 * sum(parameter.nbytes for parameter in parameters) + 64 * 2**20
     try:
+        if path.stat().st_size > room:
+            raise broken
         data = path.read_bytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        tensors = load_tensors(data)
     except OSError as error:
         raise ConceptSplitError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    try:
+        facts = read_header(data, path.name).get("__metadata__")
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         raise broken from error
-    if header.get("format") != CHECKPOINT_FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") != CHECKPOINT_FORMAT:
         raise broken
-    if header.get("fingerprint") != fingerprint:
+    if facts.get("fingerprint") != fingerprint:
         raise ConceptSplitError(
             f"{path.name} belongs to a training with other images, prompts or settings: delete it, choose another "
             "file name, or turn resume off."
         )
+
+    def stored(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        tensor = tensors.get(key)
+        if tensor is None or tensor.shape != shape or tensor.dtype != dtype or not math.isfinite(largest(tensor)):
+            raise broken
+        return tensor
+
+    losses = tensors.get("losses")
+    if losses is None or losses.ndim != 1 or facts.get("step") != str(len(losses)):
+        raise broken
+    stored("losses", losses.shape, torch.float64)
+    values = [stored(f"p{i}", parameter.shape, parameter.dtype) for i, parameter in enumerate(parameters)]
+    states: list[dict[str, Tensor]] = []
+    for i, parameter in enumerate(parameters):
+        if f"exp_avg{i}" not in tensors:  # every step so far overflowed and moved nothing
+            states.append({})
+            continue
+        step = stored(f"step{i}", torch.Size(), torch.float32)
+        square = stored(f"exp_avg_sq{i}", parameter.shape, parameter.dtype)
+        if not 1 <= float(step) <= len(losses) or bool((square < 0).any()):
+            raise broken
+        mean = stored(f"exp_avg{i}", parameter.shape, parameter.dtype)
+        states.append({"step": step, "exp_avg": mean.to(parameter.device), "exp_avg_sq": square.to(parameter.device)})
     with torch.no_grad():
-        for i, parameter in enumerate(parameters):
-            stored = tensors.get(f"p{i}")
-            if stored is None or stored.shape != parameter.shape:
-                raise broken
-            parameter.copy_(stored)
-            if f"exp_avg{i}" in tensors:
-                optimizer.state[parameter] = {
-                    "step": tensors[f"step{i}"],
-                    "exp_avg": tensors[f"exp_avg{i}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq{i}"].to(parameter.device),
-                }
-    return tensors["losses"].tolist()
+        for parameter, value, state in zip(parameters, values, states, strict=True):
+            parameter.copy_(value)
+            if state:
+                optimizer.state[parameter] = state
+    return losses.tolist()
 
 
 def train(
@@ -455,9 +479,12 @@ def expand_templates(templates: Sequence[str], class_word: str) -> list[str]:
     kept = [line.strip() for line in templates if line.strip()]
     if not kept:
         raise ConceptSplitError("There is no prompt template: write at least one line, such as 'a photo of a {}'.")
+    if (size := sum(len(line.encode("utf-8", "replace")) for line in kept)) > MAX_TEMPLATE_BYTES:
+        raise ConceptSplitError(f"The prompt templates are {size} bytes of text: use at most {MAX_TEMPLATE_BYTES}.")
     for line in kept:
         if line.count("{}") != 1:
-            raise ConceptSplitError(f'Template "{line}" needs exactly one {{}} where the class word goes.')
+            shown = " ".join(line.split())[:120]
+            raise ConceptSplitError(f'Template "{shown}" needs exactly one {{}} where the class word goes.')
     return [line.replace("{}", class_word.strip()) for line in kept]
 
 

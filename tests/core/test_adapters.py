@@ -338,3 +338,22 @@ def test_any_damage_is_a_value_adapter_or_one_sentence(data):
         for layer in adapter.layers:
             assert torch.isfinite(adapter.up[layer]).all()
             assert adapter.scale(layer) == adapter.scale(layer)
+
+
+def test_values_no_half_precision_model_can_hold_are_refused_both_ways(tmp_path):
+    """A flipped exponent bit makes 1e38: finite, and a black picture."""
+    adapter = make()
+    layer = next(iter(LAYERS))
+    adapter.up[layer][0, 0] = 1e30
+    with pytest.raises(ConceptSplitError, match="far too large"):
+        save_adapter(adapter, tmp_path / "a.safetensors", torch.float32)
+    names = [f"unet.{layer}.to_v.lora_{side}.weight" for side in "AB"]
+    with pytest.raises(ConceptSplitError, match=r"far too large \(1e\+30\)"):
+        parse_adapter(save(dict(zip(names, (adapter.down[layer], adapter.up[layer]), strict=True))))
+
+
+def test_a_header_larger_than_any_adapters_is_not_parsed():
+    """JSON takes up to forty times its length in memory."""
+    raw = b'{"x":[' + b"[[[[]]]]," * 200_000 + b"[]]}"
+    with pytest.raises(ConceptSplitError, match="its header claims"):
+        parse_adapter(struct.pack("<Q", len(raw)) + raw)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -261,3 +263,65 @@ def test_data_that_cannot_train_is_one_sentence():
         with pytest.raises(ConceptSplitError, match=message):
             make()
     assert expand_templates(["a {}", "", " the {} "], "dog") == ["a dog", "the dog"]
+
+
+def test_a_damaged_checkpoint_is_refused_whole_and_left_as_it_is(tmp_path):
+    """Each of these once ended in another exception, or went on from a state that was never saved."""
+    import json
+    import struct
+
+    from safetensors.torch import load_file, save
+
+    path = tmp_path / "x.checkpoint"
+    config = TrainConfig(steps=3, batch_size=2)
+    adapter = new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), config, checkpoint=path)
+    good = path.read_bytes()
+    size = struct.unpack("<Q", good[:8])[0]
+    facts = json.loads(good[8 : 8 + size])["__metadata__"]
+
+    def header(text):
+        return struct.pack("<Q", len(text)) + text
+
+    def changed(**tensors):
+        kept = {**load_file(path), **tensors}
+        return save({k: v.contiguous() for k, v in kept.items() if v is not None}, metadata=facts)
+
+    stored = load_file(path)
+    spoilt = stored["exp_avg_sq0"].clone()
+    spoilt.view(-1)[0] = -1.0
+    damaged = {
+        "deep header": header(b"[" * 100_000),
+        "no facts": header(b'{"__metadata__":null}'),
+        "facts of another kind": header(b'{"__metadata__":[1]}'),
+        "no losses": changed(losses=None),
+        "losses of another kind": changed(losses=torch.ones(3, dtype=torch.int64)),
+        "one loss less": changed(losses=stored["losses"][:2]),
+        "half a moment": changed(exp_avg_sq0=None),
+        "no step": changed(step1=None),
+        "moment of another shape": changed(exp_avg0=torch.zeros(1)),
+        "impossible moment": changed(exp_avg_sq0=spoilt),
+        "not finite": changed(p1=torch.full_like(stored["p1"], float("nan"))),
+        "another precision": changed(p0=stored["p0"].half()),
+        "far too large": good + bytes(65 * 2**20),
+    }
+    for name, content in damaged.items():
+        path.write_bytes(content)
+        adapter = new_adapter()
+        before = [t.clone() for t in adapter.parameters()]
+        with pytest.raises(ConceptSplitError, match="not a readable training checkpoint") as told:
+            train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=5, batch_size=2), None, path, True)
+        assert "\n" not in str(told.value), name
+        assert path.read_bytes() == content, name
+        assert all(torch.equal(x, y) for x, y in zip(before, adapter.parameters(), strict=True)), name
+
+
+def test_settings_that_are_not_finite_are_refused():
+    for bad in ({"weight_decay": math.inf}, {"loss_scale": math.inf}, {"max_grad_norm": math.nan}):
+        with pytest.raises(ConceptSplitError, match="out of range"):
+            TrainConfig(**bad)
+
+
+def test_templates_that_no_file_could_hold_are_refused_before_training():
+    with pytest.raises(ConceptSplitError, match="use at most 100000"):
+        expand_templates(["a photo of a {} " + "very " * 50_000], "dog")
