@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -50,45 +51,85 @@ from .patch import LoadedAdapter, with_adapter
 log = logging.getLogger("ConceptSplit")
 
 MAX_SIDE = 2048
+OVERSHOOT = 0.5  # how far beyond 0…1 a picture's values may lie and still be clipped
 
 
 def check_images(images: Tensor | None) -> Tensor:
     """Training pictures [N, H, W, 3] in 0…1 from what the host's IMAGE may hold; grey and alpha are fine.
 
     Raises:
-        ConceptSplitError: none, too small, too large, or not finite.
+        ConceptSplitError: none, too small, too large, not pictures, not finite, or of another range.
     """
-    if images is None or images.ndim != 4 or 0 in images.shape:
+    if images is None or not isinstance(images, Tensor) or 0 in images.shape:
         raise ConceptSplitError("There is no training image: connect at least one picture of the concept.")
-    if images.shape[-1] == 1:
-        images = images.expand(-1, -1, -1, 3)
-    images = images[..., :3].float()
+    if images.ndim != 4 or images.shape[-1] > 4 or not images.is_floating_point():
+        raise ConceptSplitError(
+            f"The training images are {list(images.shape)} values of type {str(images.dtype).removeprefix('torch.')}, "
+            "not pictures [count, height, width, 1 to 4 channels] of numbers from 0 to 1: connect an IMAGE."
+        )
+    # Grey, with or without alpha; the host's own loader drops alpha too.
+    images = images[..., :1].expand(-1, -1, -1, 3) if images.shape[-1] < 3 else images[..., :3]
+    images = images.float()
     height, width = images.shape[1:3]
     if min(height, width) < 16 or max(height, width) > MAX_SIDE:
         raise ConceptSplitError(
             f"The training images are {width} x {height} pixels: resize them to between 16 and {MAX_SIDE}, best the "
             "size the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL)."
         )
-    bad = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise ConceptSplitError(f"Training image {bad[0] + 1} holds values that are not finite: replace it.")
+    for number, image in enumerate(images, 1):
+        _check_range(image, f"Training image {number}")
     return images.clamp(0, 1)
 
 
-def check_masks(masks: Tensor | None, count: int, size: tuple[int, int]) -> Tensor | None:
+def _check_range(values: Tensor, what: str) -> None:
+    """Sharpening and resizing overshoot a little; 0…255 or −1…1 would be clipped to something else without a word."""
+    low, high = (float(end) for end in values.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ConceptSplitError(f"{what} holds values that are not finite: replace it.")
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise ConceptSplitError(
+            f"{what} holds values from {low:.4g} to {high:.4g} where 0 to 1 is needed: rescale it with the node that "
+            "made it."
+        )
+
+
+def check_masks(
+    masks: Tensor | None, count: int, size: tuple[int, int], picture: tuple[int, int] | None = None
+) -> Tensor | None:
     """Masks [N, 1, h, w] at the latents' size from the host's MASK [N or 1, H, W]; None stays None.
 
+    Args:
+        size: (h, w) of the latents.
+        picture: (height, width) of the pictures, whose shape the masks must have; their size may differ.
+
     Raises:
-        ConceptSplitError: neither one mask nor one per image.
+        ConceptSplitError: neither one mask nor one per image, another shape than the pictures', or values that are
+            not finite or of another range.
     """
     if masks is None:
         return None
-    masks = masks.reshape(-1, *masks.shape[-2:]).float()
+    given = list(masks.shape)
+    if masks.ndim == 4 and 1 in (masks.shape[1], masks.shape[-1]):
+        masks = masks.squeeze(1 if masks.shape[1] == 1 else -1)
+    if masks.ndim == 2:
+        masks = masks.unsqueeze(0)
+    if masks.ndim != 3 or 0 in masks.shape or masks.is_complex():
+        raise ConceptSplitError(f"The mask has shape {given}, which is not [count, height, width]: connect a MASK.")
     if masks.shape[0] not in (1, count):
         raise ConceptSplitError(
             f"There are {masks.shape[0]} masks for {count} images: give one mask for all or one per image."
         )
-    resized = F.interpolate(torch.nan_to_num(masks).clamp(0, 1).unsqueeze(1), size=size, mode="area")
+    masks = masks.float()
+    for number, mask in enumerate(masks, 1):
+        _check_range(mask, f"Mask {number}")
+    if picture is not None and bool((masks > 0).any()):  # an empty mask, of whatever shape, is told as empty
+        (height, width), (tall, wide) = picture, masks.shape[1:]
+        # Within two hundredths, or what rounding to whole pixels does to a small mask.
+        if abs(wide * height - tall * width) > max(0.02 * max(wide * height, tall * width), width, height):
+            raise ConceptSplitError(
+                f"The mask is {wide} x {tall} pixels, the images {width} x {height}: give it the shape of the images."
+            )
+    resized = F.interpolate(masks.clamp(0, 1).unsqueeze(1), size=size, mode="area")
     return resized.expand(count, -1, -1, -1).contiguous()
 
 
@@ -203,7 +244,8 @@ def train_adapter(
     with torch.inference_mode(False):
         latents = _own(model.model.process_latent_in(latents))
         count, _, *side = latents.shape
-        masks = check_masks(None if masks is None else _own(masks), count, (side[0], side[1]))
+        masks = check_masks(masks, count, (side[0], side[1]), size)
+        masks = None if masks is None else _own(masks)
         alphas_cumprod = _own(1.0 / (sampling.sigmas.double() ** 2 + 1.0))
 
     model = model.clone()
