@@ -11,6 +11,7 @@ variance-preserving latent of the paper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,16 +71,21 @@ class LodaConfig:
             if not ok:
                 raise ConceptSplitError(f"LODA setting out of range: {what}.")
 
+        for name, value in vars(self).items():
+            need(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}, use a finite number")
         need(self.steps >= 0, f"steps is {self.steps}, use 0 (off) or more")
         need(self.iterations >= 1, f"iterations is {self.iterations}, use 1 or more")
         need(self.step_size >= 0, f"step size is {self.step_size}, use 0 or more")
         need(self.step_rule in STEP_RULES, f"step rule '{self.step_rule}', use {' or '.join(STEP_RULES)}")
         need(self.divergence in DIVERGENCES, f"divergence '{self.divergence}', use {', '.join(DIVERGENCES)}")
         need(self.threshold >= 0, f"threshold is {self.threshold}, use 0 (automatic) or more")
-        need(self.smooth_sigma >= 0, f"smoothing is {self.smooth_sigma} pixels, use 0 or more")
-        need(self.afg_sigma >= 0, f"AFG smoothing is {self.afg_sigma} pixels, use 0 or more")
+        # The Gaussian's kernel and the padded maps grow with it; no map has more pixels a side than this.
+        widest = 128
+        need(0 <= self.smooth_sigma <= widest, f"smoothing is {self.smooth_sigma} pixels, use 0 to {widest}")
+        need(0 <= self.afg_sigma <= widest, f"AFG smoothing is {self.afg_sigma} pixels, use 0 to {widest}")
         need(0 < self.afg_fraction <= 1, f"AFG region share is {self.afg_fraction}, use more than 0 and at most 1")
         need(self.afg_negative <= 0 <= self.afg_positive, "AFG adds a positive number inside, a negative one outside")
+        need(self.afg_positive - self.afg_negative < 1e30, "AFG's numbers are too large, use -1e8 and 3 for instance")
         need(self.map_downscale in (0, 1, 2, 4, 8, 16, 32), f"map downscale {self.map_downscale}, use 0, 1, 2, 4 or 8")
         need(self.map_part in MAP_PARTS, f"map part '{self.map_part}', use {' or '.join(MAP_PARTS)}")
         need(0 <= self.afg_end <= 1, f"AFG end is {self.afg_end}, use 0 to 1")
