@@ -53,6 +53,7 @@ class ConceptCLIP(_AnyCLIP):
         parts = stock("", **kwargs)
         if not isinstance(parts, dict) or not isinstance(text, str):
             return stock(text, return_word_ids, **kwargs)
+        stock = functools.partial(_read, stock)
         plain = {**kwargs, "disable_weights": True}
         bound = {
             part: bind(
@@ -149,6 +150,18 @@ def _adopt(clip: comfy.sd.CLIP, concepts: tuple[Concept, ...]) -> comfy.sd.CLIP:
     clip.__class__ = _concept_class(base)
     clip.conceptsplit_concepts = concepts
     return clip
+
+
+def _read(stock: Callable, text: str, *args: Any, **options: Any) -> Any:
+    """`stock(text)`; what a host's tokenizer dies of, such as "embedding:" without a name, is told in a sentence."""
+    try:
+        return stock(text, *args, **options)
+    except Exception as error:
+        shown = " ".join(text.split())[:120]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        raise ConceptSplitError(
+            f'The text encoder cannot read the prompt "{shown}" ({reason}): change what is odd in it.'
+        ) from error
 
 
 def _token_ids(stock: Callable, part: str, options: Mapping[str, Any], text: str) -> list[list[int]]:
