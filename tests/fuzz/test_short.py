@@ -1,0 +1,64 @@
+"""The fuzz runs in short, another seed than the committed ones: everything is usable or one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import files, images, watch
+
+SEED = 4711
+
+
+def test_damaged_adapters():
+    tally, _ = files.fuzz_adapters(3000, SEED)
+    assert not tally.bad, tally.bad[:5]
+    # The damage must be of every kind and the reader must see both sides, or the run says nothing.
+    assert set(files.KINDS) <= set(tally.table)
+    assert sum(row["adapter"] for row in tally.table.values()) > 100
+    assert sum(row["sentence"] for row in tally.table.values()) > 1000
+
+
+def test_damaged_checkpoints():
+    tally, _ = files.fuzz_checkpoints(600, SEED)
+    assert not tally.bad, tally.bad[:5]
+    assert sum(row["adapter"] for row in tally.table.values()) > 10
+
+
+def test_reading_a_large_file_takes_no_more_than_twice_its_size():
+    for name, ratio in files.large_file_memory().items():
+        assert ratio <= 2.1, name
+
+
+def test_whole_and_damaged_pictures():
+    tally, _ = images.fuzz(600, SEED)
+    assert not tally.bad, tally.bad[:5]
+    assert tally.table["whole"]["picture"] == len(images.whole_files())
+
+
+def test_the_watch_sees_what_it_is_there_for(tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    with watch.guarded(inside):
+        (inside / "x").write_text("fine")
+    for touch in (lambda: outside.write_text("x"), lambda: outside.mkdir(), lambda: (inside / "x").rename(outside)):
+        with pytest.raises(watch.Elsewhere), watch.guarded(inside):
+            touch()
+    assert not outside.exists()
+    grown = watch.peak_bytes(lambda: bytearray(50_000_000))
+    assert grown is None or 40_000_000 < grown < 80_000_000
+    assert (
+        watch.sentence_problem("A line.\nAnother.") and watch.sentence_problem("") and not watch.sentence_problem("A.")
+    )
+
+
+@pytest.mark.parametrize("name", ["files", "images"])
+def test_the_committed_runs_are_of_these_kinds_and_nothing_went_wrong(name):
+    result = json.loads((Path(__file__).parent / "results" / f"{name}.json").read_text())
+    runs = [value for value in result.values() if isinstance(value, dict) and "inputs" in value]
+    assert runs and all(run["bad"] == 0 for run in runs)
+    if name == "files":
+        assert result["adapters"]["inputs"] >= 100_000
+        assert set(result["adapters"]["kinds"]) == {*files.KINDS, "large header"}
