@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from torch import Tensor
 from .errors import ConceptSplitError
 from .maps import DIVERGENCES, gaussian_blur, normalise, separation_loss
 
+AUTO = -1
+SHARE = 0.2
+"""Share of the schedule that is optimised when steps is AUTO: the paper's 10 of 50 steps."""
 STEP_RULES = ("normalised", "gradient")
 MAP_PARTS = ("auto", "all", "down")
 
@@ -31,7 +34,8 @@ MAP_PARTS = ("auto", "all", "down")
 class LodaConfig:
     """Settings of LODA and AFG; built and checked once, never changed during a run.
 
-    steps: sampling steps at whose start the latent is optimised; 0 turns LODA off.
+    steps: sampling steps at whose start the latent is optimised; 0 turns LODA off, AUTO (-1) is the first fifth of
+        the schedule, whatever its length.
     iterations: gradient updates per step, at most; fewer when the loss reaches zero.
     step_size: η before the schedule. With `normalised`, the root mean square of an update in units of the latent's
         standard deviation; with `gradient`, the factor on the raw gradient (the paper's 20).
@@ -50,7 +54,7 @@ class LodaConfig:
     afg_end: the share of the schedule after which AFG lets go (1.0: it stays to the end).
     """
 
-    steps: int = 10
+    steps: int = AUTO
     iterations: int = 3
     step_size: float = 0.02
     step_rule: str = "normalised"
@@ -73,7 +77,7 @@ class LodaConfig:
 
         for name, value in vars(self).items():
             need(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}, use a finite number")
-        need(self.steps >= 0, f"steps is {self.steps}, use 0 (off) or more")
+        need(self.steps >= AUTO, f"steps is {self.steps}, use -1 (a fifth of the schedule), 0 (off) or more")
         need(self.iterations >= 1, f"iterations is {self.iterations}, use 1 or more")
         need(self.step_size >= 0, f"step size is {self.step_size}, use 0 or more")
         need(self.step_rule in STEP_RULES, f"step rule '{self.step_rule}', use {' or '.join(STEP_RULES)}")
@@ -96,8 +100,18 @@ class LodaConfig:
         picture whose centres are about 3 σ apart."""
         return self.threshold or THRESHOLDS[self.divergence]
 
+    def for_schedule(self, total: int) -> LodaConfig:
+        """The same settings with `steps` as a number, for a run of `total` sampling steps."""
+        return replace(self, steps=max(1, round(SHARE * total)) if self.steps == AUTO else min(self.steps, total))
+
     def step_sizes(self) -> list[float]:
-        """η_k = step_size · √(linspace(1, 0.5, steps)_k)  (paper, LODA's schedule)."""
+        """η_k = step_size · √(linspace(1, 0.5, steps)_k)  (paper, LODA's schedule).
+
+        Raises:
+            ValueError: steps is AUTO; `for_schedule` says how many that is.
+        """
+        if self.steps == AUTO:
+            raise ValueError("the number of LODA steps is open: call for_schedule first")
         return [self.step_size * float(s) ** 0.5 for s in torch.linspace(1.0, 0.5, max(self.steps, 1))][: self.steps]
 
 
@@ -173,7 +187,7 @@ def separate(
         The new latent, detached; the very same tensor if nothing had to change. One forward pass serves as the test
         of the loss and, where the loss is not zero, as the first half of the gradient pass.
     """
-    if step >= config.steps or config.step_size == 0:
+    if config.step_size == 0 or (config.steps != AUTO and step >= config.steps):
         return x
     eta = config.step_sizes()[step]
     current, moved = x, False

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ..conceptsplit_core.hosts.comfy.patch import MapsHandle, with_loda
-from ..conceptsplit_core.loda import MAP_PARTS, STEP_RULES, LodaConfig
+from ..conceptsplit_core.loda import AUTO, MAP_PARTS, STEP_RULES, LodaConfig
 from ..conceptsplit_core.maps import DIVERGENCES
 from .types import AttentionMapsType, field, out, schema
 
@@ -48,9 +48,10 @@ def _loda_fields() -> list[Any]:
             io.Int,
             "loda_steps",
             "Sampling steps at whose start the latent is optimised until the concepts look at "
-            "different places; 0 switches LODA off. Raise it when concepts still blend, lower it for speed.",
+            "different places; -1 is the first fifth of the steps, 0 switches LODA off. Raise it when concepts still "
+            "blend, lower it for speed.",
             default=d.steps,
-            min=0,
+            min=AUTO,
             max=100,
         ),
         field(

@@ -56,7 +56,7 @@ def update(built: Built, patch: host.Patch, mask: Tensor, config: LodaConfig) ->
     """One LODA update of mask.shape[0] pictures, with whatever adapters `patch` has."""
     trace = LodaTrace()
     x, _, _ = built.batch(mask.shape[0])
-    loda_core.separate(x, 1.0, 0, map_reader(built, patch, mask, config), config, trace)
+    loda_core.separate(x, 1.0, 0, map_reader(built, patch, mask, config), config.for_schedule(50), trace)
     return trace
 
 

@@ -322,7 +322,7 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         "--loda-steps",
         type=_whole,
         metavar="N",
-        help=f"sampling steps to optimise (default: a third of --steps, at most {d['steps']})",
+        help="sampling steps to optimise (default: the first fifth of --steps)",
     )
     group.add_argument(
         "--iterations",

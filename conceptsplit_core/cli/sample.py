@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .. import __version__, pictures
 from ..adapters import ValueAdapter, load_adapter
 from ..errors import ConceptSplitError
-from ..loda import LodaConfig
+from ..loda import AUTO, LodaConfig
 from ..tokens import Concept
 from .common import bar, open_model, say, write_picture
 
@@ -76,12 +76,9 @@ def load_concepts(
 
 def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
     """LodaConfig from the options; None with --no-loda."""
-    steps = arguments.loda_steps
-    if steps is None:
-        # The first third of the schedule lays out the picture; later steps only paint it.
-        steps = min(LodaConfig.steps, max(1, arguments.steps // 3))
-    elif steps > arguments.steps:
-        raise ConceptSplitError(f"--loda-steps {steps} is more than --steps {arguments.steps}: use about a third.")
+    steps = AUTO if arguments.loda_steps is None else arguments.loda_steps
+    if steps > arguments.steps:
+        raise ConceptSplitError(f"--loda-steps {steps} is more than --steps {arguments.steps}: use about a fifth.")
     config = LodaConfig(
         steps=steps,
         iterations=arguments.iterations,
@@ -135,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
     progress = bar(arguments.steps, "sampling")
     names = [concept.name for concept in concepts]
     bound = {binding.concept for binding in conditioning.bindings}
-    at = min(LodaConfig.steps if config is None else config.steps, arguments.steps - 1)
+    at = min((config or LodaConfig()).for_schedule(arguments.steps).steps, arguments.steps - 1)
     maps = arguments.maps and bool(names)
     try:
         result = host.sample(

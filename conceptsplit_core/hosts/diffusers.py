@@ -503,13 +503,14 @@ def sample(
     x = x.to(model.device, torch.float64 if model.dtype == torch.float64 else torch.float32)
     x = x * scheduler.init_noise_sigma
 
-    settings = loda or LodaConfig()
+    settings = (loda or LodaConfig()).for_schedule(steps)
     trace: LodaTrace | None = None
     if loda is not None:
         if int((mask.amax(dim=1) > 0).sum(dim=1).max()) < 2:
             notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
             loda = None
         else:
+            loda = settings
             trace = LodaTrace(concepts=tuple(names), settings=asdict(loda))
 
     factors = layer_factors(model.unet)

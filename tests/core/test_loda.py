@@ -82,6 +82,15 @@ def test_schedule():
     assert LodaConfig(steps=0).step_sizes() == []
 
 
+@pytest.mark.parametrize("total,expected", [(50, 10), (20, 4), (8, 2), (2, 1), (1, 1)])
+def test_open_number_of_steps_is_a_fifth_of_the_schedule(total, expected):
+    assert LodaConfig().for_schedule(total).steps == expected
+    assert LodaConfig(steps=10).for_schedule(total).steps == min(10, total)
+    assert LodaConfig(steps=0).for_schedule(total).steps == 0
+    with pytest.raises(ValueError, match="for_schedule"):
+        LodaConfig().step_sizes()
+
+
 def test_no_gradient_pass_when_maps_are_apart():
     x = torch.full((1, 2, 8, 8), -8.0, dtype=torch.float64)
     x[0, 0, 0, 0] = x[0, 1, 7, 7] = 8.0
@@ -163,7 +172,7 @@ def test_interrupt_is_asked_before_every_pass():
         raise Stop
 
     with pytest.raises(Stop):
-        separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(), LodaTrace(), check=check)
+        separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(steps=1), LodaTrace(), check=check)
 
 
 def test_trace_holds_plain_numbers():
@@ -179,7 +188,7 @@ def test_trace_holds_plain_numbers():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"steps": -1},
+        {"steps": -2},
         {"iterations": 0},
         {"divergence": "x"},
         {"afg_fraction": 0.0},
