@@ -1,11 +1,19 @@
-"""`python -m benchmarks.separation`: see --help."""
+"""`python -m benchmarks.separation`: see --help.
+
+The full run, in this order (each goes on where it was stopped; with the model in conceptsplit_core/demo):
+
+    python -m benchmarks.separation --tune --workers 2 --minutes 12
+    python -m benchmarks.separation --workers 2 --minutes 45 --tuned benchmarks/results/separation_tuning.json
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,91 +21,177 @@ import torch
 
 from conceptsplit_core.loda import LodaConfig
 
-from . import methods, run, tune
+from . import base, confusion, learning, methods, plan, report, run, tune
 
-DEFAULT_ARMS = (
-    "base,described,lora_merged,tova,tok_key,tok_key_value,tova_loda,tova_afg,tova_loda_afg,"
-    "tova_loda_symmetric_kl,tova_loda_bhattacharyya,tova_loda_kl,paper_code,tova_best_of_3,tova_more_steps"
-)
-QUICK_ARMS = "described,lora_merged,tova,tova_loda_afg"
+RESULTS = Path("benchmarks/results")
+DESCRIPTION = """Draws concepts together by every arm, reads the pictures, and writes the numbers.
+
+What was measured is kept under --cache and never drawn twice: stop with Ctrl-C at any time and start the same command
+again. The full plan stands in plan.py; --quick takes minutes."""
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.separation", description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument("--quick", action="store_true", help="minutes on two cores: few arms, pairs and seeds")
+    made.add_argument("--tune", action="store_true", help="look for LODA and AFG settings on tuning concepts and seeds")
+    made.add_argument("--pairs", type=int, help="concept sets per group, instead of the plan's")
+    made.add_argument("--seeds", type=int, help="seeds per set, instead of the plan's")
+    made.add_argument("--arms", help="only the main group, with these arms, comma separated; 'all' for every arm")
+    made.add_argument("--groups", help="only these groups of the plan, comma separated")
+    made.add_argument("--fresh", action="store_true", help="measure anew what is kept for these arms and sets")
+    made.add_argument("--report-only", action="store_true", help="draw nothing; write the report of what is kept")
+    made.add_argument("--out", type=Path, help="JSON file; its name with .jpg is the picture grid")
+    made.add_argument("--page", type=Path, help="page whose tables are filled in (full run: docs/separation.md)")
+    made.add_argument("--minutes", type=float, default=float("inf"), help="begin no further job after this time")
+    made.add_argument("--steps", type=int, default=methods.Sampling.steps, help="DDIM steps")
+    made.add_argument("--guidance", type=float, default=methods.Sampling.guidance)
+    made.add_argument("--strength", type=float, default=1.0, help="of all adapters")
+    made.add_argument("--loda", default="{}", help="LodaConfig fields to change, as JSON")
+    made.add_argument("--tuned", type=Path, help="take LODA's settings from this tuning file")
+    made.add_argument("--train-steps", type=int, default=learning.Learning.steps)
+    made.add_argument("--learning-rate", type=float, default=learning.Learning.learning_rate)
+    made.add_argument("--drawings", type=int, help="drawings for the detector's confusion matrix (400; quick 80)")
+    made.add_argument("--cache", type=Path, default=run.CACHE)
+    made.add_argument("--model", default="demo", help="another checkpoint file of the demo model's format")
+    made.add_argument("--workers", type=int, default=1, help="processes that draw, one thread each")
+    made.add_argument("--threads", type=int, default=1, help="of this process, when it draws itself")
+    return made
+
+
+def _end(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.separation", description=run.__doc__)
-    parser.add_argument("--quick", action="store_true", help="minutes on two cores: few arms, pairs and seeds")
-    parser.add_argument("--tune", action="store_true", help="sweep LODA and AFG settings on tuning pairs and seeds")
-    parser.add_argument("--pairs", type=int, help="concept sets to use (6; quick 2)")
-    parser.add_argument("--seeds", type=int, help="seeds per set (32; quick 8)")
-    parser.add_argument("--size", type=int, default=2, help="concepts per set")
-    parser.add_argument("--same-class", action="store_true", help="sets whose concepts share a class word")
-    parser.add_argument("--arms", help="names, comma separated; 'all' for every arm")
-    parser.add_argument("--resume", action="store_true", help="keep what earlier runs measured under the same settings")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/separation.json"))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further concept set after this")
-    parser.add_argument("--steps", type=int, default=methods.Sampling.steps)
-    parser.add_argument("--guidance", type=float, default=methods.Sampling.guidance)
-    parser.add_argument("--strength", type=float, default=1.0, help="of all adapters")
-    parser.add_argument("--loda", default="{}", help="LodaConfig fields to change, as JSON")
-    parser.add_argument("--train-steps", type=int, default=methods.Learning.steps)
-    parser.add_argument("--drawings", type=int, help="drawings for the detector's confusion matrix (400; quick 80)")
-    parser.add_argument("--cache", type=Path, default=run.CACHE)
-    parser.add_argument("--model", default="demo", help="another checkpoint file of the demo model's format")
-    parser.add_argument("--threads", type=int, default=2, help="of this process; workers have one each")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
-    parser.add_argument("--single", type=int, help="seeds per concept drawn alone (16; quick 4; 0 for none)")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    pairs = args.pairs or (2 if args.quick else 6)
-    seeds = args.seeds or (8 if args.quick else 32)
+    signal.signal(signal.SIGTERM, _end)
     began = time.perf_counter()
+    until = time.time() + 60 * args.minutes
     say = lambda text: print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
+    changes: dict[str, Any] = {"steps": max(1, round(args.steps / 5))}
+    if args.tuned:
+        changes |= json.loads(args.tuned.read_text())["chosen"]
+    loda = LodaConfig(**{**changes, **json.loads(args.loda)})
     bench = run.Bench(
-        methods.open_model(args.model), methods.Sampling(args.steps, args.guidance),
-        methods.Learning(steps=args.train_steps),
-        args.cache, say,
+        learning.open_model(args.model), methods.Sampling(args.steps, args.guidance),
+        learning.Learning(steps=args.train_steps, learning_rate=args.learning_rate), args.cache, say,
     )  # fmt: skip
-    loda = LodaConfig(**{"steps": max(1, args.steps // 5), **json.loads(args.loda)})
-    if args.tune:
-        tune.main(bench, loda, pairs, seeds, args.minutes, args.resume, args.out, args.strength, args.workers)
-        return
-    known = methods.arms(loda)
-    wanted = args.arms or (QUICK_ARMS if args.quick else DEFAULT_ARMS)
-    names = list(known) if wanted == "all" else wanted.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        parser.error(f"unknown arm {unknown[0]!r}; known: {', '.join(known)}")
-    chosen = {name: replace(known[name], strength=args.strength) for name in names}
-    split = "all" if args.same_class else "reporting"
-    sets = methods.concept_sets(split, args.size, pairs, args.same_class)
-    numbers = list(range(methods.REPORT_FROM, methods.REPORT_FROM + seeds))
-    extra: dict[str, Any] = {}
-    alone = args.single if args.single is not None else (4 if args.quick else 16)
-    plain = {n: a for n, a in chosen.items() if a.loda is None and a.best_of == 1 and a.more_steps == 1}
-    results = run.run(bench, chosen, sets, numbers, args.resume, args.minutes, args.workers)
-    if alone:
-        each = [(name,) for name in dict.fromkeys(name for names in sets for name in names)]
-        single = run.run(bench, plain, each, list(range(numbers[0], numbers[0] + alone)),
-                         args.resume, args.minutes, args.workers)  # fmt: skip
-        extra["single"] = run.summary(single)
-        extra["drift"] = run.drift(bench, plain, sets[0], numbers[:8])
+    try:
+        if args.tune:
+            out = args.out or RESULTS / "separation_tuning.json"
+            page = args.page or (None if args.quick else Path("docs/separation.md"))
+            tune.main(bench, loda, args, until, out, page)
+        else:
+            measure(bench, loda, args, until)
+    except KeyboardInterrupt:
+        say("stopped; what was measured is kept, the same command goes on from here")
+        sys.exit(130)
+
+
+def measure(bench: run.Bench, loda: LodaConfig, args: argparse.Namespace, until: float) -> dict[str, Any]:
+    """Runs the plan and writes the report."""
+    began = time.perf_counter()
+    known = methods.arms(loda, args.steps)
+    table = {name: replace(arm, strength=args.strength) for name, arm in known.items()}
+    wanted = ",".join(table) if args.arms == "all" else args.arms
+    groups = plan.resized(plan.QUICK if args.quick else plan.FULL, args.pairs, args.seeds, wanted)
+    if args.groups:
+        groups = tuple(group for group in groups if group.name in args.groups.split(","))
+    unknown = [name for group in groups for name in group.arms if name not in table]
+    if unknown or not groups:
+        sys.exit(f"unknown arm {unknown[0]!r}; known: {', '.join(table)}" if unknown else "no such group in the plan")
+    out = args.out or RESULTS / ("separation_quick.json" if args.quick else "separation.json")
+    if args.quick and args.out is None:
+        out = bench.cache / out.name
+    extra_path = bench.cache / f"base-{bench.digest}-{args.steps}-{args.guidance:g}-{int(args.quick)}.json"
+    if extra_path.exists():
+        extra = json.loads(extra_path.read_text())
+    else:
+        bench.say("the base model's own errors and its grounding")
+        extra = {
+            "base_error": base.errors(bench, 8 if args.quick else 48),
+            "grounding": base.grounding(bench, 4 if args.quick else 24),
+        }
+        extra_path.parent.mkdir(parents=True, exist_ok=True)
+        extra_path.write_text(json.dumps(extra))
+    bench.say(report.error_table(extra["base_error"]).replace("\n", "\n          "))
+    found: dict[str, run.Results] = {}
+    for group in groups:
+        jobs = run.jobs_of(plan.arms_of(group, table), group.key_sets(), group.numbers())
+        if args.fresh:
+            run.forget(bench, jobs)
+        if not args.report_only:
+            bench.say(f"{group.title}: {len(group.arms)} arms, {len(group.key_sets())} sets, {group.seeds} seeds")
+            run.carry_out(bench, jobs, args.workers, until)
+        found[group.name] = run.collect(bench, plan.arms_of(group, table), group.key_sets(), group.numbers())
+        if found[group.name]:
+            bench.say("\n" + report.table(report.summary(found[group.name], rounds=200)))
     drawings = args.drawings if args.drawings is not None else (80 if args.quick else 400)
-    done = [s for s in sets if all("+".join(s) in results[name] for name in chosen)]
-    if alone:
-        extra["base_error"] = run.base_error(bench, 8 if args.quick else 32)
-    extra["seconds"] = time.perf_counter() - began
-    data = run.report(bench, chosen, done, numbers, results, drawings, extra)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    run.grid(bench, chosen, done[:6], args.out.with_suffix(".png"))
-    shown = run.table(data["arms"])
-    if "single" in extra:
-        shown += "\n\nEach concept alone:\n\n" + run.table(extra["single"])
-    args.out.with_suffix(".md").write_text(shown + "\n", encoding="utf-8")
-    print(shown)
-    for name, values in data["comparisons"].items():
-        d, m = values["success"], values["mcnemar"]
-        print(f"{name}: success {d['mean']:+.2f} ({d['lo']:+.2f} to {d['hi']:+.2f}), McNemar {m['only_first']}:"
-              f"{m['only_second']} p = {m['p']:.2g}")  # fmt: skip
+    data = whole(bench, args, groups, table, found, extra, drawings)
+    data["seconds"] = time.perf_counter() - began
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    for group in groups:
+        if group.name == "main":
+            report.grid(bench, plan.arms_of(group, table), group.key_sets()[:4], out.with_suffix(".jpg"))
+    page = args.page or (None if args.quick else Path("docs/separation.md"))
+    if page is not None:
+        missing = report.fill(page, report.tables(data))
+        if missing:
+            bench.say(f"{page} has no place for {', '.join(missing)}")
+    print(report.comparison_table(data["comparisons"]))
+    bench.say(f"written to {out}")
+    return data
+
+
+def whole(
+    bench: run.Bench,
+    args: argparse.Namespace,
+    groups: tuple[plan.Group, ...],
+    table: dict[str, methods.Arm],
+    found: dict[str, run.Results],
+    extra: dict[str, Any],
+    drawings: int,
+) -> dict[str, Any]:
+    """Everything that goes into the JSON file."""
+    pairs = report.merged([found[g.name] for g in groups if g.size == 2 and not g.same_class])
+    used = {name: table[name] for group in groups for name in group.arms}
+    drift: dict[str, Any] = {}
+    single = next((g for g in groups if g.name == "single"), None)
+    if single is not None and found["single"] and not args.report_only:
+        drift = report.drift(bench, plan.arms_of(single, table), methods.concept_sets("reporting", 2, 1)[0],
+                             list(range(methods.REPORT_FROM, methods.REPORT_FROM + 8)))  # fmt: skip
+    return {
+        "what_this_shows": "The mechanism on a small model of drawn shapes; nothing about photographic quality.",
+        "machine": report.machine(),
+        "model": report.described(bench),
+        "learning": asdict(bench.learning),
+        "sampling": asdict(bench.sampling),
+        "split": {"tuning": methods.TUNING, "reporting": methods.REPORTING, "reported_seeds_from": methods.REPORT_FROM},
+        "seeds": {"first": methods.REPORT_FROM, "count": max(g.seeds for g in groups)},
+        "pictures": sum(len(p) for part in found.values() for r in part.values() for p in r.values()),
+        "settings": {name: asdict(arm) for name, arm in used.items()},
+        "kinds": {name: asdict(kind) for name, kind in learning.KINDS.items()},
+        **extra,
+        "arms": report.summary(pairs),
+        "comparisons": report.comparisons(pairs, plan.PAIRS),
+        "groups": {
+            g.name: {
+                "title": g.title,
+                "sets": ["+".join(names) for names in g.key_sets()],
+                "seeds": g.seeds,
+                "arms": report.summary(found[g.name]),
+                "comparisons": report.comparisons(found[g.name], plan.PAIRS) if g.size > 2 or g.same_class else {},
+            }
+            for g in groups
+        },
+        "drift": drift,
+        "detector": confusion.report(drawings, 1, report.vae_round_trip(bench.model)) if drawings else None,
+    }
 
 
 if __name__ == "__main__":

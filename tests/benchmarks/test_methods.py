@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks.separation import methods, run
-from benchmarks.separation.methods import Arm, Learning, Sampling
+from benchmarks.separation import confusion, learning, methods, report, variants
+from benchmarks.separation.learning import KINDS, Learning
+from benchmarks.separation.methods import Arm, Sampling
+from conceptsplit_core import loda as loda_core
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.loda import LodaConfig
-from conceptsplit_core.tokens import row_mask
+from conceptsplit_core.maps import separation_loss
+from conceptsplit_core.tokens import Concept, row_mask
+from conceptsplit_core.training import TrainBatch
 
 pytestmark = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
 
@@ -26,7 +31,7 @@ def model():
 @pytest.fixture(scope="module")
 def learned(model, tmp_path_factory):
     cache = tmp_path_factory.mktemp("adapters")
-    return {kind: {n: methods.learn(model, n, kind, LEARNING, cache) for n in NAMES} for kind in methods.KINDS}
+    return {kind: {n: learning.learn(model, n, kind, LEARNING, cache) for n in NAMES} for kind in KINDS}
 
 
 def drawn(model, arm, learned, seeds=(0, 1), **options):
@@ -35,7 +40,7 @@ def drawn(model, arm, learned, seeds=(0, 1), **options):
 
 def test_strength_zero_is_the_base_and_strength_one_is_not(model, learned):
     base = drawn(model, Arm(None, "plain"), learned)
-    for kind in methods.KINDS:
+    for kind in KINDS:
         assert np.array_equal(drawn(model, Arm(kind, strength=0.0), learned), base), kind
         assert not np.array_equal(drawn(model, Arm(kind), learned), base), kind
     assert np.array_equal(drawn(model, Arm(None, "plain"), learned), base)  # nothing is left behind
@@ -46,7 +51,7 @@ def test_hooks_of_the_laboratory_equal_the_product(model, learned):
     positive = [methods.conditioning(model, NAMES, seed, "bound") for seed in (0, 1)]
     mask = torch.stack([row_mask(c.bindings, list(NAMES), c.context.shape[1]) for c in positive])
     parts = [(learned["value"][n], 1.0) for n in NAMES]
-    with methods.attached(model, methods.KINDS["value"], parts, mask):
+    with learning.attached(model, KINDS["value"], parts, mask):
         out = host.sample(
             model, positive, seeds=[0, 1], concepts=list(NAMES), steps=SAMPLING.steps, guidance=SAMPLING.guidance
         )
@@ -74,7 +79,7 @@ def test_a_picture_does_not_depend_on_its_batch(model, learned):
 
 
 def test_every_arm_draws(model, learned):
-    for name, arm in methods.arms(LodaConfig(steps=1, iterations=1)).items():
+    for name, arm in methods.arms(LodaConfig(steps=1, iterations=1), SAMPLING.steps).items():
         images, facts = methods.draw(model, arm, NAMES, [3], learned.get(arm.kind, {}), SAMPLING)
         assert images.shape == (1, 128, 128, 3) and images.dtype == np.uint8, name
         if arm.loda is not None and arm.loda.step_size:
@@ -82,24 +87,169 @@ def test_every_arm_draws(model, learned):
 
 
 def test_learning_is_cached_and_tied_to_the_weights(model, tmp_path):
-    one = methods.learn(model, "bobo", "value", LEARNING, tmp_path)
+    one = learning.learn(model, "bobo", "value", LEARNING, tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     stamp = file.stat().st_mtime_ns
-    two = methods.learn(model, "bobo", "value", LEARNING, tmp_path)
+    two = learning.learn(model, "bobo", "value", LEARNING, tmp_path)
     assert file.stat().st_mtime_ns == stamp
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     bias = model.unet.conv_out.bias
-    before = methods.fingerprint(model)
+    before = learning.fingerprint(model)
     with torch.no_grad():
         bias.add_(1.0)
     try:
-        assert methods.fingerprint(model) != before
+        assert learning.fingerprint(model) != before
     finally:
         with torch.no_grad():
             bias.sub_(1.0)
 
 
 def test_vae_round_trip_keeps_the_picture(model):
-    image = run.confusion.drawings(1, 1)[0].image
-    again = run.vae_round_trip(model)(image[None])[0]
+    image = confusion.drawings(1, 1)[0].image
+    again = report.vae_round_trip(model)(image[None])[0]
     assert again.shape == image.shape and np.abs(again.astype(int) - image).mean() < 20
+
+
+def test_every_variant_changes_the_picture_and_leaves_nothing_behind(model, learned):
+    loda = LodaConfig(steps=1, iterations=1, step_size=0.3, afg_fraction=0.5)
+    functions = {name: getattr(loda_core, name) for name, _ in variants.EXCHANGED.values()}
+    base = drawn(model, Arm(loda=loda), learned)
+    for name in variants.NAMES[1:]:
+        assert not np.array_equal(drawn(model, Arm(loda=loda, variant=name), learned), base), name
+    with pytest.raises(RuntimeError), variants.varied(model, "sign", torch.zeros(1, 77, 2)):
+        raise RuntimeError
+    assert functions == {name: getattr(loda_core, name) for name in functions}
+    assert np.array_equal(drawn(model, Arm(loda=loda), learned), base)
+
+
+def test_start_and_end_of_an_adapter(model, learned):
+    base, whole = drawn(model, Arm(None, "plain"), learned), drawn(model, Arm(), learned)
+    assert np.array_equal(drawn(model, Arm(end=0.0), learned), base)
+    late, early = drawn(model, Arm(start=0.5), learned), drawn(model, Arm(end=0.5), learned)
+    assert not any(np.array_equal(one, other) for one in (late, early) for other in (base, whole))
+
+
+def test_tara_masks_the_text_side_only(model, learned):
+    adapter = learned["tara"]["bobo"]
+    assert {name.rsplit("/", 1)[1] for name in adapter.layers} == {"to_q", "to_k", "to_v", "to_out"}
+    assert any(".attn1/" in name for name in adapter.layers)
+    kind = KINDS["tara"]
+    modules = learning.projections(model, kind)
+    rows = torch.randn(2, 77, 128)
+    mask = torch.zeros(2, 77, 1)
+    mask[:, 3] = 1
+    with torch.no_grad(), learning.attached(model, kind, [(adapter, 1.0)], None) as state:
+        state.mask = mask
+        for name, module in modules.items():
+            x = rows if module.in_features == 128 and ".attn2/to_" in name else torch.randn(2, 9, module.in_features)
+            changed = (module(x) != F.linear(x, module.weight, module.bias)).any(dim=-1)
+            if name.endswith((".attn2/to_k", ".attn2/to_v")):
+                assert changed[:, 3].all() and not changed[:, :3].any() and not changed[:, 4:].any(), name
+            elif adapter.up[name].any():
+                assert changed.all(), name
+
+
+def test_alignment_loss_reaches_the_keys_only(model):
+    torch.manual_seed(0)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    info = learning.AdapterInfo("bobo", "circle", rank=2, alpha=2.0)
+    adapter = learning.ValueAdapter.create({f"{layer}/to_k": (128, 64), f"{layer}/to_v": (128, 64)}, info, 0)
+    for tensor in adapter.up.values():
+        tensor.normal_()
+    for tensor in adapter.parameters():
+        tensor.requires_grad_(True)
+    mask = torch.zeros(1, 77, 1)
+    mask[0, 2] = 1
+    empty = torch.zeros(1)
+    batch = TrainBatch(empty, empty, torch.randn(1, 77, 128), mask, {}, empty, None)
+    loss = learning.key_change(adapter, batch)
+    down, up = adapter.down[f"{layer}/to_k"], adapter.up[f"{layer}/to_k"]
+    assert torch.allclose(loss, (batch.context[0, 2] @ down.t() @ up.t()).abs().mean())
+    # The gradient of the sum of both losses, through a prediction that carries the second.
+    prediction = torch.zeros(3, requires_grad=True)
+    gradients = torch.autograd.grad(
+        learning._WithLoss.apply(prediction, loss).sum(), [prediction, up, adapter.up[f"{layer}/to_v"]],
+        allow_unused=True,
+    )  # fmt: skip
+    (alone,) = torch.autograd.grad(learning.key_change(adapter, batch), [up])
+    assert torch.equal(gradients[0], torch.ones(3)) and torch.equal(gradients[1], alone) and gradients[2] is None
+
+
+def test_perfusion_is_its_formula(model, learned):
+    """h = W e − (sim/E) W i* + σ((sim/E − β)/τ) o*, against a direct computation; keys are locked to W i*."""
+    adapter = learned["perfusion"]["bobo"]
+    assert set(adapter.layers) - {"target"} == set(learning.projections(model, KINDS["value"]))
+    target = adapter.down["target"][0]
+    inverse = torch.linalg.inv(learning.second_moment(model))
+    rows = torch.cat([torch.randn(1, 5, 128), target.expand(1, 1, 128)], dim=1)
+    sim = (rows @ inverse @ target) / (target @ inverse @ target)
+    gate = torch.sigmoid((sim - learning.BETA) / learning.TAU)[..., None]
+    with torch.no_grad(), learning.attached(model, KINDS["perfusion"], [(adapter, 1.0)], None):
+        for name, module in learning.projections(model, KINDS["perfusion"]).items():
+            own = module.weight @ target
+            new = own if name.endswith("to_k") else adapter.up[name][:, 0]
+            plain = rows @ module.weight.t()
+            assert torch.allclose(module(rows), plain - sim[..., None] * own + gate * new, atol=2e-3), name
+
+
+def test_subject_masks_lie_in_the_picture(model):
+    images, given = learning.pictures_of("bobo", LEARNING)
+    found = learning.subject_masks(model, images, Concept("bobo", "circle"), noises=1)
+    assert found.shape == given.shape and float(found.min()) >= 0 and float(found.max()) <= 1
+    inside = (found * given).sum() / given.sum()
+    outside = (found * (1 - given)).sum() / (1 - given).sum()
+    assert inside > 1.5 * outside
+
+
+def test_overlapping_regions_and_iou():
+    torch.manual_seed(0)
+    maps = torch.rand(2, 2, 16, 16)
+    claimed = variants.overlapping_regions(maps, 0.25, 1.0)
+    assert claimed.flatten(2).sum(dim=-1).eq(64).all()
+    disjoint = loda_core.regions(maps, 0.25, 1.0)
+    assert not (disjoint & ~claimed).any() and not disjoint.all(dim=1).any() and (claimed.all(dim=1)).any()
+    apart = torch.zeros(1, 2, 4, 4)
+    apart[0, 0, 0, 0] = apart[0, 1, 3, 3] = 1.0
+    loss, values = variants.iou_loss(torch.cat([apart, torch.ones(1, 2, 4, 4)]), "", 0.9, 0.0)
+    assert values[:, 0].tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
+    assert loss.tolist() == pytest.approx([0.0, 0.9], abs=1e-5)
+    same = variants.iou_loss(maps, "", 0.9, 1.0)[1]
+    assert same.shape == separation_loss(maps, "jsd", 0.5, 1.0)[1].shape
+
+
+def test_sign_update_moves_active_pictures_by_eta():
+    gradient = torch.randn(2, 3, 4, 4)
+    out = variants.sign_update(gradient, torch.tensor([1.0, 0.0]), 0.1, LodaConfig(threshold=0.5))
+    assert torch.allclose(out[0].abs(), torch.full((3, 4, 4), 0.1)) and not out[1].any()
+
+
+def test_suppression_leaves_one_concept_a_pixel(model):
+    """With it the loser's attention is nil where it loses, and every row's attention still sums to one."""
+    names = ["bobo", "lumo"]
+    cond = methods.conditioning(model, names, 0, "bound")
+    mask = row_mask(cond.bindings, names, 77)[None]
+    x = torch.randn(1, 8, 16, 16)
+
+    def maps(inside):
+        seen = {}
+
+        def keep(attn, args, kwargs):
+            seen["bias"] = kwargs.get("attention_mask")
+
+        layer = next(iter(host.cross_attention_layers(model.unet).values()))
+        with torch.no_grad(), inside:
+            handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+            try:
+                host.call_unet(model, torch.cat([x, x]), 500, cond.context.expand(2, -1, -1))
+            finally:
+                handle.remove()
+        return seen["bias"]
+
+    assert maps(variants.varied(model, "", mask)) is None
+    bias = maps(variants.suppressing(model, mask))
+    rows = [cond.bindings[i].rows[0] for i in range(2)]
+    assert not bias[0].any()  # the unconditional half
+    shut = bias[1][:, rows] < -10
+    assert shut.sum(dim=1).max() == 1 and shut.any()
+    others = [r for r in range(77) if r not in rows]
+    assert not bias[1][:, others].any()

@@ -1,14 +1,21 @@
 """Bookkeeping of the laboratory: splits, prompts, resuming, reports. The model is not needed."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.separation import methods, run
+from benchmarks.separation import learning, methods, plan, report, run, tune
 from benchmarks.separation.confusion import backgrounds_for
 from benchmarks.separation.metrics import METRICS
 from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.loda import LodaConfig
 
@@ -56,9 +63,10 @@ class FakeBench:
 
     def __init__(self, cache):
         self.cache, self.digest, self.asked = cache, "none", []
-        self.sampling, self.learning = methods.Sampling(batch=4), methods.Learning()
+        self.sampling, self.learning = methods.Sampling(batch=4), learning.Learning()
         self.lines = []
         self.say = self.lines.append
+        self.stop = lambda: False
 
     def learned(self, names, kind):
         return {}
@@ -107,20 +115,127 @@ def test_an_interrupted_run_goes_on_where_it_was(bench):
 def test_report_of_a_run(bench, tmp_path):
     arms = {"tova": methods.Arm(), "base": methods.Arm(None, "plain")}
     sets = [("bobo", "lumo"), ("nero", "pixa")]
-    results = run.run(bench, arms, sets, range(10, 16), resume=False)
-    summed = run.summary(results, rounds=50)
+    results = run.run(bench, arms, sets, range(methods.REPORT_FROM, methods.REPORT_FROM + 6), resume=False)
+    summed = report.summary(results, rounds=50)
     assert summed["tova"]["success"]["mean"] == 1.0 and summed["base"]["omission"]["mean"] == 0.5
     assert summed["tova"]["pictures"] == 12 and set(METRICS) <= set(summed["tova"])
     assert summed["tova"]["success"]["lo_sets"] == 1.0
     assert np.array(summed["tova"]["leak_matrix"]["bobo+lumo"]).shape == (2, 2)
-    compared = run.comparisons(results, [("tova", "base"), ("tova", "no such arm")], rounds=50)
+    compared = report.comparisons(results, [("tova", "base"), ("tova", "no such arm")], rounds=50)
     assert list(compared) == ["tova - base"] and compared["tova - base"]["mcnemar"]["only_first"] == 12
-    assert "| tova | 12 | 100 (100–100)" in run.table(summed)
+    assert "| tova | 12 | 100 (100–100)" in report.table(summed)
+    assert "| tova − base | 12 | +100 (+100 to +100)" in report.comparison_table(compared)
     json.dumps([summed, compared])
-    run.grid(bench, arms, sets, tmp_path / "grid.png")
-    assert (tmp_path / "grid.png").stat().st_size > 1000
+    report.grid(bench, arms, sets, tmp_path / "grid.jpg")
+    sheet = np.asarray(Image.open(tmp_path / "grid.jpg"))
+    assert sheet.shape == (26 + 4 * 128, 96 + 2 * 128, 3)
+    # Arms differ within a row: the second draws one object only.
+    assert np.abs(sheet[26:154, 96:224].astype(int) - sheet[26:154, 224:352]).mean() > 3
 
 
-def test_time_limit_leaves_whole_sets(bench):
-    results = run.run(bench, {"tova": methods.Arm()}, [("bobo", "lumo")], range(2), resume=False, minutes=-1)
-    assert results == {"tova": {}} and "time is up" in bench.lines[-1]
+def test_time_limit_leaves_what_is_balanced(bench):
+    arms = {"tova": methods.Arm(), "base": methods.Arm(None, "plain")}
+    sets = [("bobo", "lumo"), ("nero", "pixa")]
+    assert run.run(bench, arms, sets, range(2), resume=False, until=0.0) == {"tova": {}, "base": {}}
+    assert "time is up" in bench.lines[-1]
+    bench.fail_at = 12  # in the second round
+    with pytest.raises(KeyboardInterrupt):
+        run.run(bench, arms, sets, range(24), resume=True)
+    kept = run.collect(bench, arms, sets, range(24))
+    assert {len(pictures) for records in kept.values() for pictures in records.values()} == {8}
+
+
+def test_a_line_cut_short_is_measured_again(bench):
+    arm, names = methods.Arm(), ("bobo", "lumo")
+    first = run.run_arm(bench, "tova", arm, names, range(4), resume=True)
+    path = run.record_path(bench, arm, names)
+    path.write_bytes(path.read_bytes()[:-30])
+    assert set(run.read_records(path)) == {0, 1, 2}
+    bench.asked = []
+    again = run.run_arm(bench, "tova", arm, names, range(4), resume=True)
+    assert bench.asked == [[3]] and set(again) == set(first)
+    assert set(run.read_records(path)) == {0, 1, 2, 3}
+
+
+def test_the_plan_names_known_arms_and_sets():
+    table = methods.arms(LodaConfig(), 16)
+    for group in (*plan.FULL, *plan.QUICK):
+        assert set(group.arms) <= set(table), group.name
+        assert len(group.key_sets()) == (group.sets if group.size > 1 else 2 * group.sets), group.name
+        assert all(len(names) == group.size for names in group.key_sets())
+    assert {name for pair in plan.PAIRS for name in pair} <= {name for group in plan.FULL for name in group.arms}
+    # Groups of two concepts share their first sets and seeds.
+    two = [g for g in plan.FULL if g.size == 2 and not g.same_class]
+    for group in two:
+        assert group.key_sets() == two[0].key_sets()[: group.sets] and group.seeds <= two[0].seeds
+    assert [g.name for g in plan.resized(plan.FULL, 1, 2, "tova,base")] == ["main"]
+
+
+def test_page_blocks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- facts -->\nold\n<!-- /facts -->\nafter\n")
+    assert report.fill(page, {"facts": "new | \\1", "other": "x"}) == ["other"]
+    assert page.read_text() == "before\n<!-- facts -->\nnew | \\1\n<!-- /facts -->\nafter\n"
+
+
+def test_tuning_ranks_and_combines():
+    def records(values):
+        return {"a": {i: dict.fromkeys(tune.SCORED, v) for i, v in enumerate(values)}}
+
+    start = [0.0, 1.0] * 20
+    results = tune.scored({
+        "start": records(start), "step_size=0.04": records([1.0, 1.0] * 20), "afg_end=0.4": records([0.5, 1.0] * 20),
+        "steps=0.5": records([0.0, 0.0] * 20),
+    })  # fmt: skip
+    gained = tune.gains(results, "start")
+    assert gained["start"]["mean"] == 0 and not tune.worth(gained["start"]) and not tune.worth(gained["steps=0.5"])
+    combined = tune.together(LodaConfig(), gained, 1.0, 16)
+    assert list(combined) == ["together step_size=0.04, afg_end=0.4"]
+    (arm,) = combined.values()
+    assert arm.loda.step_size == 0.04 and arm.loda.afg_end == 0.4 and arm.loda.steps == LodaConfig().steps
+    sweep = tune.variants(LodaConfig(steps=3), 1.0, 16)
+    assert len({json.dumps(run.asdict(arm), sort_keys=True) for arm in sweep.values()}) == len(sweep)
+    assert "| steps=0.5 |" in tune.sensitivity(results, gained)
+
+
+@pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
+def test_two_workers_draw_what_one_process_draws_and_stop_when_told(tmp_path):
+    bench = run.Bench(
+        learning.open_model("demo"), methods.Sampling(steps=2, batch=2),
+        learning.Learning(images=2, steps=2, batch_size=1), tmp_path / "one", say=lambda text: None,
+    )  # fmt: skip
+    arms = {"tova": methods.Arm(), "base": methods.Arm(None, "plain")}
+    sets = [("bobo", "lumo")]
+    alone = run.run(bench, arms, sets, range(3), resume=True)
+    other = run.Bench(bench.model, bench.sampling, bench.learning, tmp_path / "two", say=lambda text: None)
+    jobs = [run.Job(n, a, sets[0], (seed,)) for seed in range(3) for n, a in arms.items()]
+    assert run.carry_out(other, jobs, workers=2)
+    together = run.collect(other, arms, sets, range(3))
+    for name in arms:
+        for seed in range(3):
+            one, two = alone[name]["bobo+lumo"][seed], together[name]["bobo+lumo"][seed]
+            assert {k: v for k, v in one.items() if k != "seconds"} == pytest.approx(
+                {k: v for k, v in two.items() if k != "seconds"}, abs=0.1
+            )
+    began = time.time()
+    assert run.carry_out(other, jobs, workers=2) and time.time() - began < 2  # nothing is left to do
+
+
+@pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_ends_a_run_and_its_workers(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.separation", "--arms", "base", "--pairs", "1", "--seeds", "4000",
+               "--steps", "2", "--drawings", "0", "--workers", "2", "--quick", "--cache", str(tmp_path / "cache"),
+               "--out", str(tmp_path / "out.json")]  # fmt: skip
+    root = Path(__file__).parents[2]
+    run_ = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.time() + 240
+        while not list(tmp_path.glob("cache/records/*.jsonl")) and time.time() < deadline and run_.poll() is None:
+            time.sleep(0.5)
+        assert list(tmp_path.glob("cache/records/*.jsonl"))
+        run_.send_signal(signal.SIGTERM)
+        said, _ = run_.communicate(timeout=120)
+    finally:
+        run_.kill()
+    assert run_.returncode == 130 and "stopped" in said

@@ -1,0 +1,111 @@
+"""What a run measures: groups of arms on the same concept sets and seeds.
+
+Groups of two concepts share their first pairs and seeds, so an arm that stands in several groups is drawn once. A
+picture costs 0.4 to 0.6 s of one core, an adapter 20 to 40 s; the minutes below are those of two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from . import methods
+from .methods import Arm
+from .run import Key
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms compared with one another.
+
+    size: concepts per set (1: each concept alone); sets and seeds: how many, seeds per set; same_class: sets whose
+    concepts share a class word; title: for the page.
+    """
+
+    name: str
+    title: str
+    size: int
+    sets: int
+    seeds: int
+    arms: tuple[str, ...]
+    same_class: bool = False
+
+    def key_sets(self) -> list[Key]:
+        if self.size == 1:
+            pairs = methods.concept_sets("reporting", 2, self.sets)
+            return [(name,) for name in dict.fromkeys(name for names in pairs for name in names)]
+        split = "all" if self.same_class else "reporting"
+        return methods.concept_sets(split, self.size, self.sets, self.same_class)
+
+    def numbers(self) -> list[int]:
+        return list(range(methods.REPORT_FROM, methods.REPORT_FROM + self.seeds))
+
+
+MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code")
+
+FULL = (
+    Group("single", "Each concept alone", 1, 3, 16, ("base", "described", "lora_merged", "tara", "perfusion", "tova")),
+    Group("main", "Two concepts", 2, 4, 128, MAIN),
+    Group(
+        "adapters", "Two concepts, what an adapter changes", 2, 2, 48,
+        ("base", "described", "lora_merged", "lora_key_value", "tara", "perfusion", "tova", "tok_key",
+         "tok_key_value", "tova_masked", "tova_attention_masked"),
+    ),
+    Group(
+        "separation", "Two concepts, what separates them", 2, 2, 48,
+        ("tova", "tova_loda", "tova_afg", "tova_loda_afg", "tova_loda_symmetric_kl", "tova_loda_bhattacharyya",
+         "tova_loda_kl", "paper_code", "paper_mended", "tova_best_of_3", "tova_more_steps", "base_loda_afg",
+         "described_loda_afg", "lora_merged_loda_afg", "tara_loda_afg", "perfusion_loda_afg",
+         "tok_key_value_loda_afg"),
+    ),
+    Group(
+        "beyond", "Two concepts, beyond the paper", 2, 2, 32,
+        ("tova", "tova_loda", "tova_loda_afg", "tova_loda_sign", "tova_loda_raw", "tova_loda_iou",
+         "tova_loda_afg_overlapping", "tova_loda_afg_from_20", "tova_loda_afg_to_70", "tova_masked_loda_afg",
+         "tova_attention_masked_loda_afg", "tova_similarities", "tova_suppression", "tova_loda_suppression"),
+    ),
+    Group("three", "Three concepts", 3, 2, 48, MAIN),
+    Group("four", "Four concepts", 4, 1, 48, MAIN),
+    Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
+)  # fmt: skip
+"""About 8,000 pictures and 50 adapters: 45 minutes on two cores that do nothing else."""
+
+QUICK = (
+    Group("single", "Each concept alone", 1, 1, 4, ("lora_merged", "tova")),
+    Group("main", "Two concepts", 2, 1, 8, ("described", "lora_merged", "tova", "tova_loda", "tova_loda_afg")),
+)
+
+PAIRS = (
+    ("tova", "lora_merged"), ("tara", "lora_merged"), ("tara", "tova"), ("perfusion", "tova"), ("tova", "tok_key"),
+    ("tova", "tok_key_value"), ("tova_masked", "tova"), ("tova_attention_masked", "tova"),
+    ("tova_loda", "tova"), ("tova_afg", "tova"), ("tova_loda_afg", "tova"), ("tova_loda_afg", "tova_loda"),
+    ("tova_loda_afg", "lora_merged"), ("tova_loda_afg", "tara"), ("tova_loda_afg", "paper_code"),
+    ("paper_mended", "paper_code"), ("tova_best_of_3", "tova"), ("tova_more_steps", "tova"),
+    ("tova_loda_afg", "tova_best_of_3"), ("tova_loda_afg", "tova_more_steps"), ("base_loda_afg", "base"),
+    ("described_loda_afg", "described"), ("lora_merged_loda_afg", "lora_merged"), ("tara_loda_afg", "tara"),
+    ("perfusion_loda_afg", "perfusion"), ("tok_key_value_loda_afg", "tok_key_value"),
+    ("tova_loda_symmetric_kl", "tova_loda"), ("tova_loda_bhattacharyya", "tova_loda"), ("tova_loda_kl", "tova_loda"),
+    ("tova_loda_sign", "tova_loda"), ("tova_loda_raw", "tova_loda"), ("tova_loda_iou", "tova_loda"),
+    ("tova_loda_suppression", "tova_loda"), ("tova_suppression", "tova"), ("tova_similarities", "tova"),
+    ("tova_loda_afg_overlapping", "tova_loda_afg"), ("tova_loda_afg_from_20", "tova_loda_afg"),
+    ("tova_loda_afg_to_70", "tova_loda_afg"), ("tova_masked_loda_afg", "tova_loda_afg"),
+    ("tova_attention_masked_loda_afg", "tova_loda_afg"),
+)  # fmt: skip
+"""(one, other): differences and McNemar tests that are reported where both were measured on the same pictures."""
+
+
+def resized(groups: tuple[Group, ...], pairs: int | None, seeds: int | None, arms: str | None) -> tuple[Group, ...]:
+    """The groups with other numbers of sets and seeds, or with the named arms only ("all": every arm)."""
+    out = []
+    for group in groups:
+        changed = replace(group, sets=pairs or group.sets, seeds=seeds or group.seeds)
+        if arms is not None:
+            if group.name != "main":
+                continue
+            changed = replace(changed, arms=tuple(arms.split(",")))
+        out.append(changed)
+    return tuple(out)
+
+
+def arms_of(group: Group, table: Mapping[str, Arm]) -> dict[str, Arm]:
+    return {name: table[name] for name in group.arms}
