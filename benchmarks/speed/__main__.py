@@ -4,7 +4,8 @@
     python -m benchmarks.speed --quick          SD1.5 counted, the demo model timed (a few minutes)
     python -m benchmarks.speed --only counted   one part anew; the other parts' rows stay as they are
 
-Parts: counted (operations and memory from shapes, at real size), timed (this machine), comfyui (each ComfyUI found).
+Parts: counted (operations and memory from shapes, at real size), timed (this machine), comfyui (each ComfyUI found),
+size (of the shipped demo adapters).
 """
 
 from __future__ import annotations
@@ -43,11 +44,23 @@ def comfyui(quick: bool) -> Iterator[Row]:
     return part.rows(quick)
 
 
-PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {"counted": counted, "timed": timed, "comfyui": comfyui}
+def size(quick: bool) -> Iterator[Row]:
+    from . import size as part
+
+    return part.rows(quick)
+
+
+PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "counted": counted,
+    "timed": timed,
+    "comfyui": comfyui,
+    "size": size,
+}
 TITLES = {
     "counted": "Counted: operations and memory at real size, half precision, batch 1",
     "timed": "Timed on this machine, through diffusers",
     "comfyui": "In ComfyUI",
+    "size": "Size of an adapter at equal fidelity",
 }
 
 

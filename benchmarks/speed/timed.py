@@ -23,6 +23,7 @@ from . import models, programs
 from .counted import IMAGE_GOAL, PARTS, default_part, parts
 from .meter import alternate, measured
 from .rows import MB, Row
+from .size import held_out_batch, loss_of, pixels
 
 RANK = 8
 
@@ -108,7 +109,7 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
     work: dict[str, float] = {}
     with host.patched(built.model, list(two.values())) as patch:
         with measured() as call:
-            programs.cfg_call(built, patch, pair)
+            programs.cfg_call(built)
         for part in PARTS:
             with measured() as one:
                 programs.update(built, patch, pair, LodaConfig(iterations=1, threshold=0.69, map_part=part))
@@ -278,7 +279,7 @@ def _lora_loop(
 
 
 def demo_rows(quick: bool) -> Iterator[Row]:
-    """What needs a model that has learned something: equal loss, adapter size; and memory over many steps."""
+    """What needs a model that has learned something: equal loss; and memory over many steps."""
     from conceptsplit_core.demo import scenes
     from conceptsplit_core.tokens import Concept
 
@@ -286,11 +287,11 @@ def demo_rows(quick: bool) -> Iterator[Row]:
     model, name = built.model, built.name
     concept = Concept("bobo", scenes.CONCEPTS["bobo"].class_word)
     templates = model.templates or ("a {}",)
-    pictures = _pixels(scenes.draw_concept("bobo", 5, 1))
+    pictures = pixels(scenes.draw_concept("bobo", 5, 1))
     data = host.training_data(model, pictures, concept, templates)
     steps = 60 if quick else 250
     config = TrainConfig(steps=steps, batch_size=4, learning_rate=2e-3, save_every=0)
-    held_out = make_batch(data, model.alphas_cumprod, TrainConfig(batch_size=64, seed=12345), 0, Process())
+    held_out = held_out_batch(model, concept, 64)
 
     peaks: list[int] = []
     adapter = host.new_adapter(model, concept, RANK, 0.0, 0)
@@ -298,16 +299,16 @@ def demo_rows(quick: bool) -> Iterator[Row]:
     with host.training_denoiser(model, adapter) as denoise:
         train(adapter, data, model.alphas_cumprod, denoise, config)
         mine = time.process_time() - began
-        reached = _loss(denoise, held_out)
+        reached = loss_of(denoise, held_out)
 
     encoders = [encoder.model for encoder in model.encoders]
-    before = _loss(programs.lora_denoise(built), held_out)
+    before = loss_of(programs.lora_denoise(built), held_out)
     parameters = programs.add_lora(model.unet, RANK)
     began = time.process_time()
     try:
         _lora_loop(built, parameters, data, config, lambda: _encode_demo(model, pictures[:4], encoders))
         theirs = time.process_time() - began
-        lora_reached = _loss(programs.lora_denoise(built), held_out)
+        lora_reached = loss_of(programs.lora_denoise(built), held_out)
     finally:
         programs.remove_lora(model.unet)
     yield Row(
@@ -332,7 +333,7 @@ def demo_rows(quick: bool) -> Iterator[Row]:
         "timed",
         None,
         "<= 1.02",
-        note=f"Held-out draws; {before:.4g} before training. The LoRA moves every row, ours one word.",
+        note=f"Held-out pictures; {before:.4g} before training. The LoRA moves every row, ours one word.",
     )
 
     short = TrainConfig(steps=12, batch_size=4, save_every=0)
@@ -343,18 +344,7 @@ def demo_rows(quick: bool) -> Iterator[Row]:
         "training peak memory, step 12", name, peaks[-1] / MB, peaks[1] / MB, "MB", "step 2", "counted", 1.0, "<= 1.0"
     )
 
-    yield from size_rows(built, adapter, held_out, before, reached)
     yield from loading_rows(built, adapter)
-
-
-def _pixels(pictures: list) -> Tensor:
-    """Pictures uint8 [H, W, 3] as [N, 3, H, W] in -1..1."""
-    return torch.stack([torch.from_numpy(p) for p in pictures]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-@torch.no_grad()
-def _loss(denoise: Callable, batch: object) -> float:
-    return float(batch_loss(denoise(batch), batch))
 
 
 @torch.no_grad()
@@ -363,52 +353,6 @@ def _encode_demo(model: host.DiffusersModel, pictures: Tensor, encoders: list) -
     ids = torch.zeros(len(pictures), 77, dtype=torch.int64)
     for encoder in encoders:
         encoder(ids)
-
-
-def size_rows(built: models.Built, adapter, held_out, before: float, reached: float) -> Iterator[Row]:
-    """How small an adapter may get before the concept suffers: SVD truncation, then precision.
-
-    Fidelity is the share of the training's gain in held-out loss that is kept.
-    """
-    from conceptsplit_core.adapters import adapter_bytes, parse_adapter
-
-    full = len(adapter_bytes(adapter, torch.float32))
-    gain = before - reached
-    kept: list[tuple[int, str, float, float]] = []
-    for rank in (8, 6, 4, 3, 2, 1):
-        small, error = adapter.truncated(rank)
-        for dtype in (torch.float32, torch.float16) if rank == 8 else (torch.float16,):
-            data = adapter_bytes(small, dtype)
-            back = parse_adapter(data)
-            with host.patched(built.model, [(back, 1.0)]) as patch:
-                patch.state.mask = held_out.mask
-                loss = _loss(programs.lora_denoise(built), held_out)
-            told = f"rank {rank}, {str(dtype).split('.')[1]}"
-            kept.append((len(data), told, error, (before - loss) / gain))
-            yield Row(
-                f"adapter file of the demo, {told}",
-                built.name,
-                len(data) / 1e3,
-                full / 1e3,
-                "kB",
-                "as trained, rank 8, float32",
-                "counted",
-                note=f"SVD error {error:.3f} of the update's norm; keeps {100 * kept[-1][3]:.1f} % of the gain in "
-                "held-out loss.",
-            )
-    usable = [entry for entry in kept if entry[3] >= 0.98]
-    if usable:
-        size, told, error, share = min(usable)
-        yield Row(
-            "smallest usable adapter (98 % of the gain)",
-            built.name,
-            size / 1e3,
-            full / 1e3,
-            "kB",
-            "as trained, rank 8, float32",
-            "counted",
-            note=f"It is {told}: SVD error {error:.3f}, {100 * share:.1f} % of the gain.",
-        )
 
 
 def loading_rows(built: models.Built, adapter) -> Iterator[Row]:
