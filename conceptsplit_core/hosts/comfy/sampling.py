@@ -118,7 +118,9 @@ class LodaSampler:
     ) -> Tensor:
         extra_args = extra_args or {}
         total = len(sigmas) - 1
-        count = min(self.config.steps, total)
+        self.config = self.config.for_schedule(total)
+        self.trace.settings = asdict(self.config)
+        count = self.config.steps
         if self.run.patch.maps is not None:
             self.run.patch.maps.trace = self.trace
         adopt_parameters(self.guider.inner_model)
