@@ -226,6 +226,15 @@ def tables(data: Mapping[str, Any]) -> dict[str, str]:
     return out
 
 
+def section(data: Mapping[str, Any]) -> str:
+    """All of a run in one block."""
+    blocks = tables(data)
+    shown = [blocks["facts"], blocks.get("base_error", ""), blocks.get("grounding", "")]
+    for name, group in data["groups"].items():
+        shown += [f"{group['title']}: {blocks[f'group_{name}']}"]
+    return "\n\n".join([part for part in (*shown, blocks.get("comparisons", "")) if part])
+
+
 def fill(page: Path, blocks: Mapping[str, str]) -> list[str]:
     """Puts blocks between `<!-- NAME -->` and `<!-- /NAME -->` of a page; gives the names it has no place for."""
     if not page.exists():
