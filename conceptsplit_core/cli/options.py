@@ -16,7 +16,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # The defaults shown in --help. A test holds them equal to LodaConfig and TrainConfig, which are not imported here
 # because torch takes seconds.
 LODA_DEFAULTS: dict[str, Any] = {
-    "steps": 10,
+    "steps": -1,
     "iterations": 3,
     "step_size": 0.02,
     "step_rule": "normalised",
