@@ -114,8 +114,8 @@ def measure(bench: run.Bench, loda: LodaConfig, args: argparse.Namespace, until:
     else:
         bench.say("the base model's own errors and its grounding")
         extra = {
-            "base_error": base.errors(bench, 8 if args.quick else 48),
-            "grounding": base.grounding(bench, 4 if args.quick else 24),
+            "base_error": base.errors(bench, 8 if args.quick else 32),
+            "grounding": base.grounding(bench, 8 if args.quick else 24),
         }
         extra_path.parent.mkdir(parents=True, exist_ok=True)
         extra_path.write_text(json.dumps(extra))

@@ -118,16 +118,20 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
     spread: dict[str, Any] = {}
     for style in ("class words", "colours"):
         rows: dict[int, list[float]] = {step: [] for step in watch}
-        for at, (one, two) in enumerate(pairs_of_classes(pictures)):
-            red, blue = ("red ", "blue ") if style == "colours" else ("", "")
-            concepts = [Concept("one", one), Concept("two", two)]
-            cond = host.encode_text(model, f"a {red}{one} and a {blue}{two}", concepts)
+        red, blue = ("red ", "blue ") if style == "colours" else ("", "")
+        asked = [
+            host.encode_text(model, f"a {red}{one} and a {blue}{two}", [Concept("one", one), Concept("two", two)])
+            for one, two in pairs_of_classes(pictures)
+        ]
+        for at in range(0, pictures, bench.sampling.batch):
+            part = asked[at : at + bench.sampling.batch]
             result = host.sample(
-                model, [cond], seeds=[at], concepts=names, steps=steps, guidance=bench.sampling.guidance, watch=watch
-            )
+                model, part, seeds=list(range(at, at + len(part))), concepts=names, steps=steps,
+                guidance=bench.sampling.guidance, watch=watch,
+            )  # fmt: skip
             for step, m in result.watched.items():
                 p = distributions(m, 0.0)
-                rows[step].append(float(jsd(p[:, 0], p[:, 1])))
+                rows[step] += jsd(p[:, 0], p[:, 1]).tolist()
         spread[style] = {
             f"step {step} of {steps}": [float(np.quantile(v, q)) for q in (0.25, 0.5, 0.75)] for step, v in rows.items()
         }

@@ -58,15 +58,15 @@ FULL = (
          "described_loda_afg", "lora_merged_loda_afg", "tara_loda_afg", "perfusion_loda_afg",
          "tok_key_value_loda_afg"),
     ),
+    Group("three", "Three concepts", 3, 2, 48, MAIN),
+    Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
+    Group("four", "Four concepts", 4, 1, 48, MAIN),
     Group(
         "beyond", "Two concepts, beyond the paper", 2, 2, 32,
         ("tova", "tova_loda", "tova_loda_afg", "tova_loda_sign", "tova_loda_raw", "tova_loda_iou",
          "tova_loda_afg_overlapping", "tova_loda_afg_from_20", "tova_loda_afg_to_70", "tova_masked_loda_afg",
          "tova_attention_masked_loda_afg", "tova_similarities", "tova_suppression", "tova_loda_suppression"),
     ),
-    Group("three", "Three concepts", 3, 2, 48, MAIN),
-    Group("four", "Four concepts", 4, 1, 48, MAIN),
-    Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
 )  # fmt: skip
 """About 8,000 pictures and 50 adapters: 45 minutes on two cores that do nothing else."""
 

@@ -30,8 +30,8 @@ SWEEP: dict[str, tuple[Any, ...]] = {
     "steps": (0.1, 0.2, 0.3, 0.5),  # share of the schedule
     "iterations": (1, 3, 6),
     "divergence": ("jsd", "symmetric_kl", "bhattacharyya", "kl"),
-    "map_downscale": (1, 2),
-    "threshold": (0.2, 0.45, 0.6),
+    "map_downscale": (1,),  # automatic is 2 on the demo model
+    "threshold": (0.2, 0.6),  # automatic is 0.45 for JSD
     "smooth_sigma": (0.0, 1.0, 2.0),
     "afg": (False, True),
     "afg_negative": (-1e8, -8.0, -3.0, -1.0, 0.0),
