@@ -5,6 +5,7 @@ Maps are [B, n, h, w]: batch, concepts, height and width of the attention layers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
@@ -35,6 +36,23 @@ def find_size(pixels: int, latent: tuple[int, int]) -> tuple[int, tuple[int, int
         if h * w == pixels:
             return factor, (h, w)
     return None
+
+
+def map_size(pixels: int, latent: tuple[int, int]) -> tuple[int, int] | None:
+    """(h, w) of an attention with `pixels` = h·w queries over a latent: a level's size, else the nearest in shape.
+
+    Packs that shrink features inside the UNet (Kohya's deep shrink) make sizes that no level has. None where nothing
+    near the latent's shape has that many places, which means that the attention does not see the whole latent.
+    """
+    level = find_size(pixels, latent)
+    if level is not None:
+        return level[1]
+    wanted = latent[0] / latent[1]
+    sizes = [(h, pixels // h) for h in range(1, pixels + 1) if pixels % h == 0]
+    h, w = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / wanted)))
+    # Rounding moves each side by less than one place.
+    near = abs(h - w * wanted) <= max(1.0, wanted)
+    return (h, w) if near else None
 
 
 def choose_downscale(available: Sequence[int], wanted: int = 0) -> int:
@@ -82,17 +100,36 @@ def choose_layers(factors: Mapping[str, int], wanted: int = 0, part: str = "all"
     return factor, early if part == "down" and early else layers
 
 
-def aggregate(layers: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def aggregate(layers: Sequence[Tensor], size: tuple[int, int], latent: tuple[int, int] | None = None) -> Tensor:
     """Mean over layers of maps [B, n, h·w], as [B, n, h, w] in at least fp32 (paper, LODA: layers of one resolution).
 
+    Args:
+        size: (h, w) of the mean.
+        latent: the latent's size, by which maps are fitted whose layer was made smaller by somebody; None where
+            nobody does.
+
     Raises:
-        ConceptSplitError: no layer was captured.
+        ConceptSplitError: no layer was captured, or one of another size.
     """
     if not layers:
         raise ConceptSplitError("No attention map was captured: the model has no cross-attention at this resolution.")
-    wide = [m if m.dtype == torch.float64 else m.float() for m in layers]
-    mean = torch.stack(wide).mean(dim=0)
-    return mean.unflatten(-1, size)
+    wide = [_fitted(m if m.dtype == torch.float64 else m.float(), size, latent) for m in layers]
+    return torch.stack(wide).mean(dim=0)
+
+
+def _fitted(maps: Tensor, size: tuple[int, int], latent: tuple[int, int] | None) -> Tensor:
+    pixels = maps.shape[-1]
+    if pixels == size[0] * size[1]:
+        return maps.unflatten(-1, size)
+    own = None if latent is None else map_size(pixels, latent)
+    if own is None:
+        raise ConceptSplitError(
+            f"The attention maps have {pixels} places and the latent's shape explains none such: another node changes "
+            "the size of the model's features; remove it, or set loda_steps to 0."
+        )
+    return F.interpolate(maps.unflatten(-1, own), size=size, mode="bilinear", antialias=True) * (
+        own[0] * own[1] / (size[0] * size[1])
+    )
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:

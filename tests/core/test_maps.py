@@ -6,12 +6,14 @@ from hypothesis import strategies as st
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.maps import (
     DIVERGENCES,
+    aggregate,
     choose_downscale,
     choose_layers,
     find_size,
     gaussian_blur,
     harmonic_mean,
     level_sizes,
+    map_size,
     normalise,
     pairwise,
     separation_loss,
@@ -152,3 +154,21 @@ def test_auto_is_the_way_down_where_it_has_many_layers():
     assert choose_layers(few, part="auto") == choose_layers(few, part="all")
     many = {f"down_blocks.2.{i}": 4 for i in range(20)} | {"mid_block.a": 4, "up_blocks.0.a": 4}
     assert choose_layers(many, part="auto") == choose_layers(many, part="down") != choose_layers(many, part="all")
+
+
+def test_features_made_smaller_inside_the_model_still_have_a_shape():
+    assert map_size(17 * 12, (65, 48)) == (17, 12)  # a level of the model
+    assert map_size(10 * 7, (64, 48)) == (10, 7)  # deep shrink by 1.6 at level 4
+    assert map_size(13, (64, 64)) is None  # nothing near square
+
+
+def test_maps_of_a_shrunken_layer_join_the_others():
+    right = torch.zeros(1, 1, 8, 8)
+    right[..., 6:] = 1 / 16
+    small = torch.zeros(1, 1, 4, 4)
+    small[..., 3:] = 1 / 4
+    mean = aggregate([right.flatten(2), small.flatten(2)], (8, 8), (16, 16))
+    torch.testing.assert_close(mean.sum(), torch.tensor(1.0), atol=0.05, rtol=0.0)
+    assert mean[..., 6:].sum() > 0.85
+    with pytest.raises(ConceptSplitError, match="13 places"):
+        aggregate([torch.ones(1, 1, 13)], (8, 8), (16, 16))

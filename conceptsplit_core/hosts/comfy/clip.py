@@ -9,31 +9,58 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.sd
+import torch
 
 from ...errors import ConceptSplitError
 from ...tokens import Binding, BoundPrompt, Concept, Specials, bind
 from .encoded import remembered
 from .model import KEY
+from .texts import TextBook
 
 log = logging.getLogger("ConceptSplit")
+
+_BOOK = "conceptsplit_texts"
 
 
 @dataclass(frozen=True)
 class BoundText:
-    """What a conditioning carries: the text as encoded, and which of its rows belong to whom."""
+    """What a conditioning carries: the text as encoded, and which of its rows belong to whom.
+
+    rows: how many rows the text has, so that rows which others put behind it are noticed.
+    book: the other texts of the same encoder, by which those rows may be recognised.
+    """
 
     text: str
     bindings: tuple[Binding, ...]
+    rows: int = 0
+    book: TextBook | None = field(default=None, compare=False, repr=False)
 
 
 class BoundChunks(list):
     """Token chunks of one encoder that remember their prompt; a list, because hosts append to it in place."""
 
     prompt: BoundPrompt | None = None
+
+    def extend(self, more: Any) -> None:
+        """Chunks of a second prompt bring its bindings along (text nodes with a BREAK join prompts so)."""
+        other = more.prompt if isinstance(more, BoundChunks) else None
+        if self.prompt is not None and other is not None and other.bindings:
+            offset = sum(len(chunk) for chunk in self)
+            owned = {binding.concept: binding.rows for binding in self.prompt.bindings}
+            for binding in other.bindings:
+                rows = tuple(offset + row for row in binding.rows)
+                owned[binding.concept] = owned.get(binding.concept, ()) + rows
+            bindings = tuple(Binding(name, rows) for name, rows in owned.items())
+            self.prompt = replace(self.prompt, text=f"{self.prompt.text} {other.text}", bindings=bindings)
+        super().extend(more)
+
+    def __iadd__(self, more: Any) -> BoundChunks:  # type: ignore[misc]
+        self.extend(more)
+        return self
 
 
 # To the type checker the mixin is a CLIP; at run time it must not be one, or it would come before the CLIP's own class.
@@ -81,7 +108,7 @@ class ConceptCLIP(_AnyCLIP):
         encode = functools.partial(super().encode_from_tokens, tokens, return_pooled, return_dict)
         out = remembered(self, tokens, return_pooled, encode) if return_dict else encode()
         if return_dict:
-            out[KEY] = carried
+            out[KEY] = _as_encoded(self, carried, out["cond"])
         elif carried is not None and carried.bindings:
             log.warning(
                 '[ConceptSplit] A text node drops the bindings of prompt "%s": encode it with CLIP Text Encode.',
@@ -92,7 +119,8 @@ class ConceptCLIP(_AnyCLIP):
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         out = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
         for entry in out:
-            entry[1].setdefault(KEY, carried_by(tokens))
+            if KEY not in entry[1]:
+                entry[1][KEY] = _as_encoded(self, carried_by(tokens), entry[0])
         return out
 
 
@@ -136,7 +164,39 @@ def carried_by(tokens: Any) -> BoundText | None:
             f'The two texts of an SDXL prompt ("{prompts[0].text[:60]}" and "{prompts[1].text[:60]}") place a concept '
             "at different words: write the same text in text_l and text_g."
         )
-    return BoundText(prompts[0].text, prompts[0].bindings)
+    rows = max(sum(len(chunk) for chunk in chunks) for chunks in tokens.values() if isinstance(chunks, BoundChunks))
+    return BoundText(prompts[0].text, prompts[0].bindings, rows)
+
+
+def _as_encoded(clip: Any, carried: BoundText | None, encoded: torch.Tensor) -> BoundText | None:
+    """`carried` for the rows that the encoder has really given, entered into the encoder's book of texts."""
+    if carried is None:
+        return None
+    rows, bindings = encoded.shape[1], carried.bindings
+    if rows == 2 * carried.rows and _doubled(encoded):
+        # NegPip: every row twice, first for the keys, then for the values.
+        bindings = tuple(
+            Binding(one.concept, tuple(place for row in one.rows for place in (2 * row, 2 * row + 1)))
+            for one in bindings
+        )
+    elif rows > carried.rows and bindings:
+        log.warning(
+            '[ConceptSplit] The text encoder makes %d rows of the %d tokens of prompt "%s", another node has changed '
+            "it: the concepts of this prompt have no effect.",
+            rows,
+            carried.rows,
+            carried.text[:80],
+        )
+        bindings = ()
+    book = clip.cond_stage_model.__dict__.setdefault(_BOOK, TextBook())
+    book.add(encoded, bindings)
+    return BoundText(carried.text, bindings, rows, book)
+
+
+def _doubled(encoded: torch.Tensor) -> bool:
+    """Whether the rows [1, 2L, d] come in pairs that are equal up to their sign."""
+    first, second = encoded[:, 0::2], encoded[:, 1::2]
+    return torch.equal(first.abs(), second.abs())
 
 
 @functools.cache

@@ -66,13 +66,19 @@ def sampler_wrapper(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Te
         return executor(guider, *args, **kwargs)
 
     ours = copy.copy(sampler)
-    ours.sampler_function = LodaSampler(sampler.sampler_function, guider, run, config, tuple(bound))
+    loda = ours.sampler_function = LodaSampler(sampler.sampler_function, guider, run, config, tuple(bound))
     # The wrappers of other packs that come after this one stay in force.
     following = WrapperExecutor.new_class_executor(ours.sample, ours, executor.wrappers, executor.idx + 1)
     try:
-        return following.execute(guider, *args, **kwargs)
+        out = following.execute(guider, *args, **kwargs)
     finally:
         run.fixed = None
+    if loda.blind:
+        log.warning(
+            "[ConceptSplit] LODA found none of the prompt's concepts in the model's attention and did nothing: another "
+            "node changes the text, or shows the model windows of the picture."
+        )
+    return out
 
 
 def _config_of(guider: Any) -> LodaConfig | None:
@@ -104,6 +110,7 @@ class LodaSampler:
         factors = downscales(guider.inner_model)
         self.factor, layers = choose_layers(factors, config.map_downscale, config.map_part)
         self.layers = frozenset(layers)
+        self.asked = self.read = False  # whether layers ran that should have given maps, and whether any did
         self.trace = LodaTrace(concepts=tuple(run.names[i] for i in bound), settings=asdict(config))
 
     def __call__(
@@ -130,21 +137,22 @@ class LodaSampler:
         for k in range(count):
             # Clones: some samplers write into the sigmas they are given.
             segment = sigmas[k : k + 2].clone()
-            x = separate(
-                x,
-                segment[0],
-                k,
-                partial(self._maps, model, conds, extra_args, segment[0]),
-                self.config,
-                self.trace,
-                mask,
-                comfy.model_management.throw_exception_if_processing_interrupted,
-                loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
-            )
+            if not self.blind:
+                x = separate(
+                    x,
+                    segment[0],
+                    k,
+                    partial(self._maps, model, conds, extra_args, segment[0]),
+                    self.config,
+                    self.trace,
+                    mask,
+                    comfy.model_management.throw_exception_if_processing_interrupted,
+                    loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
+                )
             # A copy: CFG++ samplers put their own functions into what they are given.
             own = dict(extra_args)
             x = one_step(model, x, segment, extra_args=own, callback=_shifted(callback, k), disable=True)
-        if self.config.afg and count < total:
+        if self.config.afg and count < total and not self.blind:
             self._fix_regions(model, x, sigmas[count], conds, extra_args)
         if count == total:
             return x
@@ -152,6 +160,11 @@ class LodaSampler:
         if total - count == 1 and getattr(self.base, "__name__", "") in NEVER_ALONE:
             return one_step(model, x, rest, extra_args=extra_args, callback=told, disable=disable)
         return self.base(model, x, rest, extra_args=extra_args, callback=told, disable=disable, **options)
+
+    @property
+    def blind(self) -> bool:
+        """Whether layers have run and none of them has shown where a concept is: no pass will."""
+        return self.asked and not self.read
 
     def _one_step(
         self, x: Tensor, extra_args: dict[str, Any], options: dict[str, Any]
@@ -174,9 +187,9 @@ class LodaSampler:
         """The positive conditionings that bind a concept, as copies that autograd may read."""
         self.run.latent = (x.shape[-2], x.shape[-1])
         kept = []
+        for conds in self.guider.conds.values():
+            self.run.areas.update({cond.get("uuid"): _area(cond, self.run.latent) for cond in conds})
         for cond in self.guider.conds.get("positive", []):
-            area = _area(cond, self.run.latent)
-            self.run.areas[cond.get("uuid")] = area
             if not bool(_attended(cond, self.run).any()):
                 continue
             with torch.inference_mode(False):
@@ -209,15 +222,18 @@ class LodaSampler:
         run.gradient = torch.is_grad_enabled()
         try:
             for cond in conds:
-                run.capture = Capture(self.layers)
+                area = _area(cond, run.latent)
+                seen = run.latent if area is None else area[2:]
+                run.capture = Capture(self.layers, (x.shape[0], *seen))
                 # One conditioning at a time: then the batch is x's, and its area is known.
                 comfy.samplers.calc_cond_batch(inner, [[cond]], x, level, options)
                 found = run.capture.found
+                self.asked = self.asked or run.capture.asked
+                self.read = self.read or bool(found)
                 if not found:
-                    continue  # outside its timestep range
-                area = _area(cond, run.latent)
-                part = size if area is None else level_sizes(area[2:])[self.factor]
-                maps = aggregate([found[name] for name in sorted(found)], part)[:, list(self.bound)]
+                    continue  # outside its timestep range, or another pack has changed its text
+                part = size if area is None else level_sizes(seen)[self.factor]
+                maps = aggregate([found[name] for name in sorted(found)], part, seen)[:, list(self.bound)]
                 has = _attended(cond, run).any(dim=1)[:, list(self.bound)].to(maps)[..., None, None]
                 total = total + _placed(maps, area, run.latent, size)
                 weight = weight + has
