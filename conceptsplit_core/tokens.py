@@ -134,13 +134,23 @@ def _woven(between: Sequence[str], words: Sequence[str]) -> str:
 
 
 def _changed(
-    ids: Sequence[int], rows: Sequence[int], word: Sequence[int], other_ids: Sequence[int], other_rows: Sequence[int]
-) -> tuple[int, ...] | None:
-    """The rows of `word` where another text differs in just that word's tokens; None where anything else differs."""
-    differs = [at for at, (one, other) in enumerate(zip(ids, other_ids, strict=False)) if one != other]
-    if list(rows) != list(other_rows) or len(differs) != len(word) or differs[-1] - differs[0] != len(word) - 1:
+    text: tuple[list[int], list[int]], other: tuple[list[int], list[int]], words: Sequence[Sequence[int]]
+) -> list[tuple[int, ...]] | None:
+    """The rows of each of `words`, in order, where two texts (see `content`) differ in just those words' tokens.
+
+    None where anything else differs: a word has grown together with what stands beside it.
+    """
+    (ids, rows), (other_ids, other_rows) = text, other
+    differs = [at for at, (one, two) in enumerate(zip(ids, other_ids, strict=False)) if one != two]
+    if rows != other_rows or len(differs) != sum(map(len, words)):
         return None
-    return tuple(rows[at] for at in differs) if [ids[at] for at in differs] == list(word) else None
+    places = []
+    for word in words:
+        own, differs = differs[: len(word)], differs[len(word) :]
+        if own != list(range(own[0], own[0] + len(word))) or [ids[at] for at in own] != list(word):
+            return None
+        places.append(tuple(rows[at] for at in own))
+    return places
 
 
 def bind(
@@ -223,12 +233,19 @@ def bind(
 
     owned: dict[str, list[int]] = {concept.name: [] for concept in concepts}
     taken: set[int] = set()
-    ids, places = content(chunks, special)
-    for at, name in enumerate(written):
-        word = standing[at]
-        other = _woven(between, [*standing[:at], _stand_in(words[word], plain, special), *standing[at + 1 :]])
-        rows = _changed(ids, places, words[word], *content(tokenize(other), special))
-        if rows is None:
+    spelled = content(chunks, special)
+    stand_in = {word: _stand_in(words[word], plain, special) for word in set(standing)}
+
+    def place(which: range) -> list[tuple[int, ...]] | None:
+        changed = [stand_in[word] if at in which else word for at, word in enumerate(standing)]
+        other = content(tokenize(_woven(between, changed)), special)
+        return _changed(spelled, other, [words[standing[at]] for at in which])
+
+    everywhere = range(len(written))
+    # All at once, as a rule; one by one where that fails, to tell which of them does not stand alone.
+    found = (place(everywhere) if written else []) or [(place(range(at, at + 1)) or [()])[0] for at in everywhere]
+    for name, word, rows in zip(written, standing, found, strict=True):
+        if not rows:
             raise ConceptSplitError(
                 f"Placeholder <{name}> in prompt \"{shown}\" does not stand as the word '{word}' after tokenizing: "
                 "put spaces around it."
@@ -239,8 +256,8 @@ def bind(
     # Longer words first: the bear of a polar bear belongs to the polar bear.
     for concept in sorted(concepts, key=lambda concept: -len(words[concept.class_word])):
         if concept.name not in written:
-            found = find_rows(chunks, words[concept.class_word], special)
-            rows = next((rows for rows in found if taken.isdisjoint(rows)), ())
+            occurrences = find_rows(chunks, words[concept.class_word], special)
+            rows = next((rows for rows in occurrences if taken.isdisjoint(rows)), ())
             taken.update(rows)
             owned[concept.name].extend(rows)
 
