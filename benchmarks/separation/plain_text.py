@@ -83,6 +83,9 @@ def same_encoder(folder: Path, source: Path) -> bool:
 
 def latents(out: Path, scenes: int, workers: int, seed: int) -> None:
     """Draws and encodes the training scenes in as many processes."""
+    if workers <= 1:
+        _draw(out, 0, 1, scenes, seed)
+        return
     context = multiprocessing.get_context("spawn")
     drawing = [
         context.Process(target=_draw, args=(out, part, workers, scenes, seed), daemon=True) for part in range(workers)
@@ -102,8 +105,12 @@ def _draw(out: Path, part: int, parts: int, count: int, seed: int) -> None:
 
 def _train(rank: int, *run: Any) -> None:
     torch.set_num_threads(1)
-    demo_train.Model = PlainModel  # type: ignore[misc]  # this process trains nothing else
-    demo_train.train_unet(rank, *run)
+    was = demo_train.Model
+    demo_train.Model = PlainModel  # type: ignore[misc]
+    try:
+        demo_train.train_unet(rank, *run)
+    finally:
+        demo_train.Model = was  # type: ignore[misc]
 
 
 def main(argv: list[str] | None = None) -> None:
