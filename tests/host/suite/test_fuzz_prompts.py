@@ -22,7 +22,7 @@ from .conftest import pack
 COUNT = int(os.environ.get("CONCEPTSPLIT_FUZZ_PROMPTS", "300"))
 OUT = os.environ.get("CONCEPTSPLIT_FUZZ_OUT")
 FAMILIES = ["sd15", "sd21", "sdxl"]
-SECONDS = 60  # of one prompt, thousands of tokens included, on a busy machine
+SECONDS = 20  # of processor time for one prompt, thousands of tokens included
 
 CONCEPTS = [("rex", "dog"), ("tom", "cat"), ("twin", "dog"), ("teddy", "polar bear"), ("Ärger", "schnauzer")]
 PARTS = [
@@ -107,7 +107,7 @@ def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embed
     started = time.perf_counter()
     for n in range(count):
         text = prompt(rng)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             tokens = clip.tokenize(text)
         except error as sentence:
@@ -117,8 +117,8 @@ def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embed
             assert len(str(sentence)) < 600, (n, text)
             continue
         finally:
-            slowest = max(slowest, time.perf_counter() - began)
-            assert time.perf_counter() - began < SECONDS, (n, text)
+            slowest = max(slowest, time.process_time() - began)
+            assert time.process_time() - began < SECONDS, (n, text)
         written = re.findall(r"<(rex|tom|twin|teddy|Ärger)>", text)
         expanded = re.sub(r"<(rex|tom|twin|teddy|Ärger)>", lambda match: word_of[match[1]], text)
         assert same(stock.tokenize(expanded), tokens), (n, text, "the text with class words is encoded as ever")
@@ -140,7 +140,7 @@ def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embed
             placed += check_one_place(stock, tokens, text, rng, word_of, (n, text))
     facts = {"family": family, "prompts": count, "bad": 0, "refused_in_one_sentence": refused,
              "bindings_checked": bound, "placeholders_found_by_another_way": placed, "longest_in_rows": longest,
-             "slowest_ms": round(slowest * 1e3), "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
+             "slowest_processor_ms": round(slowest * 1e3), "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
     print(json.dumps(facts))
     assert bound > count // 5 and refused > count // 50 and placed > count // 20
     if OUT:
