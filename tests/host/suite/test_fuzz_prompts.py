@@ -140,7 +140,8 @@ def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embed
             placed += check_one_place(stock, tokens, text, rng, word_of, (n, text))
     facts = {"family": family, "prompts": count, "bad": 0, "refused_in_one_sentence": refused,
              "bindings_checked": bound, "placeholders_found_by_another_way": placed, "longest_in_rows": longest,
-             "slowest_processor_ms": round(slowest * 1e3), "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
+             "slowest_processor_ms": round(slowest * 1e3),
+             "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
     print(json.dumps(facts))
     assert bound > count // 5 and refused > count // 50 and placed > count // 20
     if OUT:
