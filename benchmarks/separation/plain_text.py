@@ -27,7 +27,7 @@ import torch
 from conceptsplit_core.demo import checkpoint
 from conceptsplit_core.demo import train as demo_train
 
-NAME = "plain_text"
+NAME = "state"
 
 
 class PlainModel(demo_train.Model):
@@ -50,30 +50,34 @@ def start(out: Path, source: Path, rate: float, grounding: float, seed: int) -> 
     """Writes the first training state and the autoencoder from a demo checkpoint, where they are not there yet."""
     parts = checkpoint.load(source)
     trained = parts.config["training"]["vae"]
-    if not (out / "vae.pt").exists():
+    if not (out / "vae.safetensors").exists():
         vae = demo_train.build_vae().state_dict()
         vae = {k: v.float() for k, v in parts.vae.items() if k in vae}
         demo_train._save({"model": vae, "step": trained["steps"], "decoder_steps": trained["decoder_steps"]},
-                         out / "vae.pt")  # fmt: skip
-    if (out / f"{NAME}.pt").exists():
+                         out / "vae.safetensors")  # fmt: skip
+    if (out / f"{NAME}.safetensors").exists():
         return
     words = demo_train.Words()
     model = PlainModel(words.vocabulary)
     prefix = "text_model." if hasattr(model.text_encoder, "text_model") else ""
     model.unet.load_state_dict(parts.unet)
     model.text_encoder.load_state_dict({prefix + k: v for k, v in without_mixing(parts.text_encoder).items()})
-    optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    # An optimiser that has seen nothing yet.
+    moments = {f"{i}.step": torch.zeros(()) for i, _ in enumerate(model.parameters())}
+    for i, parameter in enumerate(model.parameters()):
+        moments |= {f"{i}.{name}": torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
     state: dict[str, Any] = {
-        "model": model.state_dict(), "ema": model.state_dict(), "optimiser": optimiser.state_dict(), "step": 0,
+        "model": weights, "ema": {k: v.clone() for k, v in weights.items()}, "optimiser": moments, "step": 0,
         "seconds": 0.0, "grounding": grounding, "seed": seed, "batch": 0, "rate": rate,
         "scale": float(parts.config["scaling_factor"]),
     }  # fmt: skip
-    demo_train._save(state, out / f"{NAME}.pt")
+    demo_train._save(state, out / f"{NAME}.safetensors")
 
 
 def same_encoder(folder: Path, source: Path) -> bool:
     """Whether a folder's autoencoder encodes as the checkpoint's does (which is stored in half precision)."""
-    theirs = torch.load(folder / "vae.pt", weights_only=True)["model"]
+    theirs = demo_train._read(folder / "vae.safetensors")["model"]
     ours = checkpoint.load(source).vae
     return all(
         torch.allclose(v.float(), theirs[k].float(), atol=2e-3, rtol=2e-3)
@@ -138,11 +142,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.latents is not None:
         if not same_encoder(args.latents, args.model):
             raise SystemExit(f"the scenes in {args.latents} were encoded by another autoencoder: leave --latents out")
-        for path in args.latents.glob("latents-*.pt"):
+        for path in args.latents.glob("latents-*.safetensors"):
             link = args.out / path.name
             if not link.exists():
                 os.symlink(path.resolve(), link)
-    elif len(list(args.out.glob("latents-*.pt"))) == 0:
+    elif len(list(args.out.glob("latents-*.safetensors"))) == 0:
         latents(args.out, args.scenes, args.workers, 1_000_000 + args.seed)
         print(f"{args.scenes} scenes drawn in {time.time() - began:.0f} s", flush=True)
     (args.out / f"{NAME}.meeting").unlink(missing_ok=True)
@@ -152,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.multiprocessing.spawn(_train, (args.workers, *run), nprocs=args.workers)
     else:
         _train(0, 1, *run)
-    step = int(torch.load(args.out / f"{NAME}.pt", weights_only=True)["step"])
-    target = args.target or args.out / f"{NAME}.safetensors"
+    step = int(demo_train._read(args.out / f"{NAME}.safetensors")["step"])
+    target = args.target or args.out / "plain_text.safetensors"
     note = (
         f"Trained {step} of {args.steps} further steps from {args.model.name} with an encoder whose rows do not see "
         "each other: its self-attention's output projections are zero."

@@ -15,9 +15,9 @@ def test_training_goes_on_and_the_encoder_mixes_nothing(tmp_path):
     was = demo_train.Model
     options = ["--out", str(tmp_path), "--scenes", "8", "--workers", "1", "--batch", "2", "--steps"]
     plain_text.main([*options, "1"])
-    first = torch.load(tmp_path / "plain_text.pt", weights_only=True)
+    first = demo_train._read(tmp_path / "state.safetensors")
     plain_text.main([*options, "2"])  # goes on: the scenes are there, step 1 is not done again
-    state = torch.load(tmp_path / "plain_text.pt", weights_only=True)
+    state = demo_train._read(tmp_path / "state.safetensors")
     assert demo_train.Model is was
     assert (first["step"], state["step"]) == (1, 2)
     key = "unet.conv_out.weight"
@@ -38,8 +38,8 @@ def test_training_goes_on_and_the_encoder_mixes_nothing(tmp_path):
 def test_scenes_of_another_autoencoder_are_refused(tmp_path):
     plain_text.start(tmp_path, DEMO_FILE, 1e-3, 0.0, 1)
     assert plain_text.same_encoder(tmp_path, DEMO_FILE)
-    saved = torch.load(tmp_path / "vae.pt", weights_only=True)
+    saved = demo_train._read(tmp_path / "vae.safetensors")
     saved["model"]["encoder.layers.0.weight"] += 0.1
-    torch.save(saved, tmp_path / "vae.pt")
+    demo_train._save(saved, tmp_path / "vae.safetensors")
     with pytest.raises(SystemExit, match="another autoencoder"):
         plain_text.main(["--out", str(tmp_path / "new"), "--latents", str(tmp_path)])
