@@ -47,7 +47,7 @@ def test_the_watch_sees_what_it_is_there_for(tmp_path):
         with pytest.raises(watch.Elsewhere), watch.guarded(inside):
             touch()
     assert not outside.exists()
-    grown = watch.peak_bytes(lambda: bytearray(50_000_000))
+    grown = watch.peak_bytes(lambda: b"x" * 50_000_000)
     assert grown is None or 40_000_000 < grown < 80_000_000
     assert (
         watch.sentence_problem("A line.\nAnother.") and watch.sentence_problem("") and not watch.sentence_problem("A.")
@@ -60,5 +60,14 @@ def test_the_committed_runs_are_of_these_kinds_and_nothing_went_wrong(name):
     runs = [value for value in result.values() if isinstance(value, dict) and "inputs" in value]
     assert runs and all(run["bad"] == 0 for run in runs)
     if name == "files":
-        assert result["adapters"]["inputs"] >= 100_000
+        assert result["adapters"]["inputs"] >= 100_000 and result["checkpoints"]["inputs"] >= 10_000
+        assert all(ratio <= 2.1 for ratio in result["process_growth_over_file_size"].values())
         assert set(result["adapters"]["kinds"]) == {*files.KINDS, "large header"}
+
+
+def test_the_committed_prompts_are_ten_thousand_on_each_host_and_nothing_went_wrong():
+    runs = [json.loads(path.read_text()) for path in (Path(__file__).parent / "results").glob("prompts-*.json")]
+    assert len(runs) >= 2, "one for each ComfyUI"
+    for run in runs:
+        families = run["families"].values()
+        assert sum(family["prompts"] for family in families) >= 10_000 and not any(f["bad"] for f in families)
