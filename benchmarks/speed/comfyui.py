@@ -16,7 +16,7 @@ from .rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = Path(__file__).with_name("comfyui_side.py")
-MINUTES = 15
+MINUTES = 30  # a crowded machine needs most of it
 
 
 def rows(quick: bool = False) -> Iterator[Row]:

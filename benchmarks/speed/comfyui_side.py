@@ -327,8 +327,8 @@ def main() -> int:
     with open(sys.argv[1], "w", encoding="utf-8") as out:
         for group in (
             lambda: loading_rows(),
-            lambda: sampling_rows(model, clip, quick),
             lambda: training_rows(model, clip, vae, quick),
+            lambda: sampling_rows(model, clip, quick),
         ):
             try:
                 for row in group():

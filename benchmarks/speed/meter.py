@@ -11,7 +11,7 @@ import statistics
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,14 +171,24 @@ def weight_bytes(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median processor seconds of both, after one unmeasured run each. A program may time itself: it gives a float."""
-    ours()
-    peer()
-    taken: tuple[list[float], list[float]] = ([], [])
+def in_turn(programs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Median processor seconds of each program, after one unmeasured run each; every second round runs backwards.
+
+    A program may time itself: then it gives a float.
+    """
+    for program in programs:
+        program()
+    taken: list[list[float]] = [[] for _ in programs]
     for turn in range(rounds):
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+        order = range(len(programs))
+        for which in order if turn % 2 == 0 else reversed(order):
             began = time.process_time()
-            told = (ours, peer)[which]()
+            told = programs[which]()
             taken[which].append(told if isinstance(told, float) else time.process_time() - began)
-    return statistics.median(taken[0]), statistics.median(taken[1])
+    return [statistics.median(times) for times in taken]
+
+
+def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """`in_turn` of two programs."""
+    mine, theirs = in_turn((ours, peer), rounds)
+    return mine, theirs

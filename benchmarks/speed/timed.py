@@ -20,8 +20,8 @@ from conceptsplit_core.tokens import Binding
 from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, batch_loss, make_batch, train
 
 from . import models, programs
-from .counted import IMAGE_GOAL, PARTS, default_part, parts
-from .meter import alternate, measured
+from .counted import IMAGE_GOAL, LODA_STEPS, PARTS, STEPS, default_part, parts
+from .meter import alternate, in_turn, measured
 from .rows import MB, Row
 from .size import held_out_batch, loss_of, pixels
 
@@ -35,7 +35,7 @@ def rows(quick: bool = False) -> Iterator[Row]:
         return
     for family in models.FAMILIES:
         built = models.reduced(family)
-        yield from sampling_rows(built, family, 5, length=(10, 2), goals=True)
+        yield from sampling_rows(built, family, 5, length=None, goals=True)
         yield from training_rows(built, 3)
         del built
 
@@ -71,12 +71,14 @@ def image(
     ).latents
 
 
-def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[int, int], goals: bool) -> Iterator[Row]:
+def sampling_rows(
+    built: models.Built, family: str, rounds: int, length: tuple[int, int] | None, goals: bool
+) -> Iterator[Row]:
     """ToVA, whole images, single updates.
 
     Args:
         family: whose predictions and goals apply.
-        length: (steps, of which with LODA) of a whole picture.
+        length: (steps, of which with LODA) of a whole picture; None adds a picture of 50 steps up from its parts.
         goals: False leaves out what is held to a goal on real models only.
     """
     name = built.name
@@ -103,7 +105,6 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
         "<= 1.01" if goals else None,
     )
 
-    steps, loda_steps = length
     two = {f"c{i}": four[i] for i in range(2)}
     pair = models.row_mask(2)
     work: dict[str, float] = {}
@@ -114,29 +115,29 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
             with measured() as one:
                 programs.update(built, patch, pair, LodaConfig(iterations=1, threshold=0.69, map_part=part))
             work[part] = one.flops / call.flops
-    standard = default_part(built)
-    for part, told in parts(built).items():
-        if goals and part != standard:
-            continue
-        # A threshold out of reach: every update is made.
-        config = LodaConfig(steps=loda_steps, iterations=1, threshold=0.69, map_part=part)
-        mine, plain = alternate(
-            lambda config=config: image(built, steps, config, two),
-            lambda: image(built, steps, None),
-            max(3, rounds // 2),
-        )
-        yield Row(
-            f"{loda_steps} LODA steps of {steps} + AFG, one update a step, {told}",
-            name,
-            mine,
-            plain,
-            "s",
-            "plain sampling",
-            "timed",
-            1 + loda_steps * work[part] / steps,
-            IMAGE_GOAL[family] if goals else None,
-            note="Predicted by this model's own count of operations.",
-        )
+    if length is None:
+        yield _picture_of_parts(built, two, pair, work, family, rounds)
+    else:
+        steps, loda_steps = length
+        for part, told in parts(built).items():
+            # A threshold out of reach: every update is made.
+            config = LodaConfig(steps=loda_steps, iterations=1, threshold=0.69, map_part=part)
+            mine, plain = alternate(
+                lambda config=config: image(built, steps, config, two),
+                lambda: image(built, steps, None),
+                max(3, rounds // 2),
+            )
+            yield Row(
+                f"{loda_steps} LODA steps of {steps} + AFG, one update a step, {told}",
+                name,
+                mine,
+                plain,
+                "s",
+                "plain sampling",
+                "timed",
+                1 + loda_steps * work[part] / steps,
+                note="Predicted by this model's own count of operations.",
+            )
 
     _, size = programs.wanted_layers(built, LodaConfig())
     for part, told in parts(built).items():
@@ -203,6 +204,53 @@ def sampling_rows(built: models.Built, family: str, rounds: int, length: tuple[i
             1.0,
             goal if goal and goals else None,
         )
+
+
+def _picture_of_parts(
+    built: models.Built, adapters: dict, mask: Tensor, work: dict[str, float], family: str, rounds: int
+) -> Row:
+    """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others."""
+    part = default_part(built)
+    config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
+    with host.patched(built.model, list(adapters.values())) as patch:
+        programs.region_bias(built, patch, mask, config)
+        regions = dict(patch.bias)
+
+    def inside(program: Callable[[host.Patch], object], bias: dict[str, Tensor]) -> Callable[[], float]:
+        # Hooks are registered once per picture, so that is not timed.
+        def run() -> float:
+            with host.patched(built.model, list(adapters.values())) as patch:
+                patch.bias = dict(bias)
+                began = time.process_time()
+                program(patch)
+                return time.process_time() - began
+
+        return run
+
+    one, reading, free, held, stock = in_turn(
+        (
+            inside(lambda patch: programs.update(built, patch, mask, config), {}),
+            inside(lambda patch: programs.region_bias(built, patch, mask, config), {}),
+            inside(lambda patch: programs.cfg_call(built, patch, mask), {}),
+            inside(lambda patch: programs.cfg_call(built, patch, mask), regions),
+            lambda: programs.cfg_call(built),
+        ),
+        rounds,
+    )
+    return Row(
+        f"{LODA_STEPS} LODA steps of {STEPS} + AFG, one update a step, {parts(built)[part]}",
+        built.name,
+        LODA_STEPS * (one + free) + reading + (STEPS - LODA_STEPS) * held,
+        STEPS * stock,
+        "s",
+        "plain sampling",
+        "timed",
+        1 + LODA_STEPS * work[part] / STEPS,
+        IMAGE_GOAL[family],
+        note=f"Added up from its parts, timed in turn: update {1e3 * one:.0f} ms, maps for AFG {1e3 * reading:.0f}, "
+        f"step with two adapters {1e3 * free:.0f}, step with AFG {1e3 * held:.0f}, plain step {1e3 * stock:.0f}. "
+        "Predicted by this model's own count of operations.",
+    )
 
 
 # --- training -------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks.speed import __main__ as program
-from benchmarks.speed import models, programs
-from benchmarks.speed.meter import fake, measured, weight_bytes
+from benchmarks.speed import counted, models, programs
+from benchmarks.speed import size as sizes
+from benchmarks.speed.meter import KINDS, fake, measured, weight_bytes
 from benchmarks.speed.rows import Row, read_rows, table, write_json
+from conceptsplit_core.adapters import load_adapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.loda import LodaConfig
 from conceptsplit_core.maps import aggregate
@@ -52,6 +54,17 @@ def test_peak_is_the_worst_moment_and_views_are_free():
     assert cost.peak == 8000
     assert cost.kept == 4000 + 2000
     del c, d
+
+
+def test_kinds_of_operators_add_up_to_the_whole():
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    x = torch.randn(1, 3, 8, 8)
+    conv, linear = nn.Conv2d(3, 4, 3), nn.Linear(8, 8)
+    with measured() as cost:
+        torch.nn.functional.scaled_dot_product_attention(linear(q), k, v).sum().backward()
+        conv(x).sum().backward()
+    assert set(cost.kinds) == set(KINDS) and all(cost.kinds.values())
+    assert sum(cost.kinds.values()) == cost.flops
 
 
 def test_tensors_kept_for_the_backward_pass_count():
@@ -117,6 +130,14 @@ def test_maps_on_the_way_down_are_the_same_layers_for_less(small):
     assert costs["down"].flops < 0.8 * costs["all"].flops
 
 
+def test_the_default_is_the_way_down_on_sdxl_alone(small):
+    assert list(counted.parts(small)) == ["all", "down"]
+    with fake():
+        xl = models.build("sdxl", torch.float32, WIDTH, CELLS)
+        assert counted.default_part(xl) == "down"
+        assert [told.endswith("(default)") for told in counted.parts(xl).values()] == [True, False]
+
+
 def test_apart_costs_one_partial_forward(small):
     mask = models.row_mask(2)
     with host.patched(small.model, [(None, 0.0)] * 2) as patch:
@@ -164,6 +185,18 @@ def test_lora_peer_starts_at_the_plain_model_and_leaves_nothing(small):
         programs.remove_lora(small.model.unet)
     assert list(small.model.unet.state_dict()) == names
     assert torch.equal(programs.cfg_call(small), stock)
+
+
+def test_a_smaller_adapter_file_is_judged_by_what_it_keeps(monkeypatch):
+    monkeypatch.setattr(sizes, "RANKS", (8, 1))
+    model = host.load_model("demo")
+    path = sorted(sizes.ADAPTERS.glob("*.safetensors"))[0]
+    rows = list(sizes.adapter_rows(model, load_adapter(path), len(path.read_bytes()), 4, 1))
+    whole, one, eighth, best = rows
+    assert "rank 8, float16" in whole.what and "keeps 100.0 %" in whole.note and "SVD error 0.000" in whole.note
+    assert 0.95 < whole.ratio < 1.05 and eighth.what.endswith("float8") and eighth.ratio < whole.ratio
+    assert one.ratio < 0.4 and "SVD error 0.000" not in one.note
+    assert best.what.startswith("smallest usable") and best.ours <= whole.ours
 
 
 def test_rows_say_whether_their_goal_is_met(tmp_path):
