@@ -108,6 +108,8 @@ class ConceptCLIP(_AnyCLIP):
         encode = functools.partial(super().encode_from_tokens, tokens, return_pooled, return_dict)
         out = remembered(self, tokens, return_pooled, encode) if return_dict else encode()
         if return_dict:
+            # A tensor object of its own, which lives as long as somebody uses this very conditioning.
+            out["cond"] = out["cond"].view(out["cond"].shape)
             out[KEY] = _as_encoded(self, carried, out["cond"])
         elif carried is not None and carried.bindings:
             log.warning(

@@ -262,7 +262,7 @@ class Run:
     lost: set[int] = field(default_factory=set)
     unclear: bool = False
     unfixed: bool = False
-    _shelves: tuple[list[KnownText], list[KnownText]] | None = None
+    _shelves: list[list[KnownText]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Reading the noise level waits for the device; only runs whose adapters come or go need to.
@@ -284,17 +284,20 @@ class Run:
         self.lost |= wanted - found
         self.placed |= found
 
-    def shelves(self) -> tuple[list[KnownText], list[KnownText]]:
-        """The texts of this run, and after them those that the same encoders have encoded before: as fingerprints."""
-        if self._shelves is None:
+    def shelves(self) -> list[list[KnownText]]:
+        """Texts by fingerprints, in the order they are looked for: of this run, of their encoders and still in use,
+        of their encoders earlier."""
+        if not self._shelves:
             own = [known_text(row_prints(text[:1].to(self.dtype))[0], mask) for text, mask in self.texts]
-            others = []
-            for book in self.books:
-                for prints, bindings in book.texts(self.dtype):
+            self._shelves = [own]
+            for in_use in (True, False):
+                shelf = []
+                for prints, bindings in (one for book in self.books for one in book.texts(self.dtype, in_use)):
                     mask = row_mask(bindings, self.names, len(prints))
-                    # A text that is no conditioning of this run has values; LODA and AFG know nothing of it.
-                    others.append(known_text(prints, torch.cat([mask, torch.zeros_like(mask)], dim=-1)))
-            self._shelves = (own, others)
+                    if bool(mask.any()):
+                        # A text that is no conditioning of this run has values; LODA and AFG know nothing of it.
+                        shelf.append(known_text(prints, torch.cat([mask, torch.zeros_like(mask)], dim=-1)))
+                self._shelves.append(shelf)
         return self._shelves
 
     def fixing(self, sigmas: Tensor) -> FixedRegions | None:
@@ -326,7 +329,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     hidden: set[str] = set()
     if _patches_texts(guider, options):
         # Regional texts that such a pack has taken in are no conditionings of this run.
-        hidden = {one.concept for book in books for _, all_ in book.texts(torch.float32) for one in all_}
+        hidden = set().union(*(book.concepts() for book in books))
     _tell_idle(patch, mentioned | hidden)
     silent = not patch.loda and all(loaded.strength == 0.0 for loaded in patch.adapters)
     if silent or not (mentioned or any(loaded.name in hidden for loaded in patch.adapters)):

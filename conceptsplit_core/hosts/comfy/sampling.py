@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -22,7 +23,10 @@ import torch.nn.functional as F
 from comfy.k_diffusion import sampling as k_diffusion
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ...errors import ConceptSplitError
 from ...loda import LodaConfig, LodaTrace, regions, separate
 from ...maps import aggregate, choose_layers, level_sizes
 from .model import KEY, adopt_parameters, compute_dtype, downscales
@@ -110,6 +114,7 @@ class LodaSampler:
         factors = downscales(guider.inner_model)
         self.factor, layers = choose_layers(factors, config.map_downscale, config.map_part)
         self.layers = frozenset(layers)
+        self.adopting = False
         self.asked = self.read = False  # whether layers ran that should have given maps, and whether any did
         self.trace = LodaTrace(concepts=tuple(run.names[i] for i in bound), settings=asdict(config))
 
@@ -138,17 +143,18 @@ class LodaSampler:
             # Clones: some samplers write into the sigmas they are given.
             segment = sigmas[k : k + 2].clone()
             if not self.blind:
-                x = separate(
-                    x,
-                    segment[0],
-                    k,
-                    partial(self._maps, model, conds, extra_args, segment[0]),
-                    self.config,
-                    self.trace,
-                    mask,
-                    comfy.model_management.throw_exception_if_processing_interrupted,
-                    loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
-                )
+                with _told_plainly(), self._patches_may_write():
+                    x = separate(
+                        x,
+                        segment[0],
+                        k,
+                        partial(self._maps, model, conds, extra_args, segment[0]),
+                        self.config,
+                        self.trace,
+                        mask,
+                        comfy.model_management.throw_exception_if_processing_interrupted,
+                        loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
+                    )
             # A copy: CFG++ samplers put their own functions into what they are given.
             own = dict(extra_args)
             x = one_step(model, x, segment, extra_args=own, callback=_shifted(callback, k), disable=True)
@@ -160,6 +166,15 @@ class LodaSampler:
         if total - count == 1 and getattr(self.base, "__name__", "") in NEVER_ALONE:
             return one_step(model, x, rest, extra_args=extra_args, callback=told, disable=disable)
         return self.base(model, x, rest, extra_args=extra_args, callback=told, disable=disable, **options)
+
+    def _patches_may_write(self) -> AbstractContextManager[Any]:
+        """Other packs' patches write into features in place (FreeU), which a gradient may still need: then these are
+        copied before. It costs time at every operation, so only where there is such a patch."""
+        options = self.guider.model_options.get("transformer_options", {})
+        hooked = any(cond.get("hooks") is not None for cond in self.guider.conds.get("positive", []))
+        if hooked or options.get("patches") or options.get("patches_replace"):
+            return torch.autograd.graph.allow_mutation_on_saved_tensors()
+        return nullcontext()
 
     @property
     def blind(self) -> bool:
@@ -226,7 +241,7 @@ class LodaSampler:
                 seen = run.latent if area is None else area[2:]
                 run.capture = Capture(self.layers, (x.shape[0], *seen))
                 # One conditioning at a time: then the batch is x's, and its area is known.
-                comfy.samplers.calc_cond_batch(inner, [[cond]], x, level, options)
+                self._call(inner, cond, x, level, options)
                 found = run.capture.found
                 self.asked = self.asked or run.capture.asked
                 self.read = self.read or bool(found)
@@ -240,6 +255,21 @@ class LodaSampler:
         finally:
             run.capture, run.gradient = None, False
         return total / weight.clamp(min=1.0)
+
+    def _call(self, inner: Any, cond: dict[str, Any], x: Tensor, level: Tensor, options: dict[str, Any]) -> None:
+        """One call of the model for its maps. Where another pack computes with tensors that it has made under the
+        host's inference mode, which autograd refuses, the call is made again with copies of them."""
+        if not self.adopting:
+            try:
+                comfy.samplers.calc_cond_batch(inner, [[cond]], x, level, options)
+                return
+            except RuntimeError as error:
+                if "Inference tensors cannot be saved" not in str(error):
+                    raise
+                self.adopting = True
+                self.run.capture = Capture(self.layers, self.run.capture.shape) if self.run.capture else None
+        with Adopting():
+            comfy.samplers.calc_cond_batch(inner, [[cond]], x, level, options)
 
     def _fix_regions(
         self, model: Any, x: Tensor, sigma: Tensor, conds: list[dict[str, Any]], extra_args: dict[str, Any]
@@ -258,6 +288,41 @@ class LodaSampler:
         end = self.config.afg_end
         until = 0.0 if end >= 1.0 else float(sampling.percent_to_sigma(end))
         self.run.fixed = FixedRegions(whole, until, self.config)
+
+
+_BROKEN_GRADIENT = ("inplace operation", "in-place operation", "does not require grad", "Inference tensors")
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Says in one sentence what autograd says of patches that it cannot pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in _BROKEN_GRADIENT):
+            raise
+        raise ConceptSplitError(
+            "LODA needs a gradient through the model, and another node's patch of this model breaks it: remove that "
+            "node, or set loda_steps to 0."
+        ) from error
+
+
+class Adopting(TorchFunctionMode):
+    """While it is on, inference tensors that meet a tensor with a gradient are copied first, so that autograd may
+    save them. In-place functions are left alone: a copy would lose what they write."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not (name.endswith("_") and not name.endswith("__")):
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+            if any(one.requires_grad for one in tensors) and any(one.is_inference() for one in tensors):
+                args, kwargs = tree_map_only(Tensor, _ordinary, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class FrozenControl:

@@ -7,6 +7,7 @@ here by a fingerprint, an exact integer sum over their bits, which does not depe
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,26 +86,45 @@ def recognise(row: Sequence[int], texts: Iterable[KnownText], values: int) -> Kn
     return max(best, key=lambda text: sum(map(sum, text.owners.values())))
 
 
+@dataclass
+class _Entry:
+    prints: dict[torch.dtype, tuple[int, ...]]
+    text: weakref.ref[Tensor]
+
+
 class TextBook:
-    """The bound texts that one text encoder has encoded last, in every dtype that a UNet may see them in."""
+    """The bound texts that one text encoder has encoded last, in every dtype that a UNet may see them in.
+
+    Equal texts may have different owners: somebody has written another placeholder for the same word. Texts that are
+    still in use come before those that nobody holds any more, and of these the last one counts.
+    """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[tuple[int, ...], tuple[Binding, ...]], dict] = OrderedDict()
+        self._entries: OrderedDict[tuple[tuple[int, ...], tuple[Binding, ...]], _Entry] = OrderedDict()
 
     def add(self, encoded: Tensor, bindings: tuple[Binding, ...]) -> None:
-        """Remembers a text [1, L, d] that `bindings` belong to; nothing to remember without any."""
+        """Remembers a text [1, L, d] that `bindings` belong to, without keeping it; nothing if there are none."""
         if not bindings or encoded.shape[0] != 1:
             return
         prints = {dtype: tuple(row_prints(encoded.to(dtype))[0]) for dtype in _DTYPES}
         key = (prints[torch.float32], bindings)
-        self._entries[key] = prints
+        self._entries[key] = _Entry(prints, weakref.ref(encoded))
         self._entries.move_to_end(key)
         while len(self._entries) > LIMIT:
             self._entries.popitem(last=False)
 
-    def texts(self, dtype: torch.dtype) -> list[tuple[tuple[int, ...], tuple[Binding, ...]]]:
-        """Fingerprints of the rows in `dtype`, and bindings, of each text, the oldest first."""
-        return [(prints[dtype], key[1]) for key, prints in self._entries.items() if dtype in prints]
+    def texts(self, dtype: torch.dtype, in_use: bool) -> list[tuple[tuple[int, ...], tuple[Binding, ...]]]:
+        """Fingerprints of the rows in `dtype`, and bindings, of each text that is in use, or of each that is not."""
+        found = [
+            (entry.prints[dtype], bindings)
+            for (_, bindings), entry in self._entries.items()
+            if dtype in entry.prints and (entry.text() is not None) == in_use
+        ]
+        return found if in_use else list(dict(found).items())
+
+    def concepts(self) -> set[str]:
+        """Who owns rows of some text."""
+        return {binding.concept for _, bindings in self._entries for binding in bindings}
 
     def joined(self, encoded: Tensor, start: int) -> tuple[tuple[Binding, ...], bool]:
         """Bindings of the texts that stand one behind the other in `encoded` [1, L, d] from row `start` on.
@@ -113,19 +133,19 @@ class TextBook:
             The bindings by their rows in `encoded`, and whether some text could be either of two.
         """
         prints = tuple(row_prints(encoded[:1].to(torch.float32))[0])
+        shelves = [self.texts(torch.float32, in_use) for in_use in (True, False)]
         found: list[Binding] = []
         unclear = False
         while start < len(prints):
-            here = [
-                (text, bindings)
-                for text, bindings in self.texts(torch.float32)
-                if prints[start : start + len(text)] == text
-            ]
+            here: list[tuple[tuple[int, ...], tuple[Binding, ...]]] = []
+            for shelf in shelves:
+                here = here or [one for one in shelf if prints[start : start + len(one[0])] == one[0]]
             longest = max((len(text) for text, _ in here), default=0)
             owners = {bindings for text, bindings in here if len(text) == longest}
             if len(owners) == 1:
                 for binding in owners.pop():
                     found.append(Binding(binding.concept, tuple(row + start for row in binding.rows)))
-            unclear = unclear or len(owners) > 1
+            elif owners:
+                unclear = True
             start += max(1, longest)
         return tuple(found), unclear

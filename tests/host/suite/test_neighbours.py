@@ -245,6 +245,21 @@ def post_guidance(model):
     return model
 
 
+def skips_in_place(model):
+    """An output block patch that writes into the skip, which the way down has saved for its own gradient."""
+    model = model.clone()
+    model.set_model_output_block_patch(lambda h, skip, options: (h, skip.mul_(0.9)))
+    return model
+
+
+def scaled_output(model):
+    """An attn2 output patch that multiplies by a tensor made under inference mode, which autograd may not save."""
+    with torch.inference_mode():
+        model, scale = model.clone(), torch.rand(1) * 0.1 + 0.8
+        model.set_model_attn2_output_patch(lambda out, options: out * scale)
+    return model
+
+
 def node(name, **inputs):
     def patch(model):
         return run(name, model=model, **inputs)[0]
@@ -262,9 +277,12 @@ NEIGHBOURS = [
     function_wrapper,
     batch_function,
     post_guidance,
+    scaled_output,
     node("PerturbedAttentionGuidance", scale=2.0),
     node("SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
     node("FreeU", b1=1.2, b2=1.4, s1=0.9, s2=0.4),
+    node("FreeU_V2", b1=1.2, b2=1.4, s1=0.9, s2=0.4),
+    skips_in_place,
     node("RescaleCFG", multiplier=0.7),
     node("HyperTile", tile_size=32, swap_size=2, max_depth=1, scale_depth=False),
     node("TomePatchModel", ratio=0.5),
@@ -323,6 +341,29 @@ def test_beside_a_neighbour(sd, adapted, neighbour, caplog):
     assert torch.equal(sample_loda(neighbour(model), *conds, image, steps=4)[0], fixed)
     assert same_weights(kept, sd.model) and hooks_on(sd.model) == 0
     assert torch.equal(sample(sd.model, *conds, image), stock)
+
+
+def test_a_patch_that_breaks_the_gradient_is_one_sentence(sd, adapted):
+    """Features changed in place from outside every patch: fine for sampling, not for a gradient that needs them."""
+
+    def shrink(module, inputs, output):
+        inputs[0].mul_(0.9)
+
+    model, clip = adapted
+    conds = encode(clip, PROMPT), encode(clip, "blurry")
+    kept = weights(sd.model)
+    errors = pack("conceptsplit_core.errors")
+    handles = [module.norm2.register_forward_hook(shrink) for _, module in blocks(sd.model)]
+    try:
+        before = sample(model, *conds)
+        with pytest.raises(errors.ConceptSplitError, match="gradient through the model") as told:
+            sample_loda(model, *conds)
+        assert torch.equal(sample(model, *conds), before)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert "\n" not in str(told.value)
+    assert same_weights(kept, sd.model) and hooks_on(sd.model) == 0
 
 
 def test_windows_of_the_picture_get_values_and_no_regions(sd, adapted, caplog):
@@ -520,6 +561,26 @@ def test_concat_of_texts_that_read_the_same_says_so(sd, adapted, caplog):
     with messages(caplog) as told:
         sample(model, both, encode(clip, ""), steps=1)
     assert any("read the same" in line for line in told)
+
+
+def test_a_placeholder_that_was_edited_is_not_taken_for_its_old_self(sd, adapted, caplog):
+    """The same words with another placeholder, as after an edit: the text in use counts, not the one before."""
+    model, clip = apply(*adapted, make_adapter(sd.model, "fido", seed=5))
+    for name, seed in (("rex", 0), ("fido", 5), ("rex", 0)):
+        second = encode(clip, f"her <{name}>")  # the host's cache holds it while it is in the graph
+        (both,) = run("ConditioningConcat", conditioning_to=encode(clip, "at sea"), conditioning_from=second)
+        with messages(caplog) as told, watched(sd.model) as ours:
+            sample(model, both, encode(clip, ""), steps=1)
+        with watched(sd.model) as plain:
+            sample(sd.model, both, encode(clip, ""), steps=1)
+        assert not any("read the same" in line for line in told)
+        assert changed_rows(ours, plain) == {0: {(0, 79)}}
+        index = ours[0].kinds.index(0)
+        delta = ours[0].values[MIDDLE][index, 79] - plain[0].values[MIDDLE][index, 79]
+        owner = make_adapter(sd.model, name, seed=seed)
+        wanted = second[0][0][0, 2] @ owner.down[MIDDLE].t() @ owner.up[MIDDLE].t() * owner.scale(MIDDLE)
+        torch.testing.assert_close(delta, wanted, atol=1e-4, rtol=1e-4)
+        del second
 
 
 def test_chunks_joined_by_a_text_node_keep_both_bindings(sd, adapted):
