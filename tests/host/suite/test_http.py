@@ -26,8 +26,8 @@ BOOT_SECONDS, RUN_SECONDS = 180, 600
 class Program:
     """A ComfyUI in its own process, with its own folders."""
 
-    def __init__(self, base: Path):
-        self.base = base
+    def __init__(self, base: Path, *options: str):
+        self.base, self.options = base, options
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / "comfyui-conceptsplit").symlink_to(REPO, target_is_directory=True)
         self.start()
@@ -49,6 +49,7 @@ class Program:
             "--port",
             str(self.port),
             "--disable-auto-launch",
+            *self.options,
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
