@@ -41,9 +41,30 @@ def layer_paths(model: comfy.model_base.BaseModel) -> dict[str, str]:
     return names
 
 
-def layer_modules(model: comfy.model_base.BaseModel) -> dict[str, Any]:
-    """Canonical layer name to its living attn2 module, looked up now: hosts swap modules between runs."""
-    return {name: comfy.utils.get_attr(model.diffusion_model, path) for name, path in layer_paths(model).items()}
+def layer_modules(model: comfy.model_base.BaseModel, paths: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Canonical layer name to its living attn2 module, looked up now: hosts swap modules between runs.
+
+    Args:
+        paths: `layer_paths(model)` when the caller has it already.
+    """
+    found = layer_paths(model) if paths is None else paths
+    return {name: _find(model.diffusion_model, path) for name, path in found.items()}
+
+
+def _find(root: nn.Module, path: str) -> Any:
+    """The module at `path`, also where another pack has put a part of it into a module of its own."""
+    node: Any = root
+    for part in path.split("."):
+        inner = getattr(node, part, None)
+        if inner is None:
+            inner = next((getattr(module, part) for module in node.modules() if hasattr(module, part)), None)
+        if inner is None:
+            raise ConceptSplitError(
+                f"Another node has replaced a part of this model ({path} is not there): value adapters and LODA need "
+                "the model's own attention layers; remove that node."
+            )
+        node = inner
+    return node
 
 
 def layer_shapes(model: comfy.model_base.BaseModel) -> dict[str, tuple[int, int]]:

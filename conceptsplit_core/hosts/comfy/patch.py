@@ -23,7 +23,6 @@ import comfy.conds
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import comfy.model_patcher
-import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from ...loda import LodaConfig, LodaTrace, region_bias
 from ...maps import map_size
 from ...tokens import Binding, row_mask
 from .clip import BoundText
-from .model import KEY, base_family, compute_dtype, layer_paths, layer_shapes, whole
+from .model import KEY, base_family, compute_dtype, layer_modules, layer_paths, layer_shapes, whole
 from .texts import Ambiguous, KnownText, TextBook, known_text, recognise, row_prints
 
 log = logging.getLogger("ConceptSplit")
@@ -472,7 +471,7 @@ def _call(
         rows: the row masks of this very batch, [b, L, 2n]: for values, then for attention.
         x: [b, C, h, w].
     """
-    modules = {name: comfy.utils.get_attr(model.diffusion_model, path) for name, path in run.paths.items()}
+    modules = layer_modules(model, run.paths)
     handles: list[Any] = []
     mark = Mark()
     try:
@@ -521,7 +520,8 @@ def _hook_capture(modules: Mapping[str, Any], capture: Capture, rows: CallRows, 
             if query is None or query.shape[0] != output.shape[0] or output.shape[0] % images:
                 return
             fitted = rows.fit(inputs[0])
-            if not fitted.attends:
+            # Without its gradient a map of a gradient pass is none: another pack has cut it off.
+            if not fitted.attends or (rows.run.gradient and not query.requires_grad):
                 return
             maps = bound_attention(query, output, heads, fitted.attended)
             capture.found[name] = per_image(maps, fitted.attended, images)

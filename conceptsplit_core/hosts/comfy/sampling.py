@@ -11,7 +11,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -80,7 +80,7 @@ def sampler_wrapper(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Te
     if loda.blind:
         log.warning(
             "[ConceptSplit] LODA found none of the prompt's concepts in the model's attention and did nothing: another "
-            "node changes the text, or shows the model windows of the picture."
+            "node changes the text, shows the model windows of the picture, or cuts off gradients."
         )
     return out
 
@@ -114,7 +114,8 @@ class LodaSampler:
         factors = downscales(guider.inner_model)
         self.factor, layers = choose_layers(factors, config.map_downscale, config.map_part)
         self.layers = frozenset(layers)
-        self.adopting = False
+        self.adopting = self.copying = False  # what other packs' patches have been found to need
+        self.dark = False  # whether a gradient pass has found no map with a gradient
         self.asked = self.read = False  # whether layers ran that should have given maps, and whether any did
         self.trace = LodaTrace(concepts=tuple(run.names[i] for i in bound), settings=asdict(config))
 
@@ -143,18 +144,8 @@ class LodaSampler:
             # Clones: some samplers write into the sigmas they are given.
             segment = sigmas[k : k + 2].clone()
             if not self.blind:
-                with _told_plainly(), self._patches_may_write():
-                    x = separate(
-                        x,
-                        segment[0],
-                        k,
-                        partial(self._maps, model, conds, extra_args, segment[0]),
-                        self.config,
-                        self.trace,
-                        mask,
-                        comfy.model_management.throw_exception_if_processing_interrupted,
-                        loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
-                    )
+                maps = partial(self._maps, model, conds, extra_args, segment[0])
+                x = self._separate(x, segment[0], k, maps, mask)
             # A copy: CFG++ samplers put their own functions into what they are given.
             own = dict(extra_args)
             x = one_step(model, x, segment, extra_args=own, callback=_shifted(callback, k), disable=True)
@@ -167,19 +158,38 @@ class LodaSampler:
             return one_step(model, x, rest, extra_args=extra_args, callback=told, disable=disable)
         return self.base(model, x, rest, extra_args=extra_args, callback=told, disable=disable, **options)
 
-    def _patches_may_write(self) -> AbstractContextManager[Any]:
-        """Other packs' patches write into features in place (FreeU), which a gradient may still need: then these are
-        copied before. It costs time at every operation, so only where there is such a patch."""
-        options = self.guider.model_options.get("transformer_options", {})
-        hooked = any(cond.get("hooks") is not None for cond in self.guider.conds.get("positive", []))
-        if hooked or options.get("patches") or options.get("patches_replace"):
-            return torch.autograd.graph.allow_mutation_on_saved_tensors()
-        return nullcontext()
+    def _separate(self, x: Tensor, sigma: Tensor, k: int, maps: Callable[[Tensor], Tensor], mask: Any) -> Tensor:
+        """The updates at the start of step k. Where another pack writes into features in place (FreeU_V2) that the
+        gradient still needs, they are done again in a way that copies these before, which takes longer."""
+        work = partial(
+            separate,
+            x,
+            sigma,
+            k,
+            maps,
+            self.config,
+            self.trace,
+            mask,
+            comfy.model_management.throw_exception_if_processing_interrupted,
+            loss_scale=1024.0 if compute_dtype(self.guider.inner_model) == torch.float16 else 1.0,
+        )
+        with _told_plainly():
+            if not self.copying:
+                done = len(self.trace.losses), len(self.trace.divergences)
+                try:
+                    return work()
+                except RuntimeError as error:
+                    if "inplace operation" not in str(error):
+                        raise
+                    self.copying = True
+                    del self.trace.losses[done[0] :], self.trace.divergences[done[1] :]
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+                return work()
 
     @property
     def blind(self) -> bool:
         """Whether layers have run and none of them has shown where a concept is: no pass will."""
-        return self.asked and not self.read
+        return (self.asked and not self.read) or self.dark
 
     def _one_step(
         self, x: Tensor, extra_args: dict[str, Any], options: dict[str, Any]
@@ -235,6 +245,7 @@ class LodaSampler:
         total = x.new_zeros(x.shape[0], len(self.bound), *size) + 0.0 * x.sum()
         weight = x.new_zeros(1, len(self.bound), 1, 1)
         run.gradient = torch.is_grad_enabled()
+        asked = read = False
         try:
             for cond in conds:
                 area = _area(cond, run.latent)
@@ -243,8 +254,7 @@ class LodaSampler:
                 # One conditioning at a time: then the batch is x's, and its area is known.
                 self._call(inner, cond, x, level, options)
                 found = run.capture.found
-                self.asked = self.asked or run.capture.asked
-                self.read = self.read or bool(found)
+                asked, read = asked or run.capture.asked, read or bool(found)
                 if not found:
                     continue  # outside its timestep range, or another pack has changed its text
                 part = size if area is None else level_sizes(seen)[self.factor]
@@ -252,6 +262,8 @@ class LodaSampler:
                 has = _attended(cond, run).any(dim=1)[:, list(self.bound)].to(maps)[..., None, None]
                 total = total + _placed(maps, area, run.latent, size)
                 weight = weight + has
+            self.dark = self.dark or (run.gradient and asked and not read)
+            self.asked, self.read = self.asked or asked, self.read or read
         finally:
             run.capture, run.gradient = None, False
         return total / weight.clamp(min=1.0)

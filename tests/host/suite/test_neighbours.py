@@ -245,6 +245,24 @@ def post_guidance(model):
     return model
 
 
+def wrapped_block(model):
+    """A pack that puts a block into a module of its own."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.wrapped_block = block
+
+        def forward(self, x, context=None, transformer_options=None):
+            return self.wrapped_block(x * 0.95, context=context, transformer_options=transformer_options)
+
+    name = "middle_block.1.transformer_blocks.0"
+    inner = model.get_model_object(f"diffusion_model.{name}")
+    model = model.clone()
+    model.add_object_patch(f"diffusion_model.{name}", Wrapper(inner))
+    return model
+
+
 def skips_in_place(model):
     """An output block patch that writes into the skip, which the way down has saved for its own gradient."""
     model = model.clone()
@@ -283,6 +301,7 @@ NEIGHBOURS = [
     node("FreeU", b1=1.2, b2=1.4, s1=0.9, s2=0.4),
     node("FreeU_V2", b1=1.2, b2=1.4, s1=0.9, s2=0.4),
     skips_in_place,
+    wrapped_block,
     node("RescaleCFG", multiplier=0.7),
     node("HyperTile", tile_size=32, swap_size=2, max_depth=1, scale_depth=False),
     node("TomePatchModel", ratio=0.5),
@@ -339,31 +358,69 @@ def test_beside_a_neighbour(sd, adapted, neighbour, caplog):
     assert not told
     assert not torch.equal(free, fixed), "AFG must act beside the neighbour"
     assert torch.equal(sample_loda(neighbour(model), *conds, image, steps=4)[0], fixed)
-    assert same_weights(kept, sd.model) and hooks_on(sd.model) == 0
     assert torch.equal(sample(sd.model, *conds, image), stock)
+    assert same_weights(kept, sd.model) and hooks_on(sd.model) == 0
 
 
-def test_a_patch_that_breaks_the_gradient_is_one_sentence(sd, adapted):
-    """Features changed in place from outside every patch: fine for sampling, not for a gradient that needs them."""
-
-    def shrink(module, inputs, output):
-        inputs[0].mul_(0.9)
-
+def test_features_written_in_place_from_outside_every_patch(sd, adapted):
+    """A module hook that writes into what the gradient has saved: LODA's gradient is that of the same, out of place."""
     model, clip = adapted
     conds = encode(clip, PROMPT), encode(clip, "blurry")
     kept = weights(sd.model)
-    errors = pack("conceptsplit_core.errors")
-    handles = [module.norm2.register_forward_hook(shrink) for _, module in blocks(sd.model)]
-    try:
-        before = sample(model, *conds)
-        with pytest.raises(errors.ConceptSplitError, match="gradient through the model") as told:
-            sample_loda(model, *conds)
-        assert torch.equal(sample(model, *conds), before)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert "\n" not in str(told.value)
+
+    def under(hook):
+        handles = [module.norm2.register_forward_hook(hook) for _, module in blocks(sd.model)]
+        try:
+            return sample_loda(model, *conds, steps=4)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    stock, _ = sample_loda(model, *conds, steps=4)
+    out, maps = under(lambda module, inputs, output: output.mul_(0.5))
+    wanted, _ = under(lambda module, inputs, output: output * 0.5)
+    written, trace = under(shrink)
+    assert maps.trace.backwards > 0 and trace.trace.backwards > 0
+    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(written, stock) and torch.isfinite(written).all()
+    assert len(trace.trace.losses) == len(maps.trace.losses), "an attempt that failed leaves no entries"
     assert same_weights(kept, sd.model) and hooks_on(sd.model) == 0
+
+
+def shrink(module, inputs, output):
+    """Writes into the residual that the layer has saved for its own gradient."""
+    inputs[0].mul_(0.9)
+
+
+def test_a_gradient_that_stays_broken_is_one_sentence():
+    sampling = pack("conceptsplit_core.hosts.comfy.sampling")
+    errors = pack("conceptsplit_core.errors")
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(errors.ConceptSplitError, match="gradient through the model") as told, sampling._told_plainly():
+        y = x.exp()
+        y.mul_(2.0)
+        y.sum().backward()
+    assert "\n" not in str(told.value)
+
+
+def test_blocks_without_gradients_are_said(sd, adapted, caplog):
+    """Token perturbation's way: every block's forward under no_grad. Values act, LODA cannot."""
+
+    def theirs(model):
+        model = model.clone()
+        for name, module in model.model.diffusion_model.named_modules():
+            if name.endswith("transformer_blocks.0"):
+                model.add_object_patch(f"diffusion_model.{name}.forward", torch.no_grad()(module.forward))
+        return model
+
+    model, clip = adapted
+    conds = encode(clip, PROMPT), encode(clip, "blurry")
+    out = sample(theirs(model), *conds)
+    assert torch.equal(out, sample(model, *conds))
+    with messages(caplog) as told:
+        blind, maps = sample_loda(theirs(model), *conds)
+    assert len(told) == 1 and "cuts off gradients" in told[0]
+    assert torch.equal(blind, out) and maps.trace.regions is None
 
 
 def test_windows_of_the_picture_get_values_and_no_regions(sd, adapted, caplog):
@@ -555,12 +612,15 @@ def test_concat_binds_the_second_text_too(sd, adapted):
 
 def test_concat_of_texts_that_read_the_same_says_so(sd, adapted, caplog):
     model, clip = apply(*adapted, make_adapter(sd.model, "fido", seed=5))
-    (both,) = run(
-        "ConditioningConcat", conditioning_to=encode(clip, "one <rex>"), conditioning_from=encode(clip, "one <fido>")
-    )
-    with messages(caplog) as told:
+    first, second = encode(clip, "one <rex>"), encode(clip, "one <fido>")  # in the graph, so both are in use
+    (both,) = run("ConditioningConcat", conditioning_to=first, conditioning_from=second)
+    with messages(caplog) as told, watched(sd.model) as ours:
         sample(model, both, encode(clip, ""), steps=1)
+    with watched(sd.model) as plain:
+        sample(sd.model, both, encode(clip, ""), steps=1)
     assert any("read the same" in line for line in told)
+    assert changed_rows(ours, plain) == {0: {(0, 2)}}
+    del first, second
 
 
 def test_a_placeholder_that_was_edited_is_not_taken_for_its_old_self(sd, adapted, caplog):
