@@ -100,15 +100,22 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
             picture.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as problem:
-        reason = "it is not a picture" if isinstance(problem, UnidentifiedImageError) else str(problem).rstrip(".")
+        return _to_rgb(picture, path.name)
+    except ConceptSplitError:
+        raise
+    except Image.DecompressionBombError:
+        raise ConceptSplitError(f"'{path.name}' is too large a picture to open: scale it down first.") from None
+    except Exception as problem:  # decoders raise anything on a damaged file: struct.error, KeyError, TypeError …
+        detail = " ".join(str(problem).split())[:200].rstrip(".") or type(problem).__name__
+        reason = "it is not a picture" if isinstance(problem, UnidentifiedImageError) else detail
         raise ConceptSplitError(
             f"'{path.name}' cannot be read as a picture ({reason}): replace or remove it."
         ) from None
-    except Image.DecompressionBombError:
-        raise ConceptSplitError(f"'{path.name}' is too large a picture to open: scale it down first.") from None
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "F" or picture.mode.startswith("I"):
-        return _wide_to_rgb(picture, path.name)
+        return _wide_to_rgb(picture, name)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         alpha = picture.convert("RGBA")
         white = Image.new("RGBA", alpha.size, (255, 255, 255, 255))

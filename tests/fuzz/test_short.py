@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,20 @@ def test_whole_and_damaged_pictures():
     tally, _ = images.fuzz(600, SEED)
     assert not tally.bad, tally.bad[:5]
     assert tally.table["whole"]["picture"] == len(images.whole_files())
+
+
+def test_whatever_a_decoder_raises_is_a_sentence(tmp_path, monkeypatch):
+    """A damaged fax made Pillow's TIFF reader raise a TypeError."""
+    path = tmp_path / "fax.tif"
+    path.write_bytes(images.whole_files()["fax.tif"][0])
+    for problem in (TypeError("'float' object\ncannot be interpreted"), struct.error(), KeyError(3), MemoryError()):
+
+        def fail(*_, problem=problem, **__):
+            raise problem
+
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+        monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", fail)
+        assert images.read(path) == "sentence", problem
 
 
 def test_the_watch_sees_what_it_is_there_for(tmp_path):
