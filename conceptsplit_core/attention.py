@@ -27,24 +27,24 @@ class PassRows(list["BoundRows | None"]):
 
     def __init__(self, rows: Sequence[BoundRows | None]):
         super().__init__(rows)
-        self._together: dict[Any, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._together: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
     def together(
-        self, acting: Sequence[int], ranks: Sequence[int], scales: Sequence[float], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All rows of the acting concepts as one: their places (batch [m], row [m]), which of the Σr inner values
+        self, length: int, acting: Sequence[int], ranks: Sequence[int], scales: Sequence[float], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All rows of the acting concepts as one: their places batch · length + row [m], which of the Σr inner values
         belong to another concept [m, Σr], and weight · scale of each row [m, 1]. Worked out once per pass."""
-        key = (tuple(acting), tuple(ranks), tuple(scales), dtype)
+        key = (length, tuple(acting), tuple(ranks), tuple(scales), dtype)
         if key not in self._together:
             parts = [part for i in acting if (part := self[i]) is not None]
-            batch, row = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+            places = torch.cat([batch * length + row for batch, row, _ in parts])
             factor = torch.cat([part[2].to(dtype) * scale for part, scale in zip(parts, scales, strict=True)])
-            other = torch.ones(len(row), sum(ranks), dtype=torch.bool)
+            other = torch.ones(len(places), sum(ranks), dtype=torch.bool)
             at = first = 0
             for part, rank in zip(parts, ranks, strict=True):
                 other[at : at + len(part[1]), first : first + rank] = False
                 at, first = at + len(part[1]), first + rank
-            self._together[key] = (batch, row, other.to(batch.device), factor.unsqueeze(-1))
+            self._together[key] = (places, other.to(places.device), factor.unsqueeze(-1))
         return self._together[key]
 
 
@@ -98,18 +98,20 @@ def value_delta(
         down = torch.cat([delta[0].to(dtype) for _, delta in acting])
         up = torch.cat([delta[1].to(dtype) for _, delta in acting], dim=1)
     rows = rows if isinstance(rows, PassRows) else PassRows(rows)
-    batch, row, other, factor = rows.together(
-        [i for i, _ in acting], [d[0].shape[0] for _, d in acting], [d[2] for _, d in acting], dtype
+    count, length = context.shape[:2]
+    places, other, factor = rows.together(
+        length, [i for i, _ in acting], [d[0].shape[0] for _, d in acting], [d[2] for _, d in acting], dtype
     )
     # Only the bound rows are multiplied: a handful out of 77 per prompt.
-    inner = context[batch, row].to(down.dtype) @ down.t()
+    inner = context.flatten(0, 1)[places].to(down.dtype) @ down.t()
     if len(acting) > 1:
         # Filled, not multiplied by zero: what one concept's adapter makes of another's row may be infinite.
         inner = inner.masked_fill(other, 0.0)
     added = (inner @ up.t()) * factor
-    total = torch.zeros(*context.shape[:2], up.shape[0], dtype=context.dtype, device=context.device)
-    # Out of place, because autograd needs it in training; accumulating, because two concepts may share a row.
-    return total.index_put((batch, row), added.to(total.dtype), accumulate=True)
+    total = torch.zeros(count * length, up.shape[0], dtype=context.dtype, device=context.device)
+    # Out of place, because autograd needs it in training; adding, because two concepts may share a row. (On a CPU
+    # index_put does the same forty times slower.)
+    return total.index_add(0, places, added.to(total.dtype)).unflatten(0, (count, length))
 
 
 def apply_value_delta(value: Tensor, context: Tensor, mask: Tensor, deltas: Sequence[Delta | None]) -> Tensor:
