@@ -264,7 +264,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Graph], None], str]]:
         "no word to mark": (no_marks, "no word to mark"),
         "preview without maps": (no_maps, "no attention maps"),
         "a level the model lacks": (no_such_level, "no cross-attention at 1/8"),
-        "resuming another training": (other_resume, "another training"),
+        "resuming another training": (other_resume, "belongs to a training with other images"),
     }
 
 

@@ -1,6 +1,5 @@
-"""The part of the sampler matrix that every run keeps: all samplers with one scheduler, all schedulers with one
-sampler, and each option with a few samplers. The whole of it is `python -m tests.host.matrix`, its table
-docs/samplers.md."""
+"""The part of the sampler matrix that every run keeps: all samplers with one scheduler and the options in turn, all
+schedulers with one sampler. The whole of it is `python -m tests.host.matrix`, its table docs/samplers.md."""
 
 from __future__ import annotations
 
@@ -16,10 +15,9 @@ SAMPLERS = [case.sampler for case in CASES if case.scheduler == SCHEDULER and no
 
 
 def reduced():
-    """Every sampler plain and with one option, in turn; every scheduler plain."""
-    options = list(OPTIONS)
+    """Every sampler once, plain or with an option, in turn; every other scheduler plain."""
+    options = ["", *OPTIONS]
     for number, sampler in enumerate(SAMPLERS):
-        yield Case(sampler, SCHEDULER)
         yield Case(sampler, SCHEDULER, options[number % len(options)])
     for case in CASES:
         if case.sampler == SAMPLER and case.scheduler != SCHEDULER and not case.option:
