@@ -31,11 +31,7 @@ from .common import bar, machine, open_model, say, to_tensor, write_picture
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the demo, tuned on seeds 11 to 26 of other concepts; the pictures shown have seeds from 1000 on.
-
-    A quarter of the steps is optimised. AFG discourages instead of forbidding (-3 logits): on a map of 8 x 8 cells
-    its regions are coarse, and a hard edge cuts into the shapes.
-    """
+    """Settings of the demo; LODA and AFG at their defaults, which docs/separation.md says how they were chosen."""
 
     concepts: tuple[str, ...] = ("pixa", "nero")
     pictures: int = 5
@@ -49,9 +45,7 @@ class Settings:
     guidance: float = 4.0
     # The model paints a background of its own choosing otherwise, often one that hides a concept's colours.
     prompt_end: str = "on a grey background"
-    loda: LodaConfig = field(
-        default_factory=lambda: LodaConfig(steps=5, iterations=2, step_size=0.03, afg_negative=-3.0)
-    )
+    loda: LodaConfig = field(default_factory=LodaConfig)
 
 
 SETTINGS = Settings()
@@ -107,7 +101,7 @@ def compose(
     """Pictures of all `names` together, one per seed; maps are noted at the first step after LODA's."""
     concepts = [Concept(name, scenes.CONCEPTS[name].class_word) for name in names]
     conditioning = host.encode_text(model, joint_prompt(names, settings.prompt_end), concepts)
-    at = min(settings.loda.steps, settings.sampling_steps - 1)
+    at = min(settings.loda.for_schedule(settings.sampling_steps).steps, settings.sampling_steps - 1)
     return host.sample(
         model,
         [conditioning],
@@ -192,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
         pictures.contact_sheet(pairs, titles, 4, 192, f'"{prompt}", same seeds without and with LODA'),
         out / "composed.png",
     )
-    at = min(settings.loda.steps, settings.sampling_steps - 1)
+    at = min(settings.loda.for_schedule(settings.sampling_steps).steps, settings.sampling_steps - 1)
     write_picture(overlays(before, after, names, seeds, at), out / "attention.png")
 
     trace = after.trace

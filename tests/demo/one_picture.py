@@ -27,7 +27,7 @@ PICTURE = Path(__file__).parents[1] / "fixtures" / "one_picture.png"
 ADAPTERS = Path(host.__file__).parents[1] / "demo" / "adapters"
 NAMES = ("pixa", "nero")
 SEED, STEPS, CFG = 1000, 28, 4.0
-LODA = LodaConfig(steps=4, iterations=2, step_size=0.03, afg_negative=-3.0)
+LODA = LodaConfig().for_schedule(STEPS)
 
 
 def prompt(words: list[str]) -> str:
