@@ -241,15 +241,19 @@ def bind(
         other = content(tokenize(_woven(between, changed)), special)
         return _changed(spelled, other, [words[standing[at]] for at in which])
 
-    everywhere = range(len(written))
-    # All at once, as a rule; one by one where that fails, to tell which of them does not stand alone.
-    found = (place(everywhere) if written else []) or [(place(range(at, at + 1)) or [()])[0] for at in everywhere]
-    for name, word, rows in zip(written, standing, found, strict=True):
-        if not rows:
-            raise ConceptSplitError(
-                f"Placeholder <{name}> in prompt \"{shown}\" does not stand as the word '{word}' after tokenizing: "
-                "put spaces around it."
-            )
+    which = range(len(written))
+    found = place(which) if written else []
+    if found is None:
+        # By halves, to name one that does not stand alone: each try tokenizes the whole prompt.
+        while len(which) > 1:
+            first, second = which[: len(which) // 2], which[len(which) // 2 :]
+            which = second if place(first) else first
+        at = which[0]
+        raise ConceptSplitError(
+            f"Placeholder <{written[at]}> in prompt \"{shown}\" does not stand as the word '{standing[at]}' after "
+            "tokenizing: put spaces around it."
+        )
+    for name, rows in zip(written, found, strict=True):
         taken.update(rows)
         owned[name].extend(rows)
 

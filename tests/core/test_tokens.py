@@ -177,3 +177,17 @@ def test_a_word_inside_a_longer_class_word_belongs_to_the_longer():
         assert set(rows(bound, "teddy")).isdisjoint(rows(bound, "small")) and len(bound.bindings) == 2
     alone = bind("a polar bear", [bear, polar], tokenize, special=SPECIAL)
     assert [b.concept for b in alone.bindings] == ["teddy"] and "small" in alone.warnings[0]
+
+
+def test_the_one_of_many_placeholders_that_does_not_stand_is_named_soon():
+    """One try per placeholder took half a minute of a prompt of thousands of words."""
+    tries = []
+
+    def counted(text):
+        tries.append(text)
+        return tokenize(text)
+
+    text = "<rex> " * 300 + "hot<tom> " + "<rex> " * 300
+    with pytest.raises(ConceptSplitError, match="Placeholder <tom>"):
+        bind(text, [REX, Concept("tom", "cat")], counted, tokenize, SPECIAL)
+    assert len(tries) < 20
