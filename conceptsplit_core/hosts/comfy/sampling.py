@@ -206,6 +206,14 @@ class LodaSampler:
             shared = k_diffusion.default_noise_sampler(x, seed=extra_args.get("seed"))
             options = {"noise_sampler": shared, **options}
             return lambda *a, **k: self.base(*a, **k, **options), options
+        if "ancestral" in name and "noise_sampler" in inspect.signature(self.base).parameters:
+            # Multistep with noise at every step: without it in the first ones pictures would come out flatter.
+            noisy = k_diffusion.sample_euler_ancestral
+            if name.endswith("_cfg_pp"):
+                noisy = k_diffusion.sample_euler_ancestral_cfg_pp
+            shared = k_diffusion.default_noise_sampler(x, seed=extra_args.get("seed"))
+            options = {"noise_sampler": shared, **options}
+            return partial(noisy, noise_sampler=options["noise_sampler"]), options
         return euler, options
 
     def _optimised_conds(self, x: Tensor) -> list[dict[str, Any]]:
