@@ -497,6 +497,31 @@ def test_couple_binds_each_repeat_of_the_text(sd, adapted, batch):
     assert differ == [[batch + image_, 5] for image_ in range(batch)]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_couple_on_models_that_compute_or_store_in_other_types(loaded, dtype):
+    """The text is rounded on its way into the layers; its rows must still be known."""
+    import comfy.sd
+
+    from . import checkpoints
+
+    with torch.inference_mode():
+        model, *_ = comfy.sd.load_state_dict_guess_config(
+            checkpoints.unet_state("sd15", 0),
+            output_clip=False,
+            output_vae=False,
+            model_options={"dtype": getattr(torch, dtype)},
+        )
+    ours, clip = apply(model, loaded("sd15").clip, make_adapter(model))
+    region = encode(clip, "in a park the <rex>")[0][0]
+    conds = encode(clip, PROMPT), encode(clip, "")
+    with watched(model) as plain:
+        sample(couple(model, [region]), *conds, steps=1)
+    with watched(model) as calls:
+        sample(couple(ours, [region]), *conds, steps=1)
+    differ = (calls[0].values[MIDDLE] != plain[0].values[MIDDLE]).any(dim=-1).nonzero().tolist()
+    assert differ == [[1, 5], [2, 5]]
+
+
 def test_couple_binds_the_texts_of_regions(sd, adapted, caplog):
     model, clip = adapted
     region = encode(clip, "the <rex> in a park")[0][0]
