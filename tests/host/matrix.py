@@ -64,19 +64,20 @@ class Outcome:
 
 
 def cases() -> Iterator[Case]:
-    """All combinations of the host this runs in."""
+    """All combinations of the host this runs in; those that say most first, so that a run cut short has them."""
     import comfy.samplers
 
     samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
-    for sampler in samplers:
-        for scheduler in schedulers:
-            yield Case(sampler, scheduler)
-    for option in OPTIONS:
+    others = [name for name in schedulers if name != SCHEDULER]
+    for option in ("", *OPTIONS):
         for sampler in samplers:
             yield Case(sampler, SCHEDULER, option)
-        for scheduler in schedulers:
-            if scheduler != SCHEDULER:
-                yield Case(SAMPLER, scheduler, option)
+        for scheduler in others:
+            yield Case(SAMPLER, scheduler, option)
+    for sampler in samplers:
+        for scheduler in others:
+            if sampler != SAMPLER:
+                yield Case(sampler, scheduler)
 
 
 def examine(model: Any, clip: Any, case: Case) -> Outcome:
@@ -131,15 +132,19 @@ def examine(model: Any, clip: Any, case: Case) -> Outcome:
         told("LODA made no update")
     if case.scheduler == SCHEDULER:
         # A threshold next to nothing: the loss is zero everywhere, no update is made.
-        nothing = {"threshold": 1e-12, "afg": False, "loda_steps": loda_steps, **settings}
-        idle, quiet = sample_loda(model, *conds, image, **nothing)
+        nothing = {"threshold": 1e-12, "afg": False, "loda_steps": loda_steps}
+        if case.sampler.endswith("_cfg_pp"):
+            # CFG++ is made for scales of 1 to 2: far above, its second-order samplers double the latent's size.
+            settings = {**settings, "cfg": min(settings["cfg"], 1.5)}
+        plain = sample(model, *conds, image, **settings) if case.sampler.endswith("_cfg_pp") else stock
+        idle, quiet = sample_loda(model, *conds, image, **nothing, **settings)
         if quiet.trace is None or quiet.trace.backwards:
             told("LODA made an update where there was nothing to gain")
-        apart = float((idle - stock).abs().max())
+        apart = float((idle - plain).abs().max())
         outcome.facts["exact"] = apart == 0.0
         if apart > 0.0 and steps_alone(case.sampler):
             told(f"without an update the latent differs from the stock run's by {apart:.3g}")
-        outcome.facts["size"] = ratio = round(float(idle.std() / stock.std()), 3)
+        outcome.facts["size"] = ratio = round(float(idle.std() / plain.std()), 3)
         if not 0.5 < ratio < 2.0:
             told(f"without an update the latent's standard deviation is {ratio:.2f} times the stock run's")
     if masked:
@@ -186,13 +191,14 @@ def small_model() -> tuple[Any, Any]:
     return model, run("ConceptSplitMarkWords", clip=clip, words="dog, cat")[0]
 
 
-def measure(progress: Path, resume: bool) -> int:
+def measure(progress: Path, resume: bool, minutes: float) -> int:
     """Inside a host: all cases; each is written to `progress` as it is done."""
     import torch
 
     from .suite.conftest import BASE as folder
     from .suite.conftest import HOST
 
+    end = time.monotonic() + 60 * minutes
     done: dict[str, Any] = {}
     if resume and progress.is_file():
         done = {entry["case"]: entry for line in progress.read_text().splitlines() for entry in [json.loads(line)]}
@@ -208,6 +214,8 @@ def measure(progress: Path, resume: bool) -> int:
             for number, case in enumerate(todo, 1):
                 if case.name in done:
                     continue
+                if time.monotonic() > end:
+                    break
                 began = time.process_time()
                 outcome = attempt(model, clip, case)
                 entry = {"case": case.name, "faults": outcome.faults, **outcome.facts}
@@ -217,7 +225,8 @@ def measure(progress: Path, resume: bool) -> int:
                 lines.flush()
                 if outcome.faults or number % 50 == 0:
                     print(f"{number}/{len(todo)} {case.name}: {'; '.join(outcome.faults) or 'ok'}", flush=True)
-        entries = [done[case.name] for case in todo]
+        tried = [case for case in todo if case.name in done]
+        entries = [done[case.name] for case in tried]
         report = {
             "host": version(HOST),
             "torch": torch.__version__,
@@ -228,7 +237,8 @@ def measure(progress: Path, resume: bool) -> int:
             "schedulers": list(comfy.samplers.KSampler.SCHEDULERS),
             "steps_alone": [name for name in comfy.samplers.KSampler.SAMPLERS if steps_alone(name)],
             "combinations": len(entries),
-            "sampling_runs": sum(5 if case.scheduler == SCHEDULER else 4 for case in todo),
+            "not_tried": len(todo) - len(entries),
+            "sampling_runs": sum(5 if case.scheduler == SCHEDULER else 4 for case in tried),
             "failed": [entry for entry in entries if entry["faults"]],
             "cases": {entry["case"]: {k: v for k, v in entry.items() if k != "case"} for entry in entries},
         }
@@ -260,8 +270,9 @@ def table(reports: list[dict[str, Any]]) -> str:
         "",
         "**Own steps**: *yes* means that the sampler takes the optimised steps itself, and that without an update its "
         "picture is bit-equal to the stock KSampler's. *Euler* means that the optimised steps are Euler steps (CFG++ "
-        "samplers: CFG++ Euler steps), because the sampler needs its history or the whole schedule; from the first "
-        "step that is not optimised it runs as itself. **Schedulers** counts the schedulers that passed. The other "
+        "samplers: CFG++ ones, ancestral samplers: ancestral ones), because the sampler needs its history or the whole "
+        "schedule; from the first step that is not optimised it runs as itself. **Schedulers** counts those that "
+        "passed of those tried. The other "
         f"columns were tried with scheduler `{SCHEDULER}`: "
         + ", ".join(f"*{name}*" for name in OPTIONS)
         + f"; unless named, CFG is {BASE['cfg']:g}, the batch 1, and {BASE['loda_steps']} of {BASE['steps']} steps are "
@@ -276,18 +287,21 @@ def table(reports: list[dict[str, Any]]) -> str:
             f"## ComfyUI {report['host']}",
             "",
             f"{len(report['samplers'])} samplers, {len(report['schedulers'])} schedulers, {report['combinations']} "
-            f"combinations, {report['sampling_runs']} sampling runs, {failed} failed. torch {report['torch']}, "
+            f"combinations, {report['sampling_runs']} sampling runs, {failed} failed"
+            + (f"; {report['not_tried']} combinations not tried yet (–)" if report["not_tried"] else "")
+            + f". torch {report['torch']}, "
             f"{report['machine']}.",
             "",
             "| sampler | own steps | schedulers | " + " | ".join(OPTIONS) + " |",
             "|---|---|---|" + "---|" * len(OPTIONS),
         ]
         for sampler in report["samplers"]:
-            passed = sum(not found[f"{sampler} / {name}"]["faults"] for name in report["schedulers"])
+            tried = [found[key] for name in report["schedulers"] if (key := f"{sampler} / {name}") in found]
+            passed = sum(not entry["faults"] for entry in tried)
             row = [
                 f"`{sampler}`",
                 "yes" if sampler in report["steps_alone"] else "Euler",
-                f"{passed} of {len(report['schedulers'])}",
+                f"{passed} of {len(tried)}" if tried else "–",
                 *(say(f"{sampler} / {SCHEDULER} / {option}") for option in OPTIONS),
             ]
             parts.append("| " + " | ".join(row) + " |")
@@ -317,10 +331,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
     parser.add_argument("--table", action="store_true", help="only write docs/samplers.md from the results")
+    parser.add_argument("--minutes", type=float, default=1e9, help="end earlier; the result says what was not tried")
     parser.add_argument("--inside", type=Path, metavar="PROGRESS", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.inside is not None:
-        return measure(chosen.inside, chosen.resume)
+        return measure(chosen.inside, chosen.resume, chosen.minutes)
     failed = 0
     if not chosen.table:
         hosts = find_hosts()
@@ -329,7 +344,8 @@ def main() -> int:
             return NO_HOST
         for host in hosts:
             progress = REPO / ".cache" / f"matrix-{version(host)}.jsonl"
-            given = ["--inside", str(progress), *(["--resume"] if chosen.resume else [])]
+            given = ["--inside", str(progress), "--minutes", str(chosen.minutes)]
+            given += ["--resume"] if chosen.resume else []
             failed += run_module(host, "tests.host.matrix", given) != 0
     write_table()
     return 1 if failed else 0

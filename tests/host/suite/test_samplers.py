@@ -54,9 +54,8 @@ def test_cfg_pp_samplers_take_cfg_pp_steps(marked, sampler):
     """With the low guidance scale that CFG++ wants, plain Euler steps would hardly follow the prompt."""
     conds = encode(marked[1], "a photo of a dog and a cat"), encode(marked[1], "blurry")
     options = {"sampler_name": sampler, "cfg": 1.5}
-    if "ancestral" in sampler and "multistep" not in sampler:
-        wanted = sample(marked[0], *conds, steps=4, **options)
-    else:
-        wanted = sample(marked[0], *conds, steps=4, **{**options, "sampler_name": "euler_cfg_pp"})
+    own = {"dpmpp_2m_cfg_pp": "euler_cfg_pp", "gradient_estimation_cfg_pp": "euler_cfg_pp"}
+    own |= {"res_multistep_cfg_pp": "euler_cfg_pp", "res_multistep_ancestral_cfg_pp": "euler_ancestral_cfg_pp"}
+    wanted = sample(marked[0], *conds, steps=4, **{**options, "sampler_name": own.get(sampler, sampler)})
     assert torch.equal(idle(marked, 4, **options), wanted)
     assert not torch.equal(wanted, idle(marked, 4, **{**options, "sampler_name": "euler"}))
