@@ -148,6 +148,24 @@ def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embed
         tell(family, facts)
 
 
+def test_a_prompt_of_more_than_a_thousand_tokens_is_bound_to_its_last_word(loaded):
+    """The random ones of that length nearly always hold something that must be refused."""
+    core = pack("conceptsplit_core.tokens")
+    stock = loaded("sd15").clip
+    clip = pack("conceptsplit_core.hosts.comfy.clip").with_concepts(stock, [core.Concept(*pair) for pair in CONCEPTS])
+    rng = random.Random(5)
+    parts = ["<rex>", "<tom>", "<teddy>", "(<rex>:0.7)", "(<tom>:1.3)", "a", "photo of", "犬", ",", "house", "🐶"]
+    text = " ".join(rng.choice(parts) for _ in range(1000)) + " <twin>"
+    tokens = clip.tokenize(text)
+    assert sum(entry[0] not in (49406, 49407) for chunk in tokens["l"] for entry in chunk) > 1000
+    owned = {binding.concept: binding.rows for binding in tokens["l"].prompt.bindings}
+    for name, word in (("rex", 1), ("tom", 1), ("teddy", 2), ("twin", 1)):
+        assert len(owned[name]) == word * (text.count(f"<{name}>")), name
+    ids = flat(tokens["l"])
+    last = max(row for row, token in enumerate(ids) if token not in (49406, 49407))
+    assert owned["twin"] == (last,)
+
+
 def check_one_place(stock, tokens, text, rng, word_of, where):
     """Writes another word of as many tokens in the place of one placeholder: just the rows that then differ are its.
 
