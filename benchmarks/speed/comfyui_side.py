@@ -145,8 +145,15 @@ def training_rows(model: Any, clip: Any, vae: Any, quick: bool) -> Iterator[Row]
 
     (latents,) = run("VAEEncode", pixels=images, vae=vae)
     positive = encode(clip, "a photo of a dog")
-    schema = NODE_CLASS_MAPPINGS["TrainLoraNode"].GET_SCHEMA()
-    options = {field.id: [getattr(field, "default", None)] for field in schema.inputs}
+    node = NODE_CLASS_MAPPINGS["TrainLoraNode"]
+    if hasattr(node, "GET_SCHEMA"):
+        defaults = {field.id: getattr(field, "default", None) for field in node.GET_SCHEMA().inputs}
+        lists = True
+    else:  # ComfyUI 0.3.64 still declares it the older way
+        given = {name: spec for group in node.INPUT_TYPES().values() for name, spec in group.items()}
+        defaults = {name: spec[1].get("default") if len(spec) > 1 else None for name, spec in given.items()}
+        lists = bool(getattr(node, "INPUT_IS_LIST", False))
+    options = {name: [value] if lists else value for name, value in defaults.items()}
     wanted = {
         "model": [model],
         "latents": [latents],
@@ -157,11 +164,11 @@ def training_rows(model: Any, clip: Any, vae: Any, quick: bool) -> Iterator[Row]
         "lora_dtype": ["fp32"],
         "gradient_checkpointing": [False],
     }
-    options.update({key: value for key, value in wanted.items() if key in options})
-    options["existing_lora"] = ["[None]"]
+    wanted["existing_lora"] = ["[None]"]
+    options.update({key: value if lists else value[0] for key, value in wanted.items() if key in options})
 
     def core(steps: int) -> None:
-        run("TrainLoraNode", **{**options, "steps": [steps]})
+        run("TrainLoraNode", **{**options, "steps": [steps] if lists else steps})
 
     short, long = 1, 3 if quick else 5
     ours(1)
