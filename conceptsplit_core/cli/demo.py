@@ -47,6 +47,11 @@ class Settings:
     prompt_end: str = "on a grey background"
     loda: LodaConfig = field(default_factory=LodaConfig)
 
+    @property
+    def after_loda(self) -> int:
+        """The first sampling step that LODA leaves alone, or the last of all."""
+        return min(self.loda.for_schedule(self.sampling_steps).steps, self.sampling_steps - 1)
+
 
 SETTINGS = Settings()
 
@@ -101,7 +106,7 @@ def compose(
     """Pictures of all `names` together, one per seed; maps are noted at the first step after LODA's."""
     concepts = [Concept(name, scenes.CONCEPTS[name].class_word) for name in names]
     conditioning = host.encode_text(model, joint_prompt(names, settings.prompt_end), concepts)
-    at = min(settings.loda.for_schedule(settings.sampling_steps).steps, settings.sampling_steps - 1)
+    at = settings.after_loda
     return host.sample(
         model,
         [conditioning],
@@ -186,7 +191,7 @@ def run(arguments: argparse.Namespace) -> None:
         pictures.contact_sheet(pairs, titles, 4, 192, f'"{prompt}", same seeds without and with LODA'),
         out / "composed.png",
     )
-    at = min(settings.loda.for_schedule(settings.sampling_steps).steps, settings.sampling_steps - 1)
+    at = settings.after_loda
     write_picture(overlays(before, after, names, seeds, at), out / "attention.png")
 
     trace = after.trace

@@ -167,3 +167,17 @@ def tiny(demo: Any, context_dim: int = 768, seed: int = 0) -> Any:
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS)
     model.diffusion_model.load_state_dict(_scaled(model.diffusion_model.state_dict(), seed))
     return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+
+def in_dtype(dtype: str) -> Any:
+    """The SD1.5-shaped MODEL, alone, computing in or stored as a dtype of torch: "float16", "float8_e4m3fn"."""
+    import comfy.sd
+
+    with torch.inference_mode():
+        model, *_ = comfy.sd.load_state_dict_guess_config(
+            unet_state("sd15", 0),
+            output_clip=False,
+            output_vae=False,
+            model_options={"dtype": getattr(torch, dtype)},
+        )
+    return model

@@ -404,17 +404,9 @@ def test_families(loaded, family):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_storage_types(loaded, dtype):
-    import comfy.sd
-
     from . import checkpoints
 
-    with torch.inference_mode():
-        model, *_ = comfy.sd.load_state_dict_guess_config(
-            checkpoints.unet_state("sd15", 0),
-            output_clip=False,
-            output_vae=False,
-            model_options={"dtype": getattr(torch, dtype)},
-        )
+    model = checkpoints.in_dtype(dtype)
     (clip,) = run("ConceptSplitMarkWords", clip=loaded("sd15").clip, words="dog, cat")
     kept = weights(model)
     out, maps = sample_loda(model, *two(clip))

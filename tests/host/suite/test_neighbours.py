@@ -500,17 +500,9 @@ def test_couple_binds_each_repeat_of_the_text(sd, adapted, batch):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_couple_on_models_that_compute_or_store_in_other_types(loaded, dtype):
     """The text is rounded on its way into the layers; its rows must still be known."""
-    import comfy.sd
-
     from . import checkpoints
 
-    with torch.inference_mode():
-        model, *_ = comfy.sd.load_state_dict_guess_config(
-            checkpoints.unet_state("sd15", 0),
-            output_clip=False,
-            output_vae=False,
-            model_options={"dtype": getattr(torch, dtype)},
-        )
+    model = checkpoints.in_dtype(dtype)
     ours, clip = apply(model, loaded("sd15").clip, make_adapter(model))
     region = encode(clip, "in a park the <rex>")[0][0]
     conds = encode(clip, PROMPT), encode(clip, "")

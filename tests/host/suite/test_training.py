@@ -227,18 +227,10 @@ def test_families(loaded, family):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_storage_types(loaded, dtype):
-    import comfy.sd
-
     from . import checkpoints
 
     sd = loaded("sd15")
-    with torch.inference_mode():
-        model, *_ = comfy.sd.load_state_dict_guess_config(
-            checkpoints.unet_state("sd15", 0),
-            output_clip=False,
-            output_vae=False,
-            model_options={"dtype": getattr(torch, dtype)},
-        )
+    model = checkpoints.in_dtype(dtype)
     adapter, *_ = train(sd, model=model, steps=2, batch_size=1, images=pictures(1))
     assert all(bool(up.any()) and up.dtype == torch.float32 for up in adapter.up.values())
 
