@@ -76,7 +76,7 @@ def chimeras(count: int, seed: int) -> list[Truth]:
         ground = tuple(float(v) for v in BACKGROUNDS[fitting[0]])
         mixed_shape = k % 2 == 0
         thing = SceneObject(
-            one.class_word, one.look, (64.0, 64.0), float(rng.uniform(44, 62)), 0.0, 0.0, (0.0, 0.0),
+            one.class_word, one.look, (64.0, 64.0), float(rng.uniform(44, 62)), 0.0,
             tuple(tuple(float(v) for v in COLOURS[c]) for c in one.colours),  # type: ignore[misc]
         )  # fmt: skip
         if mixed_shape:

@@ -42,9 +42,8 @@ MAX_COLOUR_DISTANCE = 62.0
 _GRID = 40
 """Side of the sampled square in which textures are compared, at two pixels a sample."""
 _STEP = 2.0
-_CHECK = 10.0
-_DOT = 5.2
-"""Side of a check and radius of a dot in pixels, as scenes draws them; a test compares."""
+_CHECK = scenes.PERIOD / 2
+"""Side of a check in pixels."""
 _SHAPE_SIDE = 32
 _TILTS = (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0)
 _NAMES = tuple(COLOURS)
@@ -102,8 +101,8 @@ def _shape_bank() -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     for word in scenes.CLASSES:
         for tilt in _TILTS:
             thing = SceneObject(
-                class_word=word, look=Look("plain", ("red",)), centre=(64.0, 64.0), diameter=88.0, pattern_angle=0.0,
-                tilt=tilt, phase=(0.0, 0.0), rgb=((255.0, 0.0, 0.0),),
+                class_word=word, look=Look("plain", ("red",)), centre=(64.0, 64.0), diameter=88.0,
+                tilt=tilt, rgb=((255.0, 0.0, 0.0),),
             )  # fmt: skip
             _, mask = scenes.render((0.0, 0.0, 0.0), [thing])
             words.append(word)
@@ -144,10 +143,11 @@ def _paint(pattern: str, angle: np.ndarray, phase: np.ndarray, x: np.ndarray, y:
         return a + b - 2 * a * b
     half = scenes.PERIOD / 2
     distance = np.hypot(across % scenes.PERIOD - half, along % scenes.PERIOD - half)
-    return np.clip((_DOT - distance) / _STEP + 0.5, 0, 1)
+    return np.clip((scenes.DOT_RADIUS - distance) / _STEP + 0.5, 0, 1)
 
 
-_ANGLES = tuple(base + off for base in (0.0, 45.0, 90.0, 135.0) for off in (-6.0, -2.0, 2.0, 6.0))
+_ANGLES = tuple(base + off for base in (0.0, 45.0, 90.0, 135.0) for off in (-4.0, 0.0, 4.0))
+"""Scenes draws stripes level; a model may not."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,13 @@ def _pattern_bank() -> _Bank:
     """Patterns in all positions worth telling apart: names [n], angles [n], phases [n, 2], painted [n, GRID²]."""
     at = (np.arange(_GRID, dtype=np.float32) - (_GRID - 1) / 2) * _STEP
     x, y = (field.ravel() for field in np.meshgrid(at, at))
-    lattice = [a for a in _ANGLES if a < 80.0]  # lattices repeat after a quarter turn
-    fine, coarse = np.arange(0, scenes.PERIOD, 2), np.arange(0, 2 * _CHECK, 2.5)
+    lattice = _ANGLES[:3]
+    offsets = np.arange(scenes.PERIOD)
     places = {
-        "striped": list(product(_ANGLES, fine, (0.0,))),
-        "dotted": list(product(lattice, fine, fine)),
+        "striped": list(product(_ANGLES, offsets, (0.0,))),
+        "dotted": list(product(lattice, offsets, offsets)),
         # Half a period along is half a period across.
-        "checked": list(product(lattice, coarse, coarse[: len(coarse) // 2])),
+        "checked": list(product(lattice, offsets, offsets[: len(offsets) // 2])),
     }
     table = {pattern: np.array(rows, np.float32) for pattern, rows in places.items()}
     return _Bank(
@@ -273,8 +273,8 @@ def _colour_word(rgb: np.ndarray) -> str:
 def _two_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Two cluster centres of [n, 3] pixels and the share of the second; equal centres when there is one colour.
 
-    Starts from the two ends of the axis of largest spread. The centres are medians of the outer half of each
-    cluster, because pixels on an edge between two colours belong to neither.
+    Starts from the two ends of the axis of largest spread. The centres are medians of the outer part of each
+    cluster, because samples on an edge between two colours belong to neither, and they can be most of a cluster.
     """
     middle = pixels.mean(axis=0)
     spread = pixels - middle
@@ -292,7 +292,7 @@ def _two_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     centres = []
     for part in (~side, side):
         depth = np.abs(along[part] - cut)
-        centres.append(np.median(pixels[part][depth >= np.median(depth)], axis=0))
+        centres.append(np.median(pixels[part][depth >= 0.7 * np.quantile(depth, 0.9)], axis=0))
     return centres[0], centres[1], float(side.mean())
 
 

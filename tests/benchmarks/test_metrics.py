@@ -74,7 +74,7 @@ def test_surplus_object_in_anothers_look_is_a_leak():
 
 def test_blend_of_two_looks_on_one_object():
     rgb = lambda look: tuple(tuple(map(float, scenes.COLOURS[c])) for c in look.colours)
-    make = lambda word, look, at: SceneObject(word, look, at, 56.0, 0.0, 0.0, (0.0, 0.0), rgb(look))
+    make = lambda word, look, at: SceneObject(word, look, at, 56.0, 0.0, rgb(look))
     square = make("square", LUMO.look, (94.0, 94.0))
     image, _ = scenes.render((18.0, 18.0, 20.0), [make("circle", BOBO.look, (34.0, 40.0)), square])
     other, _ = scenes.render((18.0, 18.0, 20.0), [make("circle", LUMO.look, (34.0, 40.0)), square])
