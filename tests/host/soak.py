@@ -8,8 +8,8 @@ flat. Writes tests/host/results/soak-<version>.json.
 
 Three kinds of memory are written down. *in use* is what the C library has handed out; a leak shows there. *held* is
 resident memory less what the C library keeps for later, which has leaks of any other kind too; it is what must stay
-flat. *rss* is resident memory as the system reports it: it rises in rare steps of 25 to 40 MiB, mostly after a model was
-unloaded, when a large tensor no longer fits into the room between small ones, and that room is then kept for later.
+flat. *rss* is resident memory as the system reports it. It rises in rare steps of 25 to 40 MiB, when a large tensor
+no longer fits into the room between small ones; nothing more is in use after such a step, the room is kept for later.
 
     python -m tests.host.soak                   200 prompts on every host
     python -m tests.host.soak --prompts 12      a short one; writes nothing
