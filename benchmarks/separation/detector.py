@@ -42,8 +42,6 @@ MAX_COLOUR_DISTANCE = 62.0
 _GRID = 40
 """Side of the sampled square in which textures are compared, at two pixels a sample."""
 _STEP = 2.0
-_CHECK = scenes.PERIOD / 2
-"""Side of a check in pixels."""
 _SHAPE_SIDE = 32
 _TILTS = (-12.0, -8.0, -4.0, 0.0, 4.0, 8.0, 12.0)
 _NAMES = tuple(COLOURS)
@@ -95,9 +93,10 @@ class Found:
 
 
 @lru_cache(maxsize=1)
-def _shape_bank() -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Class words, normalised masks [n, side²], and outline lengths over the root of the area [n]."""
-    words, masks, outlines = [], [], []
+def _shape_bank() -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[str, float]]:
+    """Class words, normalised masks [n, side²], outline lengths over the root of the area [n], and per class word the
+    root of the area of a shape of diameter 1."""
+    words, masks, outlines, sides = [], [], [], {}
     for word in scenes.CLASSES:
         for tilt in _TILTS:
             thing = SceneObject(
@@ -108,7 +107,8 @@ def _shape_bank() -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
             words.append(word)
             masks.append(_normalised(mask[0]))
             outlines.append(float(np.hypot(*np.gradient(mask[0])).sum() / mask[0].sum() ** 0.5))
-    return tuple(words), np.stack(masks), np.array(outlines)
+            sides[word] = float(mask[0].sum() ** 0.5 / thing.diameter)
+    return tuple(words), np.stack(masks), np.array(outlines), sides
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
@@ -122,62 +122,56 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
     return ndimage.map_coordinates(mask.astype(np.float32), grid, order=1).ravel()
 
 
-def _paint(pattern: str, angle: np.ndarray, phase: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Where the second colour lies, 0..1 and soft over a sample's own size, as scenes draws it.
+def _paint(
+    pattern: str, angle: np.ndarray, phase: np.ndarray, x: np.ndarray, y: np.ndarray, soft: float = 0.0
+) -> np.ndarray:
+    """Where the second colour lies, 0..1, as scenes draws it: blurred over `soft`.
 
-    angle [n] in degrees, phase [n, 2] in pixels, x and y [m] in pixels: gives [n, m].
+    angle [n] in degrees; phase [n, 2], x and y [m] and `soft` in half diameters of the object: gives [n, m].
     """
     turn = np.deg2rad(angle.astype(np.float32))[:, None]
     phase = phase.astype(np.float32)
     across = np.cos(turn) * y - np.sin(turn) * x + phase[:, :1]
     along = np.cos(turn) * x + np.sin(turn) * y + phase[:, 1:]
+    soft = max(soft, 1e-6)
 
     def wave(at: np.ndarray, period: float) -> np.ndarray:
         """1 in the second half of every period."""
-        return np.clip((0.25 - np.abs((at / period) % 1.0 - 0.75)) * (period / _STEP) + 0.5, 0, 1)
+        return np.clip((0.25 - np.abs((at / period) % 1.0 - 0.75)) * (period / soft) + 0.5, 0, 1)
 
     if pattern == "striped":
-        return wave(across, scenes.PERIOD)
+        return wave(across + 1, 2 * scenes.BAND)
     if pattern == "checked":
-        a, b = wave(across, 2 * _CHECK), wave(along, 2 * _CHECK)
+        a, b = wave(across + 1, 2 * scenes.CHECK), wave(along + 1, 2 * scenes.CHECK)
         return a + b - 2 * a * b
-    half = scenes.PERIOD / 2
-    distance = np.hypot(across % scenes.PERIOD - half, along % scenes.PERIOD - half)
-    return np.clip((scenes.DOT_RADIUS - distance) / _STEP + 0.5, 0, 1)
+    step, half = scenes.DOT_STEP, scenes.DOT_STEP / 2
+    distance = np.hypot((across + half) % step - half, (along + half) % step - half)
+    return np.clip((scenes.DOT_RADIUS - distance) / soft + 0.5, 0, 1)
 
 
 _ANGLES = tuple(base + off for base in (0.0, 45.0, 90.0, 135.0) for off in (-4.0, 0.0, 4.0))
-"""Scenes draws stripes level; a model may not."""
-
-
-@dataclass(frozen=True)
-class _Bank:
-    pattern: np.ndarray
-    angle: np.ndarray
-    phase: np.ndarray
-    painted: np.ndarray
+"""Scenes draws patterns level; a model may not."""
+_SIZES = (0.86, 0.93, 1.0, 1.08, 1.16)
+"""Diameters tried, in units of what the object's area says: an area is easily off by a frayed edge."""
+_PERIODS = {"striped": 2 * scenes.BAND, "checked": 2 * scenes.CHECK, "dotted": scenes.DOT_STEP}
 
 
 @lru_cache(maxsize=1)
-def _pattern_bank() -> _Bank:
-    """Patterns in all positions worth telling apart: names [n], angles [n], phases [n, 2], painted [n, GRID²]."""
-    at = (np.arange(_GRID, dtype=np.float32) - (_GRID - 1) / 2) * _STEP
-    x, y = (field.ravel() for field in np.meshgrid(at, at))
-    lattice = _ANGLES[:3]
-    offsets = np.arange(scenes.PERIOD)
-    places = {
-        "striped": list(product(_ANGLES, offsets, (0.0,))),
-        "dotted": list(product(lattice, offsets, offsets)),
-        # Half a period along is half a period across.
-        "checked": list(product(lattice, offsets, offsets[: len(offsets) // 2])),
-    }
-    table = {pattern: np.array(rows, np.float32) for pattern, rows in places.items()}
-    return _Bank(
-        np.concatenate([np.full(len(rows), pattern) for pattern, rows in table.items()]),
-        np.concatenate([rows[:, 0] for rows in table.values()]),
-        np.concatenate([rows[:, 1:] for rows in table.values()]),
-        np.concatenate([_paint(pattern, rows[:, 0], rows[:, 1:], x, y) for pattern, rows in table.items()]),
-    )
+def _places() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Angles [n] and phases [n, 2] of each pattern that are worth telling apart."""
+    out = {}
+    for pattern, period in _PERIODS.items():
+        steps = np.arange(8) * period / 8
+        lattice = _ANGLES[:3]
+        rows = {
+            "striped": lambda steps=steps: product(_ANGLES, steps, (0.0,)),
+            "dotted": lambda steps=steps, lattice=lattice: product(lattice, steps, steps),
+            # Half a period along is half a period across.
+            "checked": lambda steps=steps, lattice=lattice: product(lattice, steps, steps[:4]),
+        }[pattern]()
+        table = np.array(list(rows), np.float32)
+        out[pattern] = (table[:, 0], table[:, 1:])
+    return out
 
 
 # --- segmentation ---------------------------------------------------------------------------------------------
@@ -255,7 +249,7 @@ def _shape(mask: np.ndarray) -> tuple[str, float]:
     Overlap alone would ask less of a large disc than of a thin ring: the same fray along the outline costs a ring
     most. What an overlap lacks is therefore read as an outline that is so many pixels off.
     """
-    words, bank, outlines = _shape_bank()
+    words, bank, outlines, _ = _shape_bank()
     mine = _normalised(_fill_specks(mask).astype(np.float32))
     both = np.minimum(bank, mine).sum(axis=1)
     overlaps = both / (bank.sum(axis=1) + mine.sum() - both)
@@ -337,30 +331,35 @@ def _correlations(signal: np.ndarray, templates: np.ndarray) -> np.ndarray:
     return np.where(usable, (templates @ centred) / np.maximum(spread * size, 1e-6), 0.0)
 
 
-def _best_fit(samples: _Samples, signal: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
+def _best_fit(samples: _Samples, signal: np.ndarray, radius: float) -> dict[str, tuple[float, np.ndarray]]:
     """Per pattern: the best signed correlation and what was painted, [m].
 
-    The bank finds the place, a few finer steps around it the best fit. Keys: striped, checked, dotted (second colour
-    is the dots) and dotted- (second colour is the ground).
+    All places in a few sizes around `radius` pixels, then finer steps around the best. Keys: striped, checked, dotted
+    (second colour is the dots) and dotted- (second colour is the ground).
     """
-    bank = _pattern_bank()
-    found = _correlations(signal, bank.painted[:, samples.at])
     best: dict[str, tuple[float, np.ndarray]] = {}
-    for name in ("striped", "checked", "dotted", "dotted-"):
-        pattern = name.rstrip("-")
-        value = -found if name == "dotted-" else found if name == "dotted" else np.abs(found)
-        top = int(np.where(bank.pattern == pattern, value, -2.0).argmax())
-        sign = -1.0 if name == "dotted-" or (name != "dotted" and found[top] < 0) else 1.0
-        angle, phase = bank.angle[top], bank.phase[top]
-        for reach in (1.0, 0.5):
-            steps = _STRIPE_STEPS if pattern == "striped" else _LATTICE_STEPS
-            angles, phases = angle + reach * steps[:, 0], phase + reach * steps[:, 1:]
-            painted = _paint(pattern, angles, phases, samples.x, samples.y)
-            fits = sign * _correlations(signal, painted)
-            top = int(fits.argmax())
-            angle, phase = angles[top], phases[top]
-        shown = painted[top]
-        best[name] = (float(fits[top]), shown if sign > 0 else 1 - shown)
+    for pattern, (angles, phases) in _places().items():
+        found = []
+        for size in _SIZES:
+            r = radius * size
+            painted = _paint(pattern, angles, phases, samples.x / r, samples.y / r, _STEP / r)
+            found.append(_correlations(signal, painted))
+        table = np.stack(found)
+        for name in ("dotted", "dotted-") if pattern == "dotted" else (pattern,):
+            value = -table if name == "dotted-" else table if name == "dotted" else np.abs(table)
+            which, top = np.unravel_index(int(value.argmax()), value.shape)
+            sign = -1.0 if name == "dotted-" or (name != "dotted" and table[which, top] < 0) else 1.0
+            r, angle, phase = radius * _SIZES[int(which)], angles[top], phases[top]
+            for reach in (0.5, 0.25):
+                steps = _STRIPE_STEPS if pattern == "striped" else _LATTICE_STEPS
+                near = phase + reach * steps[:, 1:] * _PERIODS[pattern] / 8
+                turned = angle + 2 * reach * steps[:, 0]
+                painted = _paint(pattern, turned, near, samples.x / r, samples.y / r, _STEP / r)
+                fits = sign * _correlations(signal, painted)
+                at = int(fits.argmax())
+                angle, phase = turned[at], near[at]
+            shown = painted[at]
+            best[name] = (float(fits[at]), shown if sign > 0 else 1 - shown)
     return best
 
 
@@ -368,15 +367,17 @@ _STRIPE_STEPS = np.array(list(product((-2, 0, 2), (-1, 0, 1), (0,))), np.float32
 _LATTICE_STEPS = np.array(list(product((-2, 0, 2), (-1, 0, 1), (-1, 0, 1))), np.float32)
 
 
-def _describe(samples: _Samples, looks: tuple[Look, ...]) -> tuple[Texture, float, dict[Look, float]]:
-    """Texture, correlation, and fidelity to each asked look."""
+def _describe(
+    samples: _Samples, radius: float, looks: tuple[Look, ...]
+) -> tuple[Texture, float, dict[Look, float]]:
+    """Texture, correlation, and fidelity to each asked look of an object of `radius` pixels."""
     first, second, share = _two_colours(samples.colours)
     axis = second - first
     apart = float(np.linalg.norm(axis))
     two = apart >= PLAIN_DISTANCE and 0.08 <= share <= 0.92
     if two:
         signal = np.clip((samples.colours - first) @ axis / apart**2, -0.2, 1.2)
-        fits = _best_fit(samples, signal)
+        fits = _best_fit(samples, signal, radius)
         name = max(fits, key=lambda key: fits[key][0])
         correlation = fits[name][0]
         words = (_colour_word(first), _colour_word(second))
@@ -434,7 +435,8 @@ def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
         nearest_shape, edge_error = _shape(mask)
         shape = nearest_shape if edge_error <= MAX_EDGE_ERROR else UNKNOWN
         samples = _samples(image, mask)
-        texture, correlation, fidelity = _describe(samples, looks)
+        radius = float(mask.sum() ** 0.5) / _shape_bank()[3][nearest_shape] / 2
+        texture, correlation, fidelity = _describe(samples, radius, looks)
         nearest = np.linalg.norm(samples.colours[:, None] - _PALETTE, axis=2).argmin(axis=1)
         counts = np.bincount(nearest, minlength=len(_NAMES)) / len(nearest)
         rows, columns = np.nonzero(mask)

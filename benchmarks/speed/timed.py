@@ -8,8 +8,10 @@ its ratios are upper bounds.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ def rows(quick: bool = False) -> Iterator[Row]:
         built = models.reduced(family)
         yield from sampling_rows(built, family, 5, length=None, goals=True)
         yield from training_rows(built, 3)
+        yield from format_rows(built, 3)
         del built
 
 
@@ -203,6 +206,45 @@ def sampling_rows(
             "timed",
             1.0,
             goal if goal and goals else None,
+        )
+
+
+def format_rows(built: models.Built, rounds: int) -> Iterator[Row]:
+    """The same work with the UNet's weights channels-last."""
+    adapters = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(2)]
+    mask = models.row_mask(2)
+
+    def step(of: models.Built) -> Tensor:
+        with host.patched(of.model, adapters) as patch:
+            return programs.cfg_call(of, patch, mask)
+
+    def update(of: models.Built) -> None:
+        with host.patched(of.model, adapters) as patch:
+            programs.update(of, patch, mask, LodaConfig(iterations=1, threshold=0.69, map_part=default_part(of)))
+
+    def training(of: models.Built) -> None:
+        with programs.our_training(of, models.adapter(of.model, "c", RANK)) as (denoise, parameters):
+            programs.train_step(denoise, parameters, models.train_batch(of, 1))
+
+    unet = copy.deepcopy(built.model.unet).to(memory_format=torch.channels_last)
+    last = replace(built, model=replace(built.model, unet=unet))
+    plain = step(built)
+    off = float((step(last) - plain).abs().max() / plain.abs().max())
+    for what, program in (
+        ("sampling step with two adapters", step),
+        ("one LODA update", update),
+        ("training step, batch 1", training),
+    ):
+        mine, theirs = alternate(lambda program=program: program(last), lambda program=program: program(built), rounds)
+        yield Row(
+            f"{what}, channels-last",
+            built.name,
+            mine * 1e3,
+            theirs * 1e3,
+            "ms",
+            "default memory format",
+            "timed",
+            note=f"Largest difference of a prediction: {off:.1e} of the largest value.",
         )
 
 

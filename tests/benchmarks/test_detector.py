@@ -37,14 +37,13 @@ def test_halves_of_two_shapes_or_looks_are_unknown():
 
 @pytest.mark.parametrize("pattern", ["striped", "dotted", "checked"])
 def test_bank_paints_what_scenes_paints(pattern):
-    at = np.arange(-30, 31, 1.0, dtype=np.float32)
+    at = np.linspace(-1, 1, 61, dtype=np.float32)
     x, y = (f.ravel() for f in np.meshgrid(at, at))
     # Scenes has one place and angle per pattern; others are the same paint on turned and moved coordinates.
-    still = 4.0 if pattern == "dotted" else 0.0
-    for angle, phase in ((0.0, (0.0, 0.0)), (47.0, (3.0, 5.5)), (133.0, (11.0, 2.0))):
+    for angle, phase in ((0.0, (0.0, 0.0)), (47.0, (0.13, 0.21)), (133.0, (0.4, 0.05))):
         turn = np.deg2rad(np.float32(angle))
         along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
-        mine = _paint(pattern, np.array([angle]), np.array([phase]) + still, x, y)[0]
+        mine = _paint(pattern, np.array([angle]), np.array([phase]), x, y, 0.05)[0]
         theirs = scenes._second_colour(pattern, along + np.float32(phase[1]), across + np.float32(phase[0]))
         sure = (mine == 0) | (mine == 1)
         assert sure.mean() > 0.5
