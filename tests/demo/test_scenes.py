@@ -95,3 +95,25 @@ def test_composed_scenes_hold_what_was_asked():
     things = [(concept.class_word, concept.look), ("circle", scenes.Look("plain", ("green",)))]
     scene = scenes.compose_scene(things, seed=3)
     assert [(o.class_word, o.look) for o in scene.objects] == things
+
+
+@pytest.mark.parametrize("pattern", ["striped", "checked", "dotted"])
+def test_a_pattern_lies_at_the_same_place_on_every_object(pattern):
+    def drawn(place: tuple[float, float], diameter: float, pattern: str = pattern) -> np.ndarray:
+        """The object's square, half a diameter around its centre, at 24 by 24."""
+        look = scenes.Look(pattern, ("red", "white"))
+        thing = scenes.SceneObject("square", look, place, diameter, 0.0, ((214.0, 40.0, 40.0), (245.0, 245.0, 245.0)))
+        image, _ = scenes.render((18.0, 18.0, 20.0), [thing])
+        at = (np.arange(24) + 0.5) / 24 - 0.5
+        return image[np.ix_(*((place[i] + at * diameter).astype(int) for i in (1, 0)))].astype(float)
+
+    one, moved, larger = drawn((48.0, 64.0), 48.0), drawn((80.0, 32.0), 48.0), drawn((64.0, 64.0), 72.0)
+    assert np.array_equal(one, moved)
+    others = [drawn((64.0, 64.0), 72.0, other) for other in scenes.PATTERNS[1:] if other != pattern]
+    assert np.abs(one - larger).mean() < 0.5 * min(np.abs(one - other).mean() for other in others)
+
+
+def test_objects_stand_on_the_grid():
+    for seed in range(50):
+        for thing in scenes.scene_layout(seed)[0]:
+            assert all(c % scenes.GRID == 0 for c in thing.centre)

@@ -42,3 +42,21 @@ def test_a_state_survives_writing_and_reading(tmp_path):
     again = train._read(tmp_path / "s.safetensors")
     assert torch.equal(again["model"]["a.b"], state["model"]["a.b"]) and torch.equal(again["loose"], state["loose"])
     assert (again["step"], again["scale"]) == (3, 0.1234567)
+
+
+def test_errors_on_objects_weigh_more_and_the_mean_of_an_even_error_stays():
+    mask = torch.zeros(2, 3, 4, 4)
+    mask[0, 1, :2] = 1.0  # half of the first picture is an object
+    assert torch.allclose(train._on_objects(torch.full((2, 4, 4), 0.3), mask), torch.full((2,), 0.3))
+    inside = torch.zeros(2, 4, 4)
+    inside[:, :2] = 1.0
+    first, second = train._on_objects(inside, mask).tolist()
+    weight = 1 + train.OBJECT_WEIGHT
+    assert first == pytest.approx(weight / (weight + 1)) and second == pytest.approx(0.5)
+
+
+def test_every_second_noise_level_is_one_where_words_decide():
+    torch.manual_seed(0)
+    levels = train._noise_levels(2000)
+    assert levels[::2].min() >= 450 and levels[::2].max() < 950
+    assert levels[1::2].min() < 50 and levels[1::2].max() >= 950
