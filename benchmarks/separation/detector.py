@@ -367,9 +367,7 @@ _STRIPE_STEPS = np.array(list(product((-2, 0, 2), (-1, 0, 1), (0,))), np.float32
 _LATTICE_STEPS = np.array(list(product((-2, 0, 2), (-1, 0, 1), (-1, 0, 1))), np.float32)
 
 
-def _describe(
-    samples: _Samples, radius: float, looks: tuple[Look, ...]
-) -> tuple[Texture, float, dict[Look, float]]:
+def _describe(samples: _Samples, radius: float, looks: tuple[Look, ...]) -> tuple[Texture, float, dict[Look, float]]:
     """Texture, correlation, and fidelity to each asked look of an object of `radius` pixels."""
     first, second, share = _two_colours(samples.colours)
     axis = second - first

@@ -67,7 +67,7 @@ BAND, CHECK, DOT_STEP, DOT_RADIUS = 0.4, 0.5, 0.62, 0.2
 
 A pattern belongs to its object as the hole belongs to a ring: five bands, four by four checks, three by three dots,
 always at the same place on it. With a phase, an angle and a size of its own, a pattern word foretells no single
-pixel before the pattern can be seen anyway, and models trained so for 13,000 steps did not learn to heed it.
+pixel before the pattern can be seen anyway, and a model of this size did not learn to heed it.
 """
 
 
