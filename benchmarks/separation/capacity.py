@@ -59,7 +59,8 @@ def main() -> None:
     for learned in dict.fromkeys(case[0] for case in CASES.values()):
         bench = run.Bench(model, learning=learned, cache=args.cache, say=say)
         arms = {name: arm for name, (how, arm) in CASES.items() if how == learned}
-        run.carry_out(bench, run.jobs_of(arms, sets, seeds), args.workers, until)
+        if time.time() < until:  # learning is not begun either
+            run.carry_out(bench, run.jobs_of(arms, sets, seeds), args.workers, until)
         found |= run.collect(bench, arms, sets, seeds)
     found = {name: found[name] for name in CASES if found[name]}
     summary = report.summary(found, 300)
