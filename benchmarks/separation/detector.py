@@ -164,11 +164,11 @@ def _places() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         steps = np.arange(8) * period / 8
         lattice = _ANGLES[:3]
         rows = {
-            "striped": lambda steps=steps: product(_ANGLES, steps, (0.0,)),
-            "dotted": lambda steps=steps, lattice=lattice: product(lattice, steps, steps),
+            "striped": product(_ANGLES, steps, (0.0,)),
+            "dotted": product(lattice, steps, steps),
             # Half a period along is half a period across.
-            "checked": lambda steps=steps, lattice=lattice: product(lattice, steps, steps[:4]),
-        }[pattern]()
+            "checked": product(lattice, steps, steps[:4]),
+        }[pattern]
         table = np.array(list(rows), np.float32)
         out[pattern] = (table[:, 0], table[:, 1:])
     return out
