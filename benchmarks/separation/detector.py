@@ -1,7 +1,7 @@
 """Reads a picture of patterned shapes: where the objects are, which shape each has and what it wears.
 
 Nothing here is learned. Objects are components that stand out from the background, shapes are compared with drawn
-templates, textures with a bank of drawn patterns. What fits nothing is UNKNOWN, so that a blend of two shapes or of
+templates, textures with drawn patterns. What fits nothing is UNKNOWN, so that a blend of two shapes or of
 two looks is not forced into one of them.
 """
 
@@ -22,7 +22,7 @@ UNKNOWN = "unknown"
 BACKGROUND_DISTANCE = 40.0
 """RGB distance from which a pixel is no background. Looks stand 95 or more from theirs, less their jitter."""
 MIN_AREA = 90
-"""Smallest object in pixels; the smallest drawn one, a star of 36 px, has about 350."""
+"""Smallest object in pixels; the smallest drawn one, a star of 38 px, has about 390."""
 MAX_EDGE_ERROR = 1.3
 """Pixels by which an outline may be off the best template's, on average, for a shape not to be UNKNOWN. Drawings stay
 below 0.6, after the autoencoder below 1.3; halves of two shapes joined start at 1.1."""
@@ -122,9 +122,7 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
     return ndimage.map_coordinates(mask.astype(np.float32), grid, order=1).ravel()
 
 
-def _paint(
-    pattern: str, angle: np.ndarray, phase: np.ndarray, x: np.ndarray, y: np.ndarray, soft: float = 0.0
-) -> np.ndarray:
+def _paint(pattern: str, angle: np.ndarray, phase: np.ndarray, x: np.ndarray, y: np.ndarray, soft: float) -> np.ndarray:
     """Where the second colour lies, 0..1, as scenes draws it: blurred over `soft`.
 
     angle [n] in degrees; phase [n, 2], x and y [m] and `soft` in half diameters of the object: gives [n, m].
@@ -133,7 +131,6 @@ def _paint(
     phase = phase.astype(np.float32)
     across = np.cos(turn) * y - np.sin(turn) * x + phase[:, :1]
     along = np.cos(turn) * x + np.sin(turn) * y + phase[:, 1:]
-    soft = max(soft, 1e-6)
 
     def wave(at: np.ndarray, period: float) -> np.ndarray:
         """1 in the second half of every period."""
@@ -292,12 +289,11 @@ def _two_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 
 @dataclass(frozen=True)
 class _Samples:
-    """The inside of one object, resampled: colours [m, 3], offsets from its middle in pixels [m], place in the grid."""
+    """The inside of one object, resampled: colours [m, 3] and offsets from its middle in pixels [m]."""
 
     colours: np.ndarray
     x: np.ndarray
     y: np.ndarray
-    at: np.ndarray
 
 
 def _samples(image: np.ndarray, mask: np.ndarray) -> _Samples:
@@ -317,7 +313,7 @@ def _samples(image: np.ndarray, mask: np.ndarray) -> _Samples:
     colour = colour.reshape(_GRID, 2, _GRID, 2, 3).sum(axis=(1, 3)).reshape(-1, 3)
     at = np.flatnonzero(weight >= 2)
     offset = (np.arange(_GRID) - (_GRID - 1) / 2) * _STEP
-    return _Samples(colour[at] / weight[at, None], offset[at % _GRID], offset[at // _GRID], at)
+    return _Samples(colour[at] / weight[at, None], offset[at % _GRID], offset[at // _GRID])
 
 
 def _correlations(signal: np.ndarray, templates: np.ndarray) -> np.ndarray:
