@@ -2,7 +2,7 @@
 
 Stage 1 moves the latent in the first sampling steps until the concepts' attention maps stop overlapping.
 Stage 2 takes the maps once, keeps each concept's strongest pixels as its region and biases the logits of its rows
-towards that region for the rest of the run.
+towards that region for most of the run.
 
 The latent is optimised in the model's own input coordinates, x / √(σ² + 1), which have unit variance at every noise
 level. A host whose samplers work on x = x₀ + σ·ε is therefore optimised exactly as one that works on the
@@ -48,10 +48,12 @@ class LodaConfig:
     map_part: 'all' layers of that size, as the paper does; 'down': those on the way down only, at half the cost (a
         third on SDXL); 'auto': 'down' where the way down has many layers of that size (SDXL), else 'all'.
     afg: fix the separation afterwards.
-    afg_positive, afg_negative: logits added inside and outside a concept's region (paper: p and m).
+    afg_positive, afg_negative: logits added inside and outside a concept's region (paper: p = 3 and m = −1e8).
     afg_fraction: share of the pixels that is a concept's region.
     afg_sigma: smoothing before the region is taken, in map pixels.
-    afg_end: the share of the schedule after which AFG lets go (1.0: it stays to the end).
+    afg_end: the share of the steps after which AFG lets go (1.0, the paper: it stays to the end).
+
+    The defaults are those that benchmarks/separation chose, see docs/separation.md.
     """
 
     steps: int = AUTO
@@ -65,10 +67,10 @@ class LodaConfig:
     map_part: str = "auto"
     afg: bool = True
     afg_positive: float = 3.0
-    afg_negative: float = -1e8
+    afg_negative: float = -3.0
     afg_fraction: float = 0.1
     afg_sigma: float = 1.5
-    afg_end: float = 1.0
+    afg_end: float = 0.7
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:

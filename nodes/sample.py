@@ -69,7 +69,7 @@ def _loda_fields() -> list[Any]:
             io.Boolean,
             "afg",
             "Attention fixing guidance: after the optimised steps each concept keeps the region it "
-            "has found for the rest of the run. Switch it off when regions come out too rigid.",
+            "has found for most of the run. Switch it off when regions come out too rigid.",
             default=d.afg,
         ),
         field(
@@ -152,8 +152,8 @@ def _loda_fields() -> list[Any]:
         field(
             io.Float,
             "afg_outside",
-            "Taken from the attention logits of a concept outside its region. The paper forbids "
-            "all attention there (1e8); try 3 to 10 when objects look cut off.",
+            "Taken from the attention logits of a concept outside its region. Raise it when concepts "
+            "leak late; 1e8 forbids all attention there, as the paper does.",
             default=-d.afg_negative,
             min=0.0,
             max=1e8,
@@ -177,7 +177,8 @@ def _loda_fields() -> list[Any]:
         field(
             io.Float,
             "afg_end",
-            "Share of the schedule (0 to 1) at which regions are released. Lower it when borders of objects look hard.",
+            "Share of the steps (0 to 1) after which regions are released; 1 keeps them to the end. "
+            "Lower it when borders of objects look hard.",
             default=d.afg_end,
             min=0.0,
             max=1.0,

@@ -24,6 +24,7 @@ from conceptsplit_core.loda import LodaConfig
 from . import base, confusion, learning, methods, plan, report, run, tune
 
 RESULTS = Path("benchmarks/results")
+BY_SET = ("success", "loose_success", "fidelity")
 DESCRIPTION = """Draws concepts together by every arm, reads the pictures, and writes the numbers.
 
 What was measured is kept under --cache and never drawn twice: stop with Ctrl-C at any time and start the same command
@@ -159,7 +160,7 @@ def whole(
     drawings: int,
 ) -> dict[str, Any]:
     """Everything that goes into the JSON file."""
-    pairs = report.merged([found[g.name] for g in groups if g.size == 2 and not g.same_class])
+    pairs = report.merged([found[g.name] for g in groups if not g.apart])
     used = {name: table[name] for group in groups for name in group.arms}
     drift: dict[str, Any] = {}
     single = next((g for g in groups if g.name == "single"), None)
@@ -186,7 +187,8 @@ def whole(
                 "sets": ["+".join(names) for names in g.key_sets()],
                 "seeds": g.seeds,
                 "arms": report.summary(found[g.name]),
-                "comparisons": report.comparisons(found[g.name], plan.PAIRS) if g.size > 2 or g.same_class else {},
+                "comparisons": report.comparisons(found[g.name], plan.PAIRS) if g.apart and g.size > 1 else {},
+                **({"by_set": report.by_set(found[g.name], BY_SET)} if g.size == 1 and found[g.name] else {}),
             }
             for g in groups
         },

@@ -86,7 +86,10 @@ _TARGET = "target"
 
 @dataclass(frozen=True)
 class Learning:
-    """How a concept is learned; the same for every kind."""
+    """How a concept is learned; the same for every kind.
+
+    levels: half the timesteps are drawn from this range instead of from all of them.
+    """
 
     images: int = 6
     image_seed: int = 3
@@ -95,6 +98,19 @@ class Learning:
     batch_size: int = 4
     learning_rate: float = 3e-3
     seed: int = 0
+    levels: tuple[int, int] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What names a cached adapter: without `levels` as long as none are set."""
+        return {k: v for k, v in asdict(self).items() if k != "levels" or v is not None}
+
+    def timesteps(self, count: int) -> Tensor:
+        """Timesteps of a schedule of `count`, to be drawn from evenly."""
+        every = torch.arange(count)
+        if self.levels is None:
+            return every
+        low, high = self.levels
+        return torch.cat([every, low + every * (high - low) // count])
 
 
 def projections(model: host.DiffusersModel, kind: Kind) -> dict[str, nn.Module]:
@@ -315,7 +331,7 @@ def learn(
     """
     kind = KINDS[kind_name]
     key = hashlib.sha256(
-        json.dumps([fingerprint(model, pictures=False), name, kind_name, asdict(kind), asdict(learning)]).encode()
+        json.dumps([fingerprint(model, pictures=False), name, kind_name, asdict(kind), learning.facts()]).encode()
     ).hexdigest()[:12]
     path = cache / f"{kind_name}-{name}-{key}.safetensors"
     if path.exists():
@@ -340,14 +356,15 @@ def learn(
         steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate * kind.rate,
         seed=learning.seed, prediction_type=model.prediction_type,
     )  # fmt: skip
+    levels = learning.timesteps(len(model.alphas_cumprod))
     with attached(model, kind, [(adapter, 1.0)], None) as state:
 
         def denoise(batch: TrainBatch) -> Tensor:
             state.mask = batch.mask
-            out = host.call_unet(model, batch.x_t, batch.timesteps, batch.context)
+            out = host.call_unet(model, batch.x_t, levels[batch.timesteps], batch.context)
             return _WithLoss.apply(out, kind.align * key_change(adapter, batch)) if kind.align else out
 
-        result = train(adapter, data, model.alphas_cumprod, denoise, config, on_event=on_event)
+        result = train(adapter, data, model.alphas_cumprod[levels], denoise, config, on_event=on_event)
     tensors = {f"{n}|down": t.contiguous() for n, t in adapter.down.items()}
     tensors |= {f"{n}|up": t.contiguous() for n, t in adapter.up.items()}
     tail = float(np.mean(result.losses[-50:]))

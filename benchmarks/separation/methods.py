@@ -133,6 +133,7 @@ def paper(steps: int) -> LodaConfig:
     return LodaConfig(
         steps=max(1, round(steps / 5)), iterations=10, step_size=20.0, step_rule="gradient", divergence="kl",
         threshold=3.0, smooth_sigma=1.4, afg=True, afg_positive=3.0, afg_negative=-1e8, afg_fraction=0.1, afg_sigma=1.5,
+        afg_end=1.0,
     )  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_loda": Arm(loda=off),
         "tova_afg": Arm(loda=replace(on, step_size=0.0)),
         "tova_loda_afg": Arm(loda=on),
+        "tova_loda_afg_hard": Arm(loda=replace(on, afg_negative=-1e8, afg_end=1.0)),
         "base_loda_afg": Arm(None, "plain", loda=on),
         "described_loda_afg": Arm(None, "described", loda=on),
         "lora_merged_loda_afg": Arm("lora", loda=on),

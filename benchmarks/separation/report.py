@@ -46,6 +46,16 @@ def summary(results: Results, rounds: int = 1000) -> dict[str, Any]:
     return out
 
 
+def by_set(results: Results, metrics: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Means of some metrics per concept set and arm."""
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for name, records in results.items():
+        for key, pictures in records.items():
+            means = {m: float(np.mean([values[m] for values in pictures.values()])) for m in metrics}
+            out.setdefault(key, {})[name] = means
+    return out
+
+
 def comparisons(results: Results, pairs: Sequence[tuple[str, str]], rounds: int = 1000) -> dict[str, Any]:
     """Paired differences and McNemar tests of named arms, on the pictures both have."""
     out = {}
@@ -180,6 +190,25 @@ def error_table(errors: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def by_set_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Strict and generous success per concept set, a column per arm."""
+    arms = list(next(iter(found.values())))
+    lines = ["| concept | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    for key, row in found.items():
+        cells = [f"{100 * row[arm]['success']:.0f} / {100 * row[arm]['loose_success']:.0f}" for arm in arms]
+        lines.append(f"| {looks_of(key)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def looks_of(key: str) -> str:
+    """The concepts of a set in words."""
+    shown = []
+    for name in key.split("+"):
+        concept = CONCEPTS[name]
+        shown.append(f"{name}, {' and '.join(concept.colours)} {concept.pattern} {concept.class_word}")
+    return "; ".join(shown)
+
+
 def grounding_table(found: Mapping[str, Any]) -> str:
     lines = ["| noise level, map size | own object | other object |", "|---|---|---|"]
     lines += [f"| {name} | {row['own']:.1f} | {row['other']:.1f} |" for name, row in found["share"].items()]
@@ -210,6 +239,8 @@ def tables(data: Mapping[str, Any]) -> dict[str, str]:
     for name, group in data.get("groups", {}).items():
         note = f"{', '.join(group['sets'])}; up to {group['seeds']} seeds each."
         out[f"group_{name}"] = f"{note}\n\n{table(group['arms'])}" if group["arms"] else "Not measured yet."
+        if "by_set" in group:
+            out[f"by_set_{name}"] = by_set_table(group["by_set"])
     if data.get("comparisons"):
         out["comparisons"] = comparison_table(data["comparisons"])
     if data.get("drift"):

@@ -87,7 +87,7 @@ class Bench:
 def record_path(bench: Bench, arm: Arm, names: Key) -> Path:
     """Where the records of an arm on a concept set are kept: one JSON object a line."""
     kind = asdict(KINDS[arm.kind]) if arm.kind else None
-    taught = asdict(bench.learning) if arm.kind else None
+    taught = bench.learning.facts() if arm.kind else None
     facts = [VERSION, bench.digest, asdict(bench.sampling) | {"batch": 0}, taught, kind, asdict(arm), names]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bench.cache / "records" / f"{digest}.jsonl"

@@ -27,10 +27,10 @@ LODA_DEFAULTS: dict[str, Any] = {
     "map_part": "auto",
     "afg": True,
     "afg_positive": 3.0,
-    "afg_negative": -1e8,
+    "afg_negative": -3.0,
     "afg_fraction": 0.1,
     "afg_sigma": 1.5,
-    "afg_end": 1.0,
+    "afg_end": 0.7,
 }
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 500,
@@ -399,7 +399,7 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         type=_number,
         default=d["afg_negative"],
         metavar="X",
-        help=f"added outside; -1e8 forbids, -2 discourages (default: {d['afg_negative']:g})",
+        help=f"added outside; -1e8 forbids, as in the paper (default: {d['afg_negative']:g})",
     )
     fix.add_argument(
         "--afg-fraction",
@@ -420,7 +420,7 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         type=_number,
         default=d["afg_end"],
         metavar="SHARE",
-        help=f"share of the steps after which AFG lets go (default: {d['afg_end']:g}, never)",
+        help=f"share of the steps after which AFG lets go; 1: never (default: {d['afg_end']:g})",
     )
 
 

@@ -1,5 +1,6 @@
 """Bookkeeping of the laboratory: splits, prompts, resuming, reports. The model is not needed."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -125,7 +126,11 @@ def test_report_of_a_run(bench, tmp_path):
     assert list(compared) == ["tova - base"] and compared["tova - base"]["mcnemar"]["only_first"] == 12
     assert "| tova | 12 | 100 (100–100)" in report.table(summed)
     assert "| tova − base | 12 | +100 (+100 to +100)" in report.comparison_table(compared)
-    json.dumps([summed, compared])
+    each = report.by_set(results, ("success", "loose_success"))
+    assert each["nero+pixa"]["tova"] == {"success": 1.0, "loose_success": 1.0}
+    assert "| bobo, orange and cyan striped circle; lumo, " in report.by_set_table(each)
+    assert " | 100 / 100 | 0 / 0 |" in report.by_set_table(each)
+    json.dumps([summed, compared, each])
     report.grid(bench, arms, sets, tmp_path / "grid.jpg")
     sheet = np.asarray(Image.open(tmp_path / "grid.jpg"))
     assert sheet.shape == (26 + 4 * 128, 96 + 2 * 128, 3)
@@ -165,7 +170,10 @@ def test_the_plan_names_known_arms_and_sets():
         assert all(len(names) == group.size for names in group.key_sets())
     assert {name for pair in plan.PAIRS for name in pair} <= {name for group in plan.FULL for name in group.arms}
     # Groups of two concepts share their first sets and seeds.
-    two = [g for g in plan.FULL if g.size == 2 and not g.same_class]
+    two = [g for g in plan.FULL if not g.apart]
+    assert {"main", "separation", "beyond"} <= {g.name for g in two} and "sayable" not in {g.name for g in two}
+    for group in plan.FULL:
+        assert all(set(names) <= set(group.of or names) for names in group.key_sets())
     for group in two:
         assert group.key_sets() == two[0].key_sets()[: group.sets] and group.seeds <= two[0].seeds
     assert [g.name for g in plan.resized(plan.FULL, 1, 2, "tova,base")] == ["main"]
@@ -240,3 +248,44 @@ def test_a_signal_ends_a_run_and_its_workers(tmp_path):
     finally:
         run_.kill()
     assert run_.returncode == 130 and "stopped" in said
+
+
+def test_tuning_takes_what_holds_up_on_seeds_that_ranked_nothing(bench, tmp_path, monkeypatch):
+    """Two settings look better than the start; one of them only on the seeds of the first look."""
+    monkeypatch.setattr(report, "described", lambda bench: {})
+    monkeypatch.setattr(tune, "FINAL_FACTOR", 2)
+    monkeypatch.setattr(tune, "SWEEP", {"step_size": (0.04,), "afg_end": (0.4,), "smooth_sigma": (2.0,)})
+    monkeypatch.setattr(tune, "STRENGTHS", ())
+    monkeypatch.setattr(tune, "GUIDANCES", ())
+    right = methods.draw
+
+    def draw(model, arm, names, seeds, learned, sampling):
+        images, facts = right(model, arm, names, seeds, learned, sampling)
+        empty = right(model, methods.Arm(None), names, seeds, learned, sampling)[0]
+        loda = arm.loda or LodaConfig()
+        lucky = loda.afg_end == 0.4 and seeds[0] < tune.FINAL_SEED
+        if loda.step_size == 0.04 or lucky:
+            empty[1:] = images[1:]
+        return empty, facts
+
+    monkeypatch.setattr(methods, "draw", draw)
+    args = argparse.Namespace(pairs=1, seeds=4, quick=False, strength=1.0, fresh=False, workers=1)
+    out = tmp_path / "tuning.json"
+    found = tune.main(bench, LodaConfig(steps=3), args, float("inf"), out, None)
+    first, final = found["score_against_start"], found["finals"]["score_against_start"]
+    assert first["afg_end=0.4"]["mean"] > 0.2 and first["step_size=0.04"]["mean"] > 0.2
+    assert final["afg_end=0.4"]["mean"] == 0 and final["smooth_sigma=2.0"]["mean"] == 0
+    assert "step_size=0.04" in found["best"]
+    assert found["chosen"]["step_size"] == 0.04 and found["chosen"]["steps"] == 3
+    assert found["finals"]["seeds"] == {"first": tune.FINAL_SEED, "count": 8}
+    assert json.loads(out.read_text())["best"] == found["best"]
+
+
+def test_timesteps_that_are_drawn_more_often():
+    every = learning.Learning().timesteps(1000)
+    assert every.tolist() == list(range(1000)) and "levels" not in learning.Learning().facts()
+    more = learning.Learning(levels=(450, 950))
+    drawn = more.timesteps(1000)
+    inside = ((drawn >= 450) & (drawn < 950)).float().mean()
+    assert 0.74 < inside < 0.76 and drawn.min() == 0 and drawn.max() == 999
+    assert more.facts()["levels"] == (450, 950)

@@ -244,7 +244,7 @@ def test_guidance_regions_touch_only_the_conditional_branch(load):
         assert not bias[0].any()
         touched = set(bias[1].any(dim=0).nonzero().flatten().tolist())
         assert touched == set(mask[0].sum(-1).nonzero().flatten().tolist())
-    half = host._biases(areas, mask, factors, sizes, LodaConfig(), torch.float16, guided=False)
+    half = host._biases(areas, mask, factors, sizes, LodaConfig(afg_negative=-1e8), torch.float16, guided=False)
     assert all(torch.isfinite(bias).all() for bias in half.values())
 
 
@@ -256,7 +256,7 @@ def test_afg_lets_go_where_it_is_told_to(load):
     never = host.sample(model, conds, loda=LodaConfig(steps=2, afg_end=0.0), **options)
     assert torch.equal(off.latents, never.latents)
     some = host.sample(model, conds, loda=LodaConfig(steps=2, afg_end=0.7), **options)
-    full = host.sample(model, conds, loda=LodaConfig(steps=2), **options)
+    full = host.sample(model, conds, loda=LodaConfig(steps=2, afg_end=1.0), **options)
     assert not torch.equal(some.latents, off.latents) and not torch.equal(some.latents, full.latents)
 
 

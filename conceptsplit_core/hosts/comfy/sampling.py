@@ -149,8 +149,11 @@ class LodaSampler:
             # A copy: CFG++ samplers put their own functions into what they are given.
             own = dict(extra_args)
             x = one_step(model, x, segment, extra_args=own, callback=_shifted(callback, k), disable=True)
-        if self.config.afg and count < total and not self.blind:
-            self._fix_regions(model, x, sigmas[count], conds, extra_args)
+        held = round(self.config.afg_end * total)
+        if self.config.afg and count < held and not self.blind:
+            # A little above the level of the step that is free again: samplers may pass it on with a rounding error.
+            until = 0.0 if held >= total else 1.0001 * float(sigmas[held])
+            self._fix_regions(model, x, sigmas[count], conds, extra_args, until)
         if count == total:
             return x
         rest, told = sigmas[count:].clone(), _shifted(callback, count)
@@ -292,9 +295,16 @@ class LodaSampler:
             comfy.samplers.calc_cond_batch(inner, [[cond]], x, level, options)
 
     def _fix_regions(
-        self, model: Any, x: Tensor, sigma: Tensor, conds: list[dict[str, Any]], extra_args: dict[str, Any]
+        self,
+        model: Any,
+        x: Tensor,
+        sigma: Tensor,
+        conds: list[dict[str, Any]],
+        extra_args: dict[str, Any],
+        until: float,
     ) -> None:
-        """AFG: takes the maps once, at the first step that is not optimised, and fixes each concept's region."""
+        """AFG: takes the maps once, at the first step that is not optimised, and fixes each concept's region down to
+        the noise level `until`."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         with torch.inference_mode(False), torch.no_grad():
             maps = self._maps(model, conds, extra_args, sigma, x.detach().clone())
@@ -304,9 +314,6 @@ class LodaSampler:
             # Channels of the run's masks, most of which may be unbound: no region, no bias.
             whole = found.new_zeros(found.shape[0], len(self.run.names), *found.shape[-2:])
             whole[:, list(self.bound)] = found
-        sampling = self.guider.inner_model.model_sampling
-        end = self.config.afg_end
-        until = 0.0 if end >= 1.0 else float(sampling.percent_to_sigma(end))
         self.run.fixed = FixedRegions(whole, until, self.config)
 
 

@@ -83,6 +83,7 @@ def sample_loda(model: Any, positive: Any, negative: Any, image: Any = None, **o
         "loda_steps": 2,
         "loda_strength": 0.2,
         "afg": True,
+        "afg_end": 1.0,  # of three steps two are LODA's
         "loda_iterations": 1,
         **options,
     }

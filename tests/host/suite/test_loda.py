@@ -266,6 +266,7 @@ def test_guider_equals_the_sampler_node(marked):
         loda_steps=2,
         loda_strength=0.2,
         afg=True,
+        afg_end=1.0,
         loda_iterations=1,
     )
     assert maps.trace is None
@@ -293,9 +294,9 @@ def test_afg_biases_only_the_conditional_rows(marked):
     theirs = model.clone()
     theirs.model_options["transformer_options"]["optimized_attention_override"] = override
     conds = encode(clip, "a photo of a dog and a cat"), encode(clip, "a dog and a cat")
-    _, maps = sample_loda(
-        theirs, *conds, steps=3, loda_steps=2, map_downscale="1", loda_iterations=4, loda_strength=0.5, afg_region=0.3
-    )
+    options = {"map_downscale": "1", "loda_iterations": 4, "loda_strength": 0.5}
+    afg = {"afg_region": 0.3, "afg_outside": 1e8}
+    _, maps = sample_loda(theirs, *conds, steps=3, loda_steps=2, **options, **afg)
     assert len(seen) == 7, "one step after two optimised ones, seven cross-attention layers"
     regions = maps.trace.regions[0].flatten(1)
     for length, mask in seen:
@@ -310,6 +311,25 @@ def test_afg_biases_only_the_conditional_rows(marked):
                 assert torch.equal(positive[:, row] > 0, regions[channel])
                 assert positive[:, row].max() == 3.0 and positive[:, row].min() <= -1e7
     assert not (regions[0] & regions[1]).any() and regions.any(dim=1).all()
+
+
+@pytest.mark.parametrize(("scheduler", "sampler"), [("normal", "euler"), ("karras", "dpmpp_2m"), ("simple", "uni_pc")])
+@pytest.mark.parametrize(("end", "held"), [(1.0, 8), (0.7, 6), (0.5, 4), (0.25, 0)])
+def test_afg_lets_go_after_its_share_of_the_steps(marked, scheduler, sampler, end, held):
+    """Counted in steps whatever the noise schedule, as the diffusers host counts them; 2 of 8 are LODA's own."""
+    model, clip = marked
+    levels = set()
+
+    def override(func, q, k, v, heads, *args, transformer_options=None, **kwargs):
+        if kwargs.get("mask") is not None:
+            levels.add(round(float(transformer_options["sigmas"][0]), 4))
+        return func(q, k, v, heads, *args, transformer_options=transformer_options, **kwargs)
+
+    theirs = model.clone()
+    theirs.model_options["transformer_options"]["optimized_attention_override"] = override
+    given = {"steps": 8, "loda_steps": 2, "scheduler": scheduler, "sampler_name": sampler}
+    sample_loda(theirs, *two(clip), **given, afg_end=end)
+    assert len(levels) == max(0, held - 2)
 
 
 def test_afg_holds_attention_in_its_region(marked):
