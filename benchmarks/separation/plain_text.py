@@ -3,9 +3,11 @@ other, to find out what depends on context that a class word's row carries.
 
 The encoder's self-attention is taken out by setting its output projections to zero and keeping them there: a row is
 then its word and its position, and the file stays an ordinary demo checkpoint that `--model` opens. UNet and encoder
-train on together, with the demo's own objective and grounding term.
+train on together, with the demo's own objective and grounding term. `--mixing` is the control: the same further steps
+with the encoder left as it is, which also shows what a better base model changes.
 
     python -m benchmarks.separation.plain_text --out out/plain-text --workers 2 --minutes 15
+    python -m benchmarks.separation.plain_text --mixing --out out/further --workers 2 --minutes 15
     python -m benchmarks.separation --model out/plain-text/plain_text.safetensors --workers 2 ...
 
 The first run draws the training scenes (some minutes) unless --latents names a folder with those of the same
@@ -46,7 +48,7 @@ def without_mixing(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: torch.zeros_like(v) if ".self_attn.out_proj." in k else v for k, v in state.items()}
 
 
-def start(out: Path, source: Path, rate: float, grounding: float, seed: int) -> None:
+def start(out: Path, source: Path, rate: float, grounding: float, seed: int, mixing: bool = False) -> None:
     """Writes the first training state and the autoencoder from a demo checkpoint, where they are not there yet."""
     parts = checkpoint.load(source)
     trained = parts.config["training"]["vae"]
@@ -58,10 +60,11 @@ def start(out: Path, source: Path, rate: float, grounding: float, seed: int) -> 
     if (out / f"{NAME}.safetensors").exists():
         return
     words = demo_train.Words()
-    model = PlainModel(words.vocabulary)
+    model = (demo_train.Model if mixing else PlainModel)(words.vocabulary)
     prefix = "text_model." if hasattr(model.text_encoder, "text_model") else ""
     model.unet.load_state_dict(parts.unet)
-    model.text_encoder.load_state_dict({prefix + k: v for k, v in without_mixing(parts.text_encoder).items()})
+    encoder = parts.text_encoder if mixing else without_mixing(parts.text_encoder)
+    model.text_encoder.load_state_dict({prefix + k: v for k, v in encoder.items()})
     # An optimiser that has seen nothing yet.
     moments = {f"{i}.step": torch.zeros(()) for i, _ in enumerate(model.parameters())}
     for i, parameter in enumerate(model.parameters()):
@@ -107,10 +110,11 @@ def _draw(out: Path, part: int, parts: int, count: int, seed: int) -> None:
     demo_train.draw_latents(out, part, parts, count, seed)
 
 
-def _train(rank: int, *run: Any) -> None:
+def _train(rank: int, mixing: bool, *run: Any) -> None:
     torch.set_num_threads(1)
     was = demo_train.Model
-    demo_train.Model = PlainModel  # type: ignore[misc]
+    if not mixing:
+        demo_train.Model = PlainModel  # type: ignore[misc]
     try:
         demo_train.train_unet(rank, *run)
     finally:
@@ -124,7 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--model", type=Path, default=checkpoint.DEMO_FILE, help="demo checkpoint to start from")
     parser.add_argument("--out", type=Path, default=Path("out/plain-text"))
-    parser.add_argument("--target", type=Path, help="file to write (OUT/plain_text.safetensors)")
+    parser.add_argument(
+        "--target", type=Path, help="file to write (OUT/plain_text.safetensors or OUT/further.safetensors)"
+    )
+    parser.add_argument("--mixing", action="store_true", help="leave the encoder as it is: the control")
     parser.add_argument("--latents", type=Path, help="folder with encoded scenes of the same autoencoder")
     parser.add_argument("--scenes", type=int, default=6000, help="scenes to draw without --latents")
     parser.add_argument("--steps", type=int, default=1200)
@@ -138,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    start(args.out, args.model, args.rate, args.grounding, args.seed)
+    start(args.out, args.model, args.rate, args.grounding, args.seed, args.mixing)
     if args.latents is not None:
         if not same_encoder(args.latents, args.model):
             raise SystemExit(f"the scenes in {args.latents} were encoded by another autoencoder: leave --latents out")
@@ -153,15 +160,16 @@ def main(argv: list[str] | None = None) -> None:
     minutes = args.minutes - (time.time() - began) / 60
     run = (args.out, NAME, args.steps, args.steps // 2, args.batch, args.rate, args.grounding, args.seed, minutes)
     if args.workers > 1:
-        torch.multiprocessing.spawn(_train, (args.workers, *run), nprocs=args.workers)
+        torch.multiprocessing.spawn(_train, (args.mixing, args.workers, *run), nprocs=args.workers)
     else:
-        _train(0, 1, *run)
+        _train(0, args.mixing, 1, *run)
     step = int(demo_train._read(args.out / f"{NAME}.safetensors")["step"])
-    target = args.target or args.out / "plain_text.safetensors"
-    note = (
-        f"Trained {step} of {args.steps} further steps from {args.model.name} with an encoder whose rows do not see "
-        "each other: its self-attention's output projections are zero."
-    )
+    target = args.target or args.out / ("further.safetensors" if args.mixing else "plain_text.safetensors")
+    note = f"Trained {step} of {args.steps} further steps from {args.model.name}"
+    if args.mixing:
+        note += "."
+    else:
+        note += " with an encoder whose rows do not see each other: its self-attention's output projections are zero."
     demo_train.export(args.out, NAME, target, note)
     print(f"{step} of {args.steps} steps, {time.time() - began:.0f} s")
 

@@ -35,6 +35,17 @@ def test_training_goes_on_and_the_encoder_mixes_nothing(tmp_path):
         assert not torch.equal(one[6], moved[2])  # order is still known
 
 
+def test_the_control_goes_on_with_the_encoder_as_it_is(tmp_path):
+    plain_text.main(
+        ["--out", str(tmp_path), "--scenes", "8", "--workers", "1", "--batch", "2", "--steps", "1", "--mixing"]
+    )
+    model = learning.open_model(str(tmp_path / "further.safetensors"))
+    one = host.encode_text(model, "a red circle and a star").context[0]
+    other = host.encode_text(model, "a blue heart and a star").context[0]
+    assert not torch.equal(one[6], other[6])
+    assert learning.fingerprint(model) != learning.fingerprint(learning.open_model("demo"))
+
+
 def test_scenes_of_another_autoencoder_are_refused(tmp_path):
     plain_text.start(tmp_path, DEMO_FILE, 1e-3, 0.0, 1)
     assert plain_text.same_encoder(tmp_path, DEMO_FILE)
