@@ -154,6 +154,11 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_afg": Arm(loda=replace(on, step_size=0.0)),
         "tova_loda_afg": Arm(loda=on),
         "tova_loda_afg_hard": Arm(loda=replace(on, afg_negative=-1e8, afg_end=1.0)),
+        # More of LODA, for more concepts.
+        "tova_loda_afg_longer": Arm(loda=replace(on, steps=max(1, round(0.3 * steps)))),
+        "tova_loda_afg_more_updates": Arm(loda=replace(on, iterations=6)),
+        "tova_loda_afg_larger": Arm(loda=replace(on, step_size=2 * on.step_size)),
+        "tova_loda_afg_guided": Arm(loda=on, guidance=4.5),
         "base_loda_afg": Arm(None, "plain", loda=on),
         "described_loda_afg": Arm(None, "described", loda=on),
         "lora_merged_loda_afg": Arm("lora", loda=on),

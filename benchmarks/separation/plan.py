@@ -48,7 +48,7 @@ class Group:
         return list(range(methods.REPORT_FROM, methods.REPORT_FROM + self.seeds))
 
 
-MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code")
+MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code", "tova_loda_suppression")
 
 SAYABLE = ("bobo", "pixa", "ozzy")
 """Reported concepts whose look the model draws in four of five pictures when it is described in words, without any
@@ -71,6 +71,12 @@ FULL = (
     ),
     Group("sayable", "Two concepts that words can say", 2, 3, 48, MAIN, of=SAYABLE),
     Group("three", "Three concepts", 3, 2, 48, MAIN),
+    Group("sayable_three", "Three concepts that words can say", 3, 1, 48, MAIN, of=SAYABLE),
+    Group(
+        "three_remedies", "Three concepts that words can say, remedies", 3, 1, 48,
+        ("tova_loda_afg", "tova_loda_afg_longer", "tova_loda_afg_more_updates", "tova_loda_afg_larger",
+         "tova_loda_afg_guided"), of=SAYABLE,
+    ),
     Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
     Group("four", "Four concepts", 4, 1, 48, MAIN),
     Group(
@@ -80,7 +86,7 @@ FULL = (
          "tova_attention_masked_loda_afg", "tova_similarities", "tova_suppression", "tova_loda_suppression"),
     ),
 )  # fmt: skip
-"""About 6,600 pictures and 50 adapters: 40 minutes on two cores that do nothing else."""
+"""About 9,000 pictures and 50 adapters: 50 minutes on two cores that do nothing else."""
 
 QUICK = (
     Group("single", "Each concept alone", 1, 1, 4, ("lora_merged", "tova")),
@@ -92,6 +98,8 @@ PAIRS = (
     ("tova", "tok_key_value"), ("tova_masked", "tova"), ("tova_attention_masked", "tova"),
     ("tova_loda", "tova"), ("tova_afg", "tova"), ("tova_loda_afg", "tova"), ("tova_loda_afg", "tova_loda"),
     ("tova_loda_afg", "tova_loda_afg_hard"),
+    ("tova_loda_afg_longer", "tova_loda_afg"), ("tova_loda_afg_more_updates", "tova_loda_afg"),
+    ("tova_loda_afg_larger", "tova_loda_afg"), ("tova_loda_afg_guided", "tova_loda_afg"),
     ("tova_loda_afg", "lora_merged"), ("tova_loda_afg", "tara"), ("tova_loda_afg", "paper_code"),
     ("paper_mended", "paper_code"), ("tova_best_of_3", "tova"), ("tova_more_steps", "tova"),
     ("tova_loda_afg", "tova_best_of_3"), ("tova_loda_afg", "tova_more_steps"), ("base_loda_afg", "base"),
@@ -99,7 +107,8 @@ PAIRS = (
     ("perfusion_loda_afg", "perfusion"), ("tok_key_value_loda_afg", "tok_key_value"),
     ("tova_loda_symmetric_kl", "tova_loda"), ("tova_loda_bhattacharyya", "tova_loda"), ("tova_loda_kl", "tova_loda"),
     ("tova_loda_sign", "tova_loda"), ("tova_loda_raw", "tova_loda"), ("tova_loda_iou", "tova_loda"),
-    ("tova_loda_suppression", "tova_loda"), ("tova_suppression", "tova"), ("tova_similarities", "tova"),
+    ("tova_loda_suppression", "tova_loda"), ("tova_loda_suppression", "tova_loda_afg"),
+    ("tova_suppression", "tova"), ("tova_similarities", "tova"),
     ("tova_loda_afg_overlapping", "tova_loda_afg"), ("tova_loda_afg_from_20", "tova_loda_afg"),
     ("tova_loda_afg_to_70", "tova_loda_afg"), ("tova_masked_loda_afg", "tova_loda_afg"),
     ("tova_attention_masked_loda_afg", "tova_loda_afg"),

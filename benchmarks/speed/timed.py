@@ -40,6 +40,8 @@ def rows(quick: bool = False) -> Iterator[Row]:
         yield from sampling_rows(built, family, 5, length=None, goals=True)
         yield from training_rows(built, 3)
         yield from format_rows(built, 3)
+        if family == "sd15":
+            yield from compiled_rows(built, 5)
         del built
 
 
@@ -246,6 +248,45 @@ def format_rows(built: models.Built, rounds: int) -> Iterator[Row]:
             "timed",
             note=f"Largest difference of a prediction: {off:.1e} of the largest value.",
         )
+
+
+def compiled_rows(built: models.Built, rounds: int) -> Iterator[Row]:
+    """A sampling step with the UNet through torch.compile; none where no C++ compiler is found."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        print("no C++ compiler: the rows of torch.compile are left out", flush=True)
+        return
+    adapters = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(2)]
+    mask = models.row_mask(2)
+    with host.patched(built.model, adapters) as patch:  # compilation sees only hooks that are there before it
+        for what, bound in (
+            ("plain sampling step", lambda of: programs.cfg_call(of)),
+            ("sampling step with two adapters", lambda of: programs.cfg_call(of, patch, mask)),
+        ):
+            torch.compiler.reset()
+            patch.state.mask = None
+            compiled = replace(built, model=replace(built.model, unet=torch.compile(built.model.unet)))
+            began = time.perf_counter()
+            off = float((bound(compiled) - bound(built)).abs().max() / bound(built).abs().max())
+            spent = time.perf_counter() - began
+            mine, theirs = alternate(
+                lambda bound=bound, compiled=compiled: bound(compiled), lambda bound=bound: bound(built), rounds
+            )
+            yield Row(
+                f"{what}, torch.compile",
+                built.name,
+                mine * 1e3,
+                theirs * 1e3,
+                "ms",
+                "not compiled",
+                "timed",
+                note=f"The first call compiles, {spent:.0f} s. Largest difference: {off:.1e} of the largest value.",
+            )
+    torch.compiler.reset()
 
 
 def _picture_of_parts(
