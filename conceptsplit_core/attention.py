@@ -68,6 +68,28 @@ def value_delta(
 ) -> Tensor | None:
     """What token-wise value adaptation adds to V: Σ_i δ_iᵀ · scale_i · B_i A_i c  (paper, token-wise value adaptation).
 
+    Arguments as in `row_deltas`.
+
+    Returns:
+        [B, L, d_v] in the context's dtype, or None when nothing is bound or every delta is silent.
+    """
+    found = row_deltas(context, mask, deltas, rows)
+    if found is None:
+        return None
+    places, added = found
+    count, length = context.shape[:2]
+    total = torch.zeros(count, length, added.shape[1], dtype=context.dtype, device=context.device)
+    return add_rows(total, places, added)
+
+
+def row_deltas(
+    context: Tensor,
+    mask: Tensor,
+    deltas: Sequence[Delta | None],
+    rows: Sequence[BoundRows | None] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """The same, as the few rows that change: where they are, and what is added there.
+
     Args:
         context: text rows [B, L, d_ctx], the input of the value projection.
         mask: [B, L, n]; channel i says how much of each row belongs to concept i. Rows of the batch that carry no
@@ -76,8 +98,8 @@ def value_delta(
         rows: ``bound_rows(mask)`` when the caller has it already.
 
     Returns:
-        [B, L, d_v] in the context's dtype, or None when nothing is bound or every delta is silent, so that the
-        caller can leave V untouched to the bit.
+        (places [p] in the B · L rows, added [p, d_v]); a place that two concepts share stands there twice. None when
+        nothing is bound or every delta is silent, so that the caller can leave V untouched to the bit.
     """
     if rows is None:
         rows = bound_rows(mask)
@@ -98,26 +120,28 @@ def value_delta(
         down = torch.cat([delta[0].to(dtype) for _, delta in acting])
         up = torch.cat([delta[1].to(dtype) for _, delta in acting], dim=1)
     rows = rows if isinstance(rows, PassRows) else PassRows(rows)
-    count, length = context.shape[:2]
     places, other, factor = rows.together(
-        length, [i for i, _ in acting], [d[0].shape[0] for _, d in acting], [d[2] for _, d in acting], dtype
+        context.shape[1], [i for i, _ in acting], [d[0].shape[0] for _, d in acting], [d[2] for _, d in acting], dtype
     )
     # Only the bound rows are multiplied: a handful out of 77 per prompt.
     inner = context.flatten(0, 1)[places].to(down.dtype) @ down.t()
     if len(acting) > 1:
         # Filled, not multiplied by zero: what one concept's adapter makes of another's row may be infinite.
         inner = inner.masked_fill(other, 0.0)
-    added = (inner @ up.t()) * factor
-    total = torch.zeros(count * length, up.shape[0], dtype=context.dtype, device=context.device)
-    # Out of place, because autograd needs it in training; adding, because two concepts may share a row. (On a CPU
-    # index_put does the same forty times slower.)
-    return total.index_add(0, places, added.to(total.dtype)).unflatten(0, (count, length))
+    return places, (inner @ up.t()) * factor
+
+
+def add_rows(value: Tensor, places: Tensor, added: Tensor) -> Tensor:
+    """`value` [B, L, d_v] with `added` [p, d_v] at its rows `places` [p], as a new tensor: autograd needs the old one
+    in training, and another pack may hold it. One pass over the values, whatever the number of concepts."""
+    # Adding, because two concepts may share a row. (On a CPU index_put does the same forty times slower.)
+    return value.flatten(0, 1).index_add(0, places, added.to(value.dtype)).unflatten(0, value.shape[:2])
 
 
 def apply_value_delta(value: Tensor, context: Tensor, mask: Tensor, deltas: Sequence[Delta | None]) -> Tensor:
     """V' = V + delta. Returns the very same tensor when no row is bound."""
-    delta = value_delta(context, mask, deltas)
-    return value if delta is None else value + delta.to(value.dtype)
+    found = row_deltas(context, mask, deltas)
+    return value if found is None else add_rows(value, *found)
 
 
 def bound_attention(

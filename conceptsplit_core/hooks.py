@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .attention import BoundRows, Delta, bound_rows, value_delta
+from .attention import BoundRows, Delta, add_rows, bound_rows, row_deltas
 
 
 class LayerDeltas(Protocol):
@@ -95,11 +95,11 @@ def hook_values(to_v: Mapping[str, nn.Module], state: ValueState) -> list[torch.
             mask, rows = fitted
             # fp8 or integer storage still computes in the output's dtype; adapters follow that.
             deltas = _deltas(state, layer, output.device, _compute_dtype(output.dtype))
-            added = value_delta(context, mask, deltas, rows)
-            if added is None:
+            found = row_deltas(context, mask, deltas, rows)
+            if found is None:
                 return None
             state.used.add(layer)
-            return output + added.to(output.dtype)
+            return add_rows(output, *found)
 
         return hook
 
