@@ -110,6 +110,31 @@ def sampling_rows(
         "<= 1.01" if goals else None,
     )
 
+    # The same without the noise of a whole step: only the value projections, which is where the deltas are added.
+    context = built.batch(2)[1]
+    projections = [attn.to_v for attn in host.cross_attention_layers(built.model.unet).values()]
+
+    @torch.no_grad()
+    def values(bound: bool) -> float:
+        with host.patched(built.model, four) as patch:
+            patch.state.mask = torch.cat([torch.zeros_like(mask), mask]) if bound else None
+            began = time.process_time()
+            for to_v in projections:
+                to_v(context)
+            return time.process_time() - began
+
+    with_deltas, without = alternate(lambda: values(True), lambda: values(False), 10 * rounds)
+    yield Row(
+        "profile of a sampling step, 4 concepts: all value projections",
+        name,
+        with_deltas * 1e3,
+        without * 1e3,
+        "ms",
+        "without deltas",
+        "timed",
+        note=f"The deltas take {100 * (with_deltas - without) / plain:.1f} % of a plain step.",
+    )
+
     two = {f"c{i}": four[i] for i in range(2)}
     pair = models.row_mask(2)
     work: dict[str, float] = {}
