@@ -2,8 +2,8 @@
 
 The full run, in this order (each goes on where it was stopped; with the model in conceptsplit_core/demo):
 
-    python -m benchmarks.separation --tune --workers 2 --minutes 12
-    python -m benchmarks.separation --workers 2 --minutes 45 --tuned benchmarks/results/separation_tuning.json
+    python -m benchmarks.separation --tune --workers 2 --minutes 25
+    python -m benchmarks.separation --workers 2 --minutes 60 --tuned benchmarks/results/separation_tuning.json
 """
 
 from __future__ import annotations
