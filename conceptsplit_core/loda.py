@@ -106,6 +106,10 @@ class LodaConfig:
         """The same settings with `steps` as a number, for a run of `total` sampling steps."""
         return replace(self, steps=max(1, round(SHARE * total)) if self.steps == AUTO else min(self.steps, total))
 
+    def held(self, total: int) -> int:
+        """The step (0-based) of a run of `total` at which AFG lets go; `total` or more: never."""
+        return round(self.afg_end * total)
+
     def step_sizes(self) -> list[float]:
         """η_k = step_size · √(linspace(1, 0.5, steps)_k)  (paper, LODA's schedule).
 

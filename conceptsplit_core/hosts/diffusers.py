@@ -517,7 +517,7 @@ def sample(
     sizes = level_sizes((h, w))
     chosen, wanted = choose_layers(factors, settings.map_downscale, settings.map_part)
     watched: dict[int, Tensor] = {}
-    last_biased = round(settings.afg_end * steps)
+    last_biased = settings.held(steps)
     with patched(model, [adapters.get(name, (None, 0.0)) for name in names]) as patch:
         for index, t in enumerate(scheduler.timesteps):
             sigma = _sigma(model, scheduler, sampler, index, t)

@@ -149,7 +149,7 @@ class LodaSampler:
             # A copy: CFG++ samplers put their own functions into what they are given.
             own = dict(extra_args)
             x = one_step(model, x, segment, extra_args=own, callback=_shifted(callback, k), disable=True)
-        held = round(self.config.afg_end * total)
+        held = self.config.held(total)
         if self.config.afg and count < held and not self.blind:
             # A little above the level of the step that is free again: samplers may pass it on with a rounding error.
             until = 0.0 if held >= total else 1.0001 * float(sigmas[held])
