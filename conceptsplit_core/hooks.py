@@ -8,18 +8,89 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .attention import BoundRows, Delta, add_rows, bound_rows, row_deltas
+from .attention import BoundRows, Delta, PassRows, add_rows, bound_rows, row_deltas
+
+# Where rows change [p] in the B · L rows of a text, and what is added there [p, d_v].
+Added = tuple[Tensor, Tensor]
 
 
 class LayerDeltas(Protocol):
     """What a hook needs of an adapter: its (A, B, scale) for one layer, or None."""
 
     def delta(self, layer: str, device: torch.device, dtype: torch.dtype) -> Delta | None: ...
+
+
+@dataclass(eq=False)
+class KeptText:
+    """A text whose row deltas are kept: what they follow from, and those worked out so far.
+
+    mask: [B, L, n]; bound: its rows per concept; places: the same among the B · L; rows: the text there [P, d_ctx].
+    found: by layer, device and dtype of its values.
+    """
+
+    shape: torch.Size
+    adapters: tuple[LayerDeltas | None, ...]
+    strengths: tuple[float, ...]
+    mask: Tensor
+    bound: PassRows
+    places: Tensor
+    rows: Tensor
+    found: dict[tuple[str, torch.device, torch.dtype], Added | None] = field(default_factory=dict)
+
+    def holds(self, context: Tensor, mask: Tensor) -> bool:
+        """Whether `context` under `mask` is this text in all that its deltas follow from."""
+        return (
+            context.shape == self.shape
+            and context.dtype == self.rows.dtype
+            and context.device == self.rows.device
+            and mask.dtype == self.mask.dtype
+            and torch.equal(mask, self.mask)
+            and torch.equal(context.flatten(0, 1)[self.places], self.rows)
+        )
+
+
+class KeptDeltas:
+    """Row deltas of one sampling run. They follow from the text, its mask and the adapters, which most runs keep over
+    all steps: each layer works its own out once per text, not once per step, and a step is left with one addition.
+
+    Texts are told apart by their content, since a host makes a new tensor for each call; the comparison is made once
+    per pass. For adapters that do not change while it lives: not for training.
+
+    Args:
+        texts: how many are kept, the last ones met: one or two in most runs, more where regions have prompts.
+    """
+
+    def __init__(self, texts: int = 8):
+        self.limit = texts
+        self.texts: list[KeptText] = []
+
+    def text(
+        self, context: Tensor, mask: Tensor, adapters: tuple[LayerDeltas | None, ...], strengths: tuple[float, ...]
+    ) -> KeptText:
+        """The entry of this text [B, L, d_ctx] under this mask [B, L, n]; a new one if it has not been met."""
+        for known in self.texts:
+            same = len(known.adapters) == len(adapters) and all(map(_is, known.adapters, adapters))
+            if same and known.strengths == strengths and known.holds(context, mask):
+                break
+        else:
+            # Outside inference mode, so that what a sampling step leaves can also serve a gradient pass.
+            with torch.inference_mode(False), torch.no_grad():
+                mask = mask.clone()
+                bound = bound_rows(mask)
+                places = (mask != 0).any(dim=-1).flatten().nonzero().flatten()
+                rows = context.flatten(0, 1)[places]
+                known = KeptText(context.shape, adapters, strengths, mask, bound, places, rows)
+        self.texts = [known, *(text for text in self.texts if text is not known)][: self.limit]
+        return known
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
 
 
 @dataclass
@@ -29,18 +100,21 @@ class ValueState:
     mask: [B, L, n] row mask of this very batch, or None (no binding: the hooks do nothing).
     adapters: n entries aligned with the mask's channels; None is a concept without an adapter.
     strengths: n factors s; 0 is exactly the base model.
+    kept: deltas of the run that this pass belongs to; None works them out anew in each pass, as training must.
     """
 
     mask: Tensor | None = None
     adapters: tuple[LayerDeltas | None, ...] = ()
     strengths: tuple[float, ...] = ()
+    kept: KeptDeltas | None = None
     used: set[str] = field(default_factory=set)
     _rows: tuple[Tensor, tuple[int, int], Tensor, list[BoundRows | None]] | None = None
+    _text: tuple[tuple[Any, ...], KeptText] | None = None
 
     def clear(self) -> None:
         """Ends the pass: no mask, nothing remembered of it."""
         self.mask = None
-        self._rows = None
+        self._rows = self._text = None
 
     def rows_for(self, context: Tensor) -> tuple[Tensor, list[BoundRows | None]] | None:
         """Mask and bound rows fitted to a context [B, L, ·]; worked out once for all layers of a pass."""
@@ -54,6 +128,48 @@ class ValueState:
             fitted = fitted.to(context.device)
             self._rows = (self.mask, shape, fitted, bound_rows(fitted))
         return self._rows[2], self._rows[3]
+
+    def added(self, layer: str, context: Tensor, device: torch.device, dtype: torch.dtype) -> Added | None:
+        """The rows that `layer` adds to its values [B, L, d_v], for the text [B, L, d_ctx] it reads.
+
+        Returns:
+            As `row_deltas`, in `dtype`; None when the values stay as they are.
+        """
+        fitted = self.rows_for(context)
+        if fitted is None:
+            return None
+        mask, rows = fitted
+        text = self._kept_text(context, mask)
+        key = (layer, device, dtype)
+        if text is not None and key in text.found:
+            return text.found[key]
+        # fp8 or integer storage still computes in the output's dtype; adapters follow that.
+        deltas = _deltas(self, layer, device, _compute_dtype(dtype))
+        if text is None or any(
+            delta is not None and (delta[0].requires_grad or delta[1].requires_grad) for delta in deltas
+        ):
+            found = row_deltas(context, mask, deltas, rows)
+            return None if found is None else (found[0], found[1].to(dtype))
+        with torch.inference_mode(False), torch.no_grad():
+            # The text's own rows, since those of the pass may be inference tensors.
+            found = row_deltas(context, mask, deltas, text.bound)
+            text.found[key] = None if found is None else (found[0], found[1].to(dtype))
+        return text.found[key]
+
+    def _kept_text(self, context: Tensor, mask: Tensor) -> KeptText | None:
+        if self.kept is None or context.requires_grad or torch.compiler.is_compiling():
+            return None
+        # Inference tensors do not count their changes; hosts that sample with them have a state for each call.
+        version = None if context.is_inference() else context._version
+        now = (context, mask, self.adapters, version, self.strengths)
+        if self._text is None or not _same_objects(self._text[0], now):
+            self._text = (now, self.kept.text(context, mask, self.adapters, self.strengths))
+        return self._text[1]
+
+
+def _same_objects(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two layers read the very same text under the same mask and adapters: then nothing has to be compared."""
+    return all(map(_is, one[:3], other[:3])) and one[3:] == other[3:]
 
 
 def _deltas(state: ValueState, layer: str, device: torch.device, dtype: torch.dtype) -> list[Delta | None]:
@@ -88,14 +204,7 @@ def hook_values(to_v: Mapping[str, nn.Module], state: ValueState) -> list[torch.
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if state.mask is None or not state.adapters:
                 return None
-            context = inputs[0]
-            fitted = state.rows_for(context)
-            if fitted is None:
-                return None
-            mask, rows = fitted
-            # fp8 or integer storage still computes in the output's dtype; adapters follow that.
-            deltas = _deltas(state, layer, output.device, _compute_dtype(output.dtype))
-            found = row_deltas(context, mask, deltas, rows)
+            found = state.added(layer, inputs[0], output.device, output.dtype)
             if found is None:
                 return None
             state.used.add(layer)

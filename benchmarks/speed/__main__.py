@@ -1,11 +1,11 @@
 """Measures speed and memory and writes benchmarks/results/speed.json.
 
-    python -m benchmarks.speed                  everything (about half an hour on two cores)
+    python -m benchmarks.speed                  everything (an hour and a half on two cores)
     python -m benchmarks.speed --quick          SD1.5 counted, the demo model timed (a few minutes)
     python -m benchmarks.speed --only counted   one part anew; the other parts' rows stay as they are
 
-Parts: counted (operations and memory from shapes, at real size), timed (this machine), comfyui (each ComfyUI found),
-size (of the shipped demo adapters).
+Parts: counted (operations and memory from shapes, at real size), real (timed at real size, the longest part), timed
+(reduced models), comfyui (each ComfyUI found), size (of the shipped demo adapters).
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ def timed(quick: bool) -> Iterator[Row]:
     return part.rows(quick)
 
 
+def real(quick: bool) -> Iterator[Row]:
+    from . import timed as part
+
+    return iter(()) if quick else part.real_rows()
+
+
 def comfyui(quick: bool) -> Iterator[Row]:
     from . import comfyui as part
 
@@ -53,13 +59,15 @@ def size(quick: bool) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "counted": counted,
+    "real": real,
     "timed": timed,
     "comfyui": comfyui,
     "size": size,
 }
 TITLES = {
     "counted": "Counted: operations and memory at real size, half precision, batch 1",
-    "timed": "Timed on this machine, through diffusers",
+    "real": "Timed on this machine at real size, fp32, through diffusers",
+    "timed": "Timed on this machine, reduced models, through diffusers",
     "comfyui": "In ComfyUI",
     "size": "Size of an adapter at equal fidelity",
 }

@@ -50,6 +50,8 @@ class Cost:
     kept: bytes still alive at the block's end, counted the same way.
     marked: bytes alive when `mark` was called (at the end of a forward pass: what is kept for the backward).
     operators: how often each operator ran.
+    started: operations that make or change a tensor. Views are free; each of these is one launch or more on a GPU,
+        whatever its size.
     kinds: flops of each kind of operator: attention, convolutions, linear layers.
     """
 
@@ -57,6 +59,7 @@ class Cost:
     peak: int = 0
     kept: int = 0
     marked: int = 0
+    started: int = 0
     operators: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
 
@@ -106,11 +109,16 @@ class _Meter(TorchDispatchMode):
             self.cost.flops += flops
             self.cost.kinds[_kind(packet.__name__)] += flops
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = False
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self.known:
-                    self._add(storage)
+                if storage._cdata not in given:
+                    made = True
+                    if storage._cdata not in self.known:
+                        self._add(storage)
+        # A comparison gives no tensor, and costs a launch and a wait.
+        self.cost.started += made or func._schema.is_mutable or packet is aten.equal
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -131,7 +139,7 @@ class Answers(TorchDispatchMode):
     rows: text rows per concept over the whole batch.
     concepts: how many concepts are bound.
     decide: what every yes-or-no read from a tensor is: with True a loss counts as not zero and a gradient as finite,
-        with False the maps count as apart already. Every other number read is 1.
+        with False the maps count as apart already. Every other number read is 1, and equal shapes are equal tensors.
     """
 
     def __init__(self) -> None:
@@ -143,6 +151,8 @@ class Answers(TorchDispatchMode):
             # 1-D: which text rows any concept uses; 2-D: the places of one concept.
             count = self.rows * self.concepts if args[0].ndim == 1 else self.rows
             return torch.empty(count, args[0].ndim, dtype=torch.int64)
+        if func is aten.equal.default:
+            return args[0].shape == args[1].shape
         if func is aten._local_scalar_dense.default:
             kind = args[0].dtype
             return self.decide if kind == torch.bool else 1.0 if kind.is_floating_point else 1

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from conceptsplit_core import loda as loda_core
 from conceptsplit_core.adapters import ValueAdapter
+from conceptsplit_core.hooks import KeptDeltas
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.loda import LodaConfig, LodaTrace
 from conceptsplit_core.maps import aggregate, choose_layers, level_sizes
@@ -34,6 +35,16 @@ def wanted_layers(built: Built, config: LodaConfig) -> tuple[list[str], tuple[in
     """The layers whose maps LODA reads, and the maps' size, as `host.sample` chooses them."""
     chosen, layers = choose_layers(host.layer_factors(built.model.unet), config.map_downscale, config.map_part)
     return layers, level_sizes(built.grid)[chosen]
+
+
+@contextmanager
+def sampling(
+    built: Built, adapters: Sequence[tuple[ValueAdapter | None, float]], kept: KeptDeltas | None = None
+) -> Iterator[host.Patch]:
+    """The model as `host.sample` has it during a run; with `kept` of an earlier block, in a later step of that run."""
+    with host.patched(built.model, adapters) as patch:
+        patch.state.kept = KeptDeltas() if kept is None else kept
+        yield patch
 
 
 def map_reader(built: Built, patch: host.Patch, mask: Tensor, config: LodaConfig) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,5 @@
-"""Rows that are timed on this machine: the demo model, and the three families at three tenths of their width.
+"""Rows that are timed on this machine: the demo model, the three families at three tenths of their width, and a few
+at real size.
 
 Two programs are run in turn in one process, in changing order, and their medians are compared. What is timed is the
 processor time of the process, on one thread unless OMP_NUM_THREADS says otherwise: what other programs take of the
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from conceptsplit_core.adapters import ValueAdapter
+from conceptsplit_core.hooks import KeptDeltas
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.hosts import diffusers_load as host_load
 from conceptsplit_core.loda import LodaConfig
 from conceptsplit_core.tokens import Binding
 from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, batch_loss, make_batch, train
@@ -37,7 +41,9 @@ def rows(quick: bool = False) -> Iterator[Row]:
         return
     for family in models.FAMILIES:
         built = models.reduced(family)
-        yield from sampling_rows(built, family, 5, length=None, goals=True)
+        rounds = 5
+        yield from sampling_rows(built, family, rounds, length=None, goals=True)
+        yield from profile_rows(built, 3 * rounds)
         yield from training_rows(built, 3)
         yield from format_rows(built, 3)
         if family == "sd15":
@@ -89,15 +95,12 @@ def sampling_rows(
     name = built.name
     four = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(4)]
     mask = models.row_mask(4)
-
-    def bound_call() -> float:
-        # Hooks are registered once per picture, not once per step, so that is not timed here.
-        with host.patched(built.model, four) as patch:
-            began = time.process_time()
-            programs.cfg_call(built, patch, mask)
-            return time.process_time() - began
-
-    mine, plain = alternate(bound_call, lambda: programs.cfg_call(built), 3 * rounds)
+    # Hooks are registered and deltas worked out once per picture, not once per step, so that is not timed here.
+    mine, plain = alternate(
+        _inside(built, four, lambda patch: programs.cfg_call(built, patch, mask)),
+        lambda: programs.cfg_call(built),
+        12 * rounds,
+    )
     yield Row(
         "ToVA, 4 concepts, one sampling step",
         name,
@@ -115,15 +118,16 @@ def sampling_rows(
     projections = [attn.to_v for attn in host.cross_attention_layers(built.model.unet).values()]
 
     @torch.no_grad()
-    def values(bound: bool) -> float:
-        with host.patched(built.model, four) as patch:
-            patch.state.mask = torch.cat([torch.zeros_like(mask), mask]) if bound else None
-            began = time.process_time()
-            for to_v in projections:
-                to_v(context)
-            return time.process_time() - began
+    def values(patch: host.Patch, bound: bool) -> None:
+        patch.state.mask = torch.cat([torch.zeros_like(mask), mask]) if bound else None
+        for to_v in projections:
+            to_v(context)
 
-    with_deltas, without = alternate(lambda: values(True), lambda: values(False), 10 * rounds)
+    with_deltas, without = alternate(
+        _inside(built, four, lambda patch: values(patch, True)),
+        _inside(built, four, lambda patch: values(patch, False)),
+        20 * rounds,
+    )
     yield Row(
         "profile of a sampling step, 4 concepts: all value projections",
         name,
@@ -146,7 +150,7 @@ def sampling_rows(
                 programs.update(built, patch, pair, LodaConfig(iterations=1, threshold=0.69, map_part=part))
             work[part] = one.flops / call.flops
     if length is None:
-        yield _picture_of_parts(built, two, pair, work, family, rounds)
+        yield _picture_of_parts(built, list(two.values()), work, family, rounds)[0]
     else:
         steps, loda_steps = length
         for part, told in parts(built).items():
@@ -314,38 +318,67 @@ def compiled_rows(built: models.Built, rounds: int) -> Iterator[Row]:
     torch.compiler.reset()
 
 
+def _inside(
+    built: models.Built,
+    adapters: Sequence[tuple[ValueAdapter | None, float]],
+    program: Callable[[host.Patch], object],
+    bias: Mapping[str, Tensor] | None = None,
+) -> Callable[[], float]:
+    """`program` timed as a part of a longer run: what happens once per picture has happened before it begins."""
+    kept = KeptDeltas()
+
+    def run() -> float:
+        with programs.sampling(built, adapters, kept) as patch:
+            patch.bias = dict(bias or {})
+            began = time.process_time()
+            program(patch)
+            return time.process_time() - began
+
+    return run
+
+
 def _picture_of_parts(
-    built: models.Built, adapters: dict, mask: Tensor, work: dict[str, float], family: str, rounds: int
-) -> Row:
-    """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others."""
+    built: models.Built,
+    adapters: Sequence[tuple[ValueAdapter | None, float]],
+    work: Mapping[str, float],
+    family: str,
+    rounds: int,
+) -> tuple[Row, Row]:
+    """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others; and the
+    step that has the adapters alone, from the same run.
+
+    Args:
+        work: operations of one update with each choice of layers, as a share of a step's.
+    """
+    mask = models.row_mask(len(adapters))
     part = default_part(built)
     config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
-    with host.patched(built.model, list(adapters.values())) as patch:
+    with programs.sampling(built, adapters) as patch:
         programs.region_bias(built, patch, mask, config)
         regions = dict(patch.bias)
 
-    def inside(program: Callable[[host.Patch], object], bias: dict[str, Tensor]) -> Callable[[], float]:
-        # Hooks are registered once per picture, so that is not timed.
-        def run() -> float:
-            with host.patched(built.model, list(adapters.values())) as patch:
-                patch.bias = dict(bias)
-                began = time.process_time()
-                program(patch)
-                return time.process_time() - began
-
-        return run
-
     one, reading, free, held, stock = in_turn(
         (
-            inside(lambda patch: programs.update(built, patch, mask, config), {}),
-            inside(lambda patch: programs.region_bias(built, patch, mask, config), {}),
-            inside(lambda patch: programs.cfg_call(built, patch, mask), {}),
-            inside(lambda patch: programs.cfg_call(built, patch, mask), regions),
+            _inside(built, adapters, lambda patch: programs.update(built, patch, mask, config)),
+            _inside(built, adapters, lambda patch: programs.region_bias(built, patch, mask, config)),
+            _inside(built, adapters, lambda patch: programs.cfg_call(built, patch, mask)),
+            _inside(built, adapters, lambda patch: programs.cfg_call(built, patch, mask), regions),
             lambda: programs.cfg_call(built),
         ),
         rounds,
     )
-    return Row(
+    alone = Row(
+        f"ToVA, {len(adapters)} concepts, one sampling step",
+        built.name,
+        free * 1e3,
+        stock * 1e3,
+        "ms",
+        "plain sampling",
+        "timed",
+        1.01,
+        "<= 1.01",
+    )
+    picture = Row(
         f"{LODA_STEPS} LODA steps of {STEPS} + AFG, one update a step, {parts(built)[part]}",
         built.name,
         LODA_STEPS * (one + free) + reading + (STEPS - LODA_STEPS) * held,
@@ -356,9 +389,75 @@ def _picture_of_parts(
         1 + LODA_STEPS * work[part] / STEPS,
         IMAGE_GOAL[family],
         note=f"Added up from its parts, timed in turn: update {1e3 * one:.0f} ms, maps for AFG {1e3 * reading:.0f}, "
-        f"step with two adapters {1e3 * free:.0f}, step with AFG {1e3 * held:.0f}, plain step {1e3 * stock:.0f}. "
+        f"step with adapters {1e3 * free:.0f}, step with AFG {1e3 * held:.0f}, plain step {1e3 * stock:.0f}. "
         "Predicted by this model's own count of operations.",
     )
+    return picture, alone
+
+
+def profile_rows(built: models.Built, rounds: int) -> Iterator[Row]:
+    """Where the time of an update goes: from a guided step to one row of it, to the part that the maps need, and to
+    its backward pass. Predicted is what the same count of operations gives."""
+    adapters = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(2)]
+    mask = models.row_mask(2)
+    config = LodaConfig(iterations=1, threshold=0.69, map_part=default_part(built))
+
+    @torch.no_grad()
+    def one_row(patch: host.Patch) -> None:
+        x, context, pooled = built.batch(1)
+        patch.state.mask = mask
+        host.call_unet(built.model, x, built.t, context, pooled)
+
+    @torch.no_grad()
+    def as_far_as_maps(patch: host.Patch) -> None:
+        programs.map_reader(built, patch, mask, config)(built.x)
+
+    parts_of = (
+        ("an update", lambda patch: programs.update(built, patch, mask, config)),
+        ("one row as far as the maps", as_far_as_maps),
+        ("one row through the whole UNet", one_row),
+        ("a guided step, two rows", lambda patch: programs.cfg_call(built, patch, mask)),
+    )
+    work = []
+    for _, program in parts_of:
+        with programs.sampling(built, adapters) as patch, measured() as cost:
+            program(patch)
+        work.append(cost.flops)
+    times = in_turn([_inside(built, adapters, program) for _, program in parts_of], rounds)
+    for index, (what, _) in enumerate(parts_of[:-1]):
+        yield Row(
+            f"profile of an update: {what}",
+            built.name,
+            times[index] * 1e3,
+            times[index + 1] * 1e3,
+            "ms",
+            parts_of[index + 1][0],
+            "timed",
+            work[index] / work[index + 1],
+        )
+
+
+def real_rows() -> Iterator[Row]:
+    """The families at their real size, in fp32, with random weights: the parts of a picture with LODA, the value
+    adapters, and training where it fits. Minutes per step: few rounds."""
+    for family, rounds, train_rounds in (("sd15", 5, 3), ("sd21", 3, 2), ("sdxl", 3, 0)):
+        built = models.build(family, torch.float32)
+        four = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(4)]
+        part = default_part(built)
+        with measured() as call:
+            programs.cfg_call(built)
+        with programs.sampling(built, four) as patch, measured() as one:
+            config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
+            programs.update(built, patch, models.row_mask(4), config)
+        picture, alone = _picture_of_parts(built, four, {part: one.flops / call.flops}, family, rounds)
+        yield alone
+        yield picture
+        if train_rounds:
+            built.model.vae = models.vae(torch.float32)
+            encoders = models.text_encoders(family, torch.float32)
+            built.model.encoders = tuple(host_load.TextEncoder(None, encoder) for encoder in encoders)
+            yield from training_rows(built, train_rounds, steps=1)
+        del built, four
 
 
 # --- training -------------------------------------------------------------------------------------------------

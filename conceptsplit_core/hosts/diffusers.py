@@ -22,7 +22,7 @@ from .. import loda as loda_core
 from ..adapters import AdapterInfo, ValueAdapter
 from ..attention import bound_attention
 from ..errors import ConceptSplitError
-from ..hooks import ValueState, hook_values, remove_hooks
+from ..hooks import KeptDeltas, ValueState, hook_values, remove_hooks
 from ..loda import LodaConfig, LodaTrace
 from ..maps import aggregate, choose_layers, level_sizes
 from ..tokens import Binding, Concept, Specials, bind, row_mask
@@ -519,6 +519,7 @@ def sample(
     watched: dict[int, Tensor] = {}
     last_biased = settings.held(steps)
     with patched(model, [adapters.get(name, (None, 0.0)) for name in names]) as patch:
+        patch.state.kept = KeptDeltas()
         for index, t in enumerate(scheduler.timesteps):
             sigma = _sigma(model, scheduler, sampler, index, t)
             # Samplers on the variance-preserving latent are lifted to x0 + σ ε, where the core optimises.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ...adapters import ValueAdapter
 from ...attention import BoundRows, attend, bound_attention, bound_rows
 from ...errors import ConceptSplitError
-from ...hooks import ValueState, hook_values, remove_hooks
+from ...hooks import KeptDeltas, ValueState, hook_values, remove_hooks
 from ...loda import LodaConfig, LodaTrace, region_bias
 from ...maps import map_size
 from ...tokens import Binding, row_mask
@@ -239,6 +239,7 @@ class Run:
     areas: conditional uuid to the (y, x, height, width) of its area in the latent, None for the whole.
     texts: every conditioning of the run as text [1, L, d] and row mask [L, 2n], and `books` those of their encoders.
     dtype: what the UNet computes in.
+    deltas: what the value adapters add to each text of the run, from its first call on.
     placed, lost: channels whose rows were found in the text of some layer, and in that of none of them.
     unclear: some text could have been either of two prompts.
     unfixed: AFG met a cross-attention that it could not guide.
@@ -257,6 +258,7 @@ class Run:
     texts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     books: list[TextBook] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
+    deltas: KeptDeltas = field(default_factory=KeptDeltas)
     placed: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     unclear: bool = False
@@ -479,7 +481,8 @@ def _call(
         strengths = run.strengths(t)
         if any(strengths):
             adapters = tuple(one.adapter if one else None for one in run.adapters)
-            state = CallState(rows, adapters, strengths, rows=fitting)
+            # Where another pack changes the text on its way into a layer, each layer looks at its own.
+            state = CallState(rows, adapters, strengths, None if fitting.foreign else run.deltas, rows=fitting)
             handles += hook_values({name: attn2.to_v for name, attn2 in modules.items()}, state)
         if run.capture is not None:
             run.capture.asked = True
