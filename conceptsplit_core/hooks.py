@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .attention import BoundRows, Delta, PassRows, add_rows, bound_rows, row_deltas
+from .attention import BoundRows, Delta, add_rows, bound_rows, row_deltas
 
 # Where rows change [p] in the B · L rows of a text, and what is added there [p, d_v].
 Added = tuple[Tensor, Tensor]
@@ -29,7 +29,7 @@ class LayerDeltas(Protocol):
 class KeptText:
     """A text whose row deltas are kept: what they follow from, and those worked out so far.
 
-    mask: [B, L, n]; bound: its rows per concept; places: the same among the B · L; rows: the text there [P, d_ctx].
+    mask: [B, L, n]; places: its nonzero rows among the B · L [P]; rows: the text there [P, d_ctx].
     found: by layer, device and dtype of its values.
     """
 
@@ -37,7 +37,6 @@ class KeptText:
     adapters: tuple[LayerDeltas | None, ...]
     strengths: tuple[float, ...]
     mask: Tensor
-    bound: PassRows
     places: Tensor
     rows: Tensor
     found: dict[tuple[str, torch.device, torch.dtype], Added | None] = field(default_factory=dict)
@@ -78,13 +77,9 @@ class KeptDeltas:
             if same and known.strengths == strengths and known.holds(context, mask):
                 break
         else:
-            # Outside inference mode, so that what a sampling step leaves can also serve a gradient pass.
-            with torch.inference_mode(False), torch.no_grad():
-                mask = mask.clone()
-                bound = bound_rows(mask)
-                places = (mask != 0).any(dim=-1).flatten().nonzero().flatten()
-                rows = context.flatten(0, 1)[places]
-                known = KeptText(context.shape, adapters, strengths, mask, bound, places, rows)
+            places = (mask != 0).any(dim=-1).flatten().nonzero().flatten()
+            rows = context.flatten(0, 1)[places]
+            known = KeptText(context.shape, adapters, strengths, mask.clone(), places, rows)
         self.texts = [known, *(text for text in self.texts if text is not known)][: self.limit]
         return known
 
@@ -145,16 +140,15 @@ class ValueState:
             return text.found[key]
         # fp8 or integer storage still computes in the output's dtype; adapters follow that.
         deltas = _deltas(self, layer, device, _compute_dtype(dtype))
-        if text is None or any(
+        found = row_deltas(context, mask, deltas, rows)
+        if found is not None:
+            found = (found[0], found[1].to(dtype))
+        # What learns changes from pass to pass, and its gradient belongs to one of them.
+        if text is not None and not any(
             delta is not None and (delta[0].requires_grad or delta[1].requires_grad) for delta in deltas
         ):
-            found = row_deltas(context, mask, deltas, rows)
-            return None if found is None else (found[0], found[1].to(dtype))
-        with torch.inference_mode(False), torch.no_grad():
-            # The text's own rows, since those of the pass may be inference tensors.
-            found = row_deltas(context, mask, deltas, text.bound)
-            text.found[key] = None if found is None else (found[0], found[1].to(dtype))
-        return text.found[key]
+            text.found[key] = found
+        return found
 
     def _kept_text(self, context: Tensor, mask: Tensor) -> KeptText | None:
         if self.kept is None or context.requires_grad or torch.compiler.is_compiling():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from .helpers import (
     messages,
     same_weights,
     sample,
+    sample_loda,
     watched,
     weights,
 )
@@ -235,6 +238,62 @@ def test_other_family_is_refused_with_both_names(sd, loaded):
     errors = pack("conceptsplit_core.errors")
     with pytest.raises(errors.ConceptSplitError, match=r"SD1\.5.*SD2\.1"):
         apply(loaded("sd21").model, loaded("sd21").clip, make_adapter(loaded("sd15").model))
+
+
+@contextmanager
+def deltas_asked(monkeypatch, kept=True):
+    """How often a layer has worked out its deltas; with `kept` off, in each call of the UNet."""
+    hooks = pack("conceptsplit_core.hooks")
+    real, asked = hooks.row_deltas, []
+
+    def counted(*args):
+        asked.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks, "row_deltas", counted)
+        if not kept:
+            patch.setattr(hooks.ValueState, "_kept_text", lambda *_: None)
+        yield asked
+
+
+@pytest.mark.parametrize("case", ["plain", "batch", "span", "range", "regions", "loda"])
+def test_deltas_are_worked_out_once_per_text_and_stay_the_same_bits(sd, adapted, monkeypatch, case):
+    model, clip = adapted
+    positive, negative = bound(clip)
+    options = {"steps": 6, "image": latent(batch=3 if case == "batch" else 1)}
+    texts = 1
+    if case == "span":
+        # Outside its span the adapter acts nowhere, so nothing is worked out there.
+        model, clip = apply(sd.model, sd.clip, make_adapter(sd.model), start_percent=0.2, end_percent=0.7)
+    elif case == "range":
+        (first,) = run("ConditioningSetTimestepRange", conditioning=positive, start=0.0, end=0.5)
+        (then,) = run("ConditioningSetTimestepRange", conditioning=encode(clip, "<rex> at night"), start=0.5, end=1.0)
+        (positive,) = run("ConditioningCombine", conditioning_1=first, conditioning_2=then)
+        texts = 3  # the two alone, and the call at which both still hold
+    elif case == "regions":
+        sides = (("the <rex>", 0), ("a red <rex>", 32))
+        areas = [
+            run("ConditioningSetArea", conditioning=encode(clip, text), width=32, height=64, x=x, y=0, strength=1.0)[0]
+            for text, x in sides
+        ]
+        (positive,) = run("ConditioningCombine", conditioning_1=areas[0], conditioning_2=areas[1])
+        texts = 2
+    elif case == "loda":
+        model, clip = apply(model, clip, make_adapter(sd.model, "tom", "cat", seed=4))
+        positive, negative = bound(clip, "a <rex> and a <tom>")
+        texts = 2  # alone in LODA's passes, beside the negative in the steps
+    draw = lambda: (
+        sample_loda(model, positive, negative, **options)[0]
+        if case == "loda"
+        else sample(model, positive, negative, **options)
+    )
+    with deltas_asked(monkeypatch) as few:
+        picture = draw()
+    with deltas_asked(monkeypatch, kept=False) as many:
+        assert torch.equal(draw(), picture)
+    layers = len(pack("conceptsplit_core.hosts.comfy.model").layer_paths(sd.model.model))
+    assert 0 < len(few) <= texts * layers < len(many)
 
 
 def test_exception_in_mid_forward_leaves_the_model_clean(sd, adapted):
