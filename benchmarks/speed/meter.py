@@ -75,6 +75,7 @@ class Cost:
 
 
 KINDS = ("attention", "convolutions", "linear layers")
+REST = "everything else"
 
 
 def _kind(operator: str) -> str:
@@ -131,6 +132,32 @@ class _Meter(TorchDispatchMode):
     def _free(self, address: int, size: int) -> None:
         self.known.discard(address)
         self.cost._live -= size
+
+
+class _Clock(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        counted = packet in EXTRA_OPERATORS or packet in flop_registry
+        began = time.process_time()
+        out = func(*args, **(kwargs or {}))
+        self.seconds[_kind(packet.__name__) if counted else REST] += time.process_time() - began
+        return out
+
+
+def seconds_by_kind(program: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Median processor seconds that `program` spends in each kind of operator, outside inference mode; after one run
+    that is not counted."""
+    program()
+    taken = []
+    for _ in range(rounds):
+        with _Clock() as clock:
+            program()
+        taken.append(clock.seconds)
+    return {kind: statistics.median(one[kind] for one in taken) for kind in (*KINDS, REST)}
 
 
 class Answers(TorchDispatchMode):

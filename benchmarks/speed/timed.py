@@ -27,7 +27,7 @@ from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, 
 
 from . import models, programs
 from .counted import IMAGE_GOAL, LODA_STEPS, PARTS, STEPS, default_part, parts
-from .meter import alternate, in_turn, measured
+from .meter import KINDS, REST, alternate, in_turn, measured, seconds_by_kind
 from .rows import MB, Row
 from .size import held_out_batch, loss_of, pixels
 
@@ -436,11 +436,35 @@ def profile_rows(built: models.Built, rounds: int) -> Iterator[Row]:
             work[index] / work[index + 1],
         )
 
+    # Forward passes are the same in both; what the whole update takes more is its backward pass.
+    until_loss = replace(config, threshold=1e-30)
+    spent, counts = [], []
+    for settings in (until_loss, config):
+        with programs.sampling(built, adapters) as patch:
+            run = lambda patch=patch, settings=settings: programs.update(built, patch, mask, settings)
+            with measured() as cost:
+                run()
+            counts.append(cost.kinds)
+            spent.append(seconds_by_kind(run, rounds))
+    for kind in (*KINDS, REST):
+        forward, whole = (one[kind] for one in spent)
+        work_of = [one[kind] for one in counts]
+        yield Row(
+            f"profile of an update, {kind}: backward",
+            built.name,
+            (whole - forward) * 1e3,
+            forward * 1e3,
+            "ms",
+            "forward",
+            "timed",
+            (work_of[1] - work_of[0]) / work_of[0] if work_of[0] else None,
+        )
+
 
 def real_rows() -> Iterator[Row]:
     """The families at their real size, in fp32, with random weights: the parts of a picture with LODA, the value
     adapters, and training where it fits. Minutes per step: few rounds."""
-    for family, rounds, train_rounds in (("sd15", 5, 3), ("sd21", 3, 2), ("sdxl", 3, 0)):
+    for family, rounds, train_rounds in (("sd15", 7, 3), ("sd21", 3, 2), ("sdxl", 3, 0)):
         built = models.build(family, torch.float32)
         four = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(4)]
         part = default_part(built)
@@ -452,6 +476,8 @@ def real_rows() -> Iterator[Row]:
         picture, alone = _picture_of_parts(built, four, {part: one.flops / call.flops}, family, rounds)
         yield alone
         yield picture
+        if family == "sd15":
+            yield from profile_rows(built, 3)
         if train_rounds:
             built.model.vae = models.vae(torch.float32)
             encoders = models.text_encoders(family, torch.float32)
