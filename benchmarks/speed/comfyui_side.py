@@ -65,7 +65,7 @@ def picture(model: Any, positive: Any, negative: Any, steps: int, loda: dict[str
 
 
 def sampling_rows(model: Any, clip: Any, quick: bool) -> Iterator[Row]:
-    rounds = 3 if quick else 5
+    rounds = 3 if quick else 25
     plain = [encode(clip, "a dog, a cat, a mug and a bear"), encode(clip, "blurry")]
     ours, knowing = model, clip
     for i, (name, word) in enumerate(zip(NAMES, WORDS, strict=True)):
@@ -87,7 +87,7 @@ def sampling_rows(model: Any, clip: Any, quick: bool) -> Iterator[Row]:
         mine, theirs = alternate(
             lambda settings=settings: picture(ours, *two, steps=10, loda=settings),
             lambda: picture(model, *plain, steps=10),
-            max(2, rounds // 2),
+            max(2, rounds // 4),
         )
         yield Row(
             f"2 LODA steps of 10 + AFG, one update a step, {told}",

@@ -35,19 +35,19 @@ RANK = 8
 
 
 def rows(quick: bool = False) -> Iterator[Row]:
-    yield from sampling_rows(models.demo(), "sd15", 3 if quick else 7, length=(50, 10), goals=False)
+    yield from sampling_rows(models.demo(), "sd15", 3 if quick else 9, 20 if quick else 150, (50, 10), goals=False)
     yield from demo_rows(quick)
     if quick:
         return
     for family in models.FAMILIES:
         built = models.reduced(family)
-        rounds = 5
-        yield from sampling_rows(built, family, rounds, length=None, goals=True)
-        yield from profile_rows(built, 3 * rounds)
-        yield from training_rows(built, 3)
-        yield from format_rows(built, 3)
+        rounds = 9
+        yield from sampling_rows(built, family, rounds, 60 if family == "sdxl" else 150, None, goals=True)
+        yield from profile_rows(built, 15)
+        yield from training_rows(built, 7)
+        yield from format_rows(built, rounds)
         if family == "sd15":
-            yield from compiled_rows(built, 5)
+            yield from compiled_rows(built, 15)
         del built
 
 
@@ -83,12 +83,14 @@ def image(
 
 
 def sampling_rows(
-    built: models.Built, family: str, rounds: int, length: tuple[int, int] | None, goals: bool
+    built: models.Built, family: str, rounds: int, pairs: int, length: tuple[int, int] | None, goals: bool
 ) -> Iterator[Row]:
     """ToVA, whole images, single updates.
 
     Args:
         family: whose predictions and goals apply.
+        pairs: steps with and without value adapters that are compared: their difference is far below what a busy
+            machine moves a step by.
         length: (steps, of which with LODA) of a whole picture; None adds a picture of 50 steps up from its parts.
         goals: False leaves out what is held to a goal on real models only.
     """
@@ -99,7 +101,7 @@ def sampling_rows(
     mine, plain = alternate(
         _inside(built, four, lambda patch: programs.cfg_call(built, patch, mask)),
         lambda: programs.cfg_call(built),
-        12 * rounds,
+        pairs,
     )
     yield Row(
         "ToVA, 4 concepts, one sampling step",
@@ -113,31 +115,7 @@ def sampling_rows(
         "<= 1.01" if goals else None,
     )
 
-    # The same without the noise of a whole step: only the value projections, which is where the deltas are added.
-    context = built.batch(2)[1]
-    projections = [attn.to_v for attn in host.cross_attention_layers(built.model.unet).values()]
-
-    @torch.no_grad()
-    def values(patch: host.Patch, bound: bool) -> None:
-        patch.state.mask = torch.cat([torch.zeros_like(mask), mask]) if bound else None
-        for to_v in projections:
-            to_v(context)
-
-    with_deltas, without = alternate(
-        _inside(built, four, lambda patch: values(patch, True)),
-        _inside(built, four, lambda patch: values(patch, False)),
-        20 * rounds,
-    )
-    yield Row(
-        "profile of a sampling step, 4 concepts: all value projections",
-        name,
-        with_deltas * 1e3,
-        without * 1e3,
-        "ms",
-        "without deltas",
-        "timed",
-        note=f"The deltas take {100 * (with_deltas - without) / plain:.1f} % of a plain step.",
-    )
+    yield deltas_row(built, four, plain, 20 * rounds)
 
     two = {f"c{i}": four[i] for i in range(2)}
     pair = models.row_mask(2)
@@ -150,7 +128,7 @@ def sampling_rows(
                 programs.update(built, patch, pair, LodaConfig(iterations=1, threshold=0.69, map_part=part))
             work[part] = one.flops / call.flops
     if length is None:
-        yield _picture_of_parts(built, list(two.values()), work, family, rounds)[0]
+        yield _picture_of_parts(built, list(two.values()), work, family, 4 * rounds)
     else:
         steps, loda_steps = length
         for part, told in parts(built).items():
@@ -159,7 +137,7 @@ def sampling_rows(
             mine, plain = alternate(
                 lambda config=config: image(built, steps, config, two),
                 lambda: image(built, steps, None),
-                max(3, rounds // 2),
+                rounds,
             )
             yield Row(
                 f"{loda_steps} LODA steps of {steps} + AFG, one update a step, {told}",
@@ -238,6 +216,42 @@ def sampling_rows(
             1.0,
             goal if goal and goals else None,
         )
+
+
+def deltas_row(
+    built: models.Built, adapters: Sequence[tuple[ValueAdapter | None, float]], step: float, rounds: int
+) -> Row:
+    """The value projections alone, which is where deltas are added: the difference that value adapters make, without
+    the noise of a whole step.
+
+    Args:
+        step: seconds of a plain sampling step.
+    """
+    mask = models.row_mask(len(adapters))
+    context = built.batch(2)[1]
+    projections = [attn.to_v for attn in host.cross_attention_layers(built.model.unet).values()]
+
+    @torch.no_grad()
+    def values(patch: host.Patch, bound: bool) -> None:
+        patch.state.mask = torch.cat([torch.zeros_like(mask), mask]) if bound else None
+        for to_v in projections:
+            to_v(context)
+
+    with_deltas, without = alternate(
+        _inside(built, adapters, lambda patch: values(patch, True)),
+        _inside(built, adapters, lambda patch: values(patch, False)),
+        rounds,
+    )
+    return Row(
+        f"profile of a sampling step, {len(adapters)} concepts: all value projections",
+        built.name,
+        with_deltas * 1e3,
+        without * 1e3,
+        "ms",
+        "without deltas",
+        "timed",
+        note=f"The deltas take {100 * (with_deltas - without) / step:.2f} % of a plain step of {step * 1e3:.0f} ms.",
+    )
 
 
 def format_rows(built: models.Built, rounds: int) -> Iterator[Row]:
@@ -343,9 +357,8 @@ def _picture_of_parts(
     work: Mapping[str, float],
     family: str,
     rounds: int,
-) -> tuple[Row, Row]:
-    """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others; and the
-    step that has the adapters alone, from the same run.
+) -> Row:
+    """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others.
 
     Args:
         work: operations of one update with each choice of layers, as a share of a step's.
@@ -367,18 +380,7 @@ def _picture_of_parts(
         ),
         rounds,
     )
-    alone = Row(
-        f"ToVA, {len(adapters)} concepts, one sampling step",
-        built.name,
-        free * 1e3,
-        stock * 1e3,
-        "ms",
-        "plain sampling",
-        "timed",
-        1.01,
-        "<= 1.01",
-    )
-    picture = Row(
+    return Row(
         f"{LODA_STEPS} LODA steps of {STEPS} + AFG, one update a step, {parts(built)[part]}",
         built.name,
         LODA_STEPS * (one + free) + reading + (STEPS - LODA_STEPS) * held,
@@ -392,7 +394,6 @@ def _picture_of_parts(
         f"step with adapters {1e3 * free:.0f}, step with AFG {1e3 * held:.0f}, plain step {1e3 * stock:.0f}. "
         "Predicted by this model's own count of operations.",
     )
-    return picture, alone
 
 
 def profile_rows(built: models.Built, rounds: int) -> Iterator[Row]:
@@ -462,28 +463,32 @@ def profile_rows(built: models.Built, rounds: int) -> Iterator[Row]:
 
 
 def real_rows() -> Iterator[Row]:
-    """The families at their real size, in fp32, with random weights: the parts of a picture with LODA, the value
-    adapters, and training where it fits. Minutes per step: few rounds."""
-    for family, rounds, train_rounds in (("sd15", 7, 3), ("sd21", 3, 2), ("sdxl", 3, 0)):
-        built = models.build(family, torch.float32)
-        four = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(4)]
-        part = default_part(built)
-        with measured() as call:
-            programs.cfg_call(built)
-        with programs.sampling(built, four) as patch, measured() as one:
-            config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
-            programs.update(built, patch, models.row_mask(4), config)
-        picture, alone = _picture_of_parts(built, four, {part: one.flops / call.flops}, family, rounds)
-        yield alone
-        yield picture
-        if family == "sd15":
-            yield from profile_rows(built, 3)
-        if train_rounds:
-            built.model.vae = models.vae(torch.float32)
-            encoders = models.text_encoders(family, torch.float32)
-            built.model.encoders = tuple(host_load.TextEncoder(None, encoder) for encoder in encoders)
-            yield from training_rows(built, train_rounds, steps=1)
-        del built, four
+    """The families at their real size, in fp32, with random weights: what the deltas take of a step, and for SD1.5 a
+    picture with LODA, where the time of an update goes, and training. A step takes from 12 s to 2 minutes, and what
+    else runs on a machine moves it by a tenth: many rounds are needed for every hundredth, hence one family."""
+    for family in models.FAMILIES:
+        yield from _real_rows(family)
+
+
+def _real_rows(family: str) -> Iterator[Row]:
+    built = models.build(family, torch.float32)
+    four = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(4)]
+    (plain,) = in_turn((lambda: programs.cfg_call(built),), 2)
+    yield deltas_row(built, four, plain, 50)
+    if family != "sd15":
+        return
+    part = default_part(built)
+    with measured() as call:
+        programs.cfg_call(built)
+    with programs.sampling(built, four) as patch, measured() as one:
+        config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
+        programs.update(built, patch, models.row_mask(4), config)
+    yield _picture_of_parts(built, four, {part: one.flops / call.flops}, family, 12)
+    yield from profile_rows(built, 3)
+    built.model.vae = models.vae(torch.float32)
+    encoders = models.text_encoders(family, torch.float32)
+    built.model.encoders = tuple(host_load.TextEncoder(None, encoder) for encoder in encoders)
+    yield from training_rows(built, 3, steps=1)
 
 
 # --- training -------------------------------------------------------------------------------------------------
