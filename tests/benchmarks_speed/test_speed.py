@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.speed import __main__ as program
 from benchmarks.speed import counted, models, programs
 from benchmarks.speed import size as sizes
-from benchmarks.speed.meter import KINDS, fake, measured, weight_bytes
+from benchmarks.speed.meter import KINDS, REST, fake, measured, seconds_by_kind, weight_bytes
 from benchmarks.speed.rows import Row, read_rows, table, write_json
 from conceptsplit_core.adapters import load_adapter
 from conceptsplit_core.hosts import diffusers as host
@@ -65,6 +65,46 @@ def test_kinds_of_operators_add_up_to_the_whole():
         conv(x).sum().backward()
     assert set(cost.kinds) == set(KINDS) and all(cost.kinds.values())
     assert sum(cost.kinds.values()) == cost.flops
+
+
+def test_views_start_nothing_and_changes_in_place_do():
+    x, y = torch.zeros(4, 4), torch.zeros(4, 4)
+    with measured() as cost:
+        x.view(16)[3:].unsqueeze(0).transpose(0, 1)
+        assert cost.started == 0
+        x.add_(1)
+        x + y
+        torch.equal(x, y)
+    assert cost.started == 3
+
+
+def test_time_goes_to_the_kind_of_operator_that_takes_it():
+    x, conv, linear = torch.randn(1, 8, 64, 64), nn.Conv2d(8, 64, 3), nn.Linear(4, 4)
+    slow = lambda: conv(x)
+    seconds = seconds_by_kind(slow, 3)
+    assert seconds["convolutions"] > seconds[REST] >= 0 == seconds["attention"] == seconds["linear layers"]
+    q = torch.randn(1, 2, 256, 32, requires_grad=True)
+    seconds = seconds_by_kind(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward(), 3)
+    assert seconds["attention"] > 0 == seconds["convolutions"]
+    assert seconds_by_kind(lambda: linear(x[0, 0, :4, :4]), 3)["linear layers"] > 0
+
+
+def test_a_later_step_adds_one_operation_per_layer(small):
+    """The rest, finding rows and comparing the text, is once per step whatever the number of layers."""
+    adapters = [(models.adapter(small.model, f"c{i}", 4), 1.0) for i in range(4)]
+    mask = models.row_mask(4)
+    steps = []
+    with measured() as plain:
+        programs.cfg_call(small)
+    with programs.sampling(small, adapters) as patch:
+        for _ in range(3):
+            with measured() as cost:
+                found = programs.cfg_call(small, patch, mask)
+            steps.append((cost.started, found))
+    assert torch.equal(steps[0][1], steps[1][1]) and torch.equal(steps[1][1], steps[2][1])
+    layers = len(host.cross_attention_layers(small.model.unet))
+    first, *later = (started - plain.started for started, _ in steps)
+    assert first > 6 * layers and layers <= later[0] == later[1] <= layers + 25
 
 
 def test_tensors_kept_for_the_backward_pass_count():
