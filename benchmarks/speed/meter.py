@@ -148,16 +148,22 @@ class _Clock(TorchDispatchMode):
         return out
 
 
-def seconds_by_kind(program: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Median processor seconds that `program` spends in each kind of operator, outside inference mode; after one run
-    that is not counted."""
-    program()
-    taken = []
-    for _ in range(rounds):
-        with _Clock() as clock:
-            program()
-        taken.append(clock.seconds)
-    return {kind: statistics.median(one[kind] for one in taken) for kind in (*KINDS, REST)}
+def seconds_by_kind(programs: Sequence[Callable[[], object]], rounds: int) -> list[dict[str, float]]:
+    """Median processor seconds that each program spends in each kind of operator, outside inference mode. They run in
+    turn, as in `in_turn`."""
+    clocks: list[list[Counter[str]]] = [[] for _ in programs]
+
+    def clocked(which: int) -> Callable[[], None]:
+        def run() -> None:
+            with _Clock() as clock:
+                programs[which]()
+            clocks[which].append(clock.seconds)
+
+        return run
+
+    in_turn([clocked(which) for which in range(len(programs))], rounds)
+    # The first run of each is in_turn's unmeasured one.
+    return [{kind: statistics.median(one[kind] for one in taken[1:]) for kind in (*KINDS, REST)} for taken in clocks]
 
 
 class Answers(TorchDispatchMode):

@@ -437,19 +437,27 @@ def profile_rows(built: models.Built, rounds: int) -> Iterator[Row]:
             work[index] / work[index + 1],
         )
 
+
+def kind_rows(built: models.Built, rounds: int) -> Iterator[Row]:
+    """The backward pass of an update against its forward pass, by kind of operator."""
+    adapters = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(2)]
+    mask = models.row_mask(2)
+    config = LodaConfig(iterations=1, threshold=0.69, map_part=default_part(built))
     # Forward passes are the same in both; what the whole update takes more is its backward pass.
     until_loss = replace(config, threshold=1e-30)
-    spent, counts = [], []
-    for settings in (until_loss, config):
-        with programs.sampling(built, adapters) as patch:
-            run = lambda patch=patch, settings=settings: programs.update(built, patch, mask, settings)
+    with programs.sampling(built, adapters) as patch:
+        both = [
+            lambda settings=settings: programs.update(built, patch, mask, settings) for settings in (until_loss, config)
+        ]
+        work = []
+        for run in both:
             with measured() as cost:
                 run()
-            counts.append(cost.kinds)
-            spent.append(seconds_by_kind(run, rounds))
+            work.append(cost.kinds)
+        spent = seconds_by_kind(both, rounds)
     for kind in (*KINDS, REST):
         forward, whole = (one[kind] for one in spent)
-        work_of = [one[kind] for one in counts]
+        counted = [one[kind] for one in work]
         yield Row(
             f"profile of an update, {kind}: backward",
             built.name,
@@ -458,7 +466,7 @@ def profile_rows(built: models.Built, rounds: int) -> Iterator[Row]:
             "ms",
             "forward",
             "timed",
-            (work_of[1] - work_of[0]) / work_of[0] if work_of[0] else None,
+            (counted[1] - counted[0]) / counted[0] if counted[0] else None,
         )
 
 
@@ -484,7 +492,8 @@ def _real_rows(family: str) -> Iterator[Row]:
         config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
         programs.update(built, patch, models.row_mask(4), config)
     yield _picture_of_parts(built, four, {part: one.flops / call.flops}, family, 12)
-    yield from profile_rows(built, 3)
+    yield from profile_rows(built, 5)
+    yield from kind_rows(built, 5)
     built.model.vae = models.vae(torch.float32)
     encoders = models.text_encoders(family, torch.float32)
     built.model.encoders = tuple(host_load.TextEncoder(None, encoder) for encoder in encoders)

@@ -80,13 +80,12 @@ def test_views_start_nothing_and_changes_in_place_do():
 
 def test_time_goes_to_the_kind_of_operator_that_takes_it():
     x, conv, linear = torch.randn(1, 8, 64, 64), nn.Conv2d(8, 64, 3), nn.Linear(4, 4)
-    slow = lambda: conv(x)
-    seconds = seconds_by_kind(slow, 3)
-    assert seconds["convolutions"] > seconds[REST] >= 0 == seconds["attention"] == seconds["linear layers"]
     q = torch.randn(1, 2, 256, 32, requires_grad=True)
-    seconds = seconds_by_kind(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward(), 3)
-    assert seconds["attention"] > 0 == seconds["convolutions"]
-    assert seconds_by_kind(lambda: linear(x[0, 0, :4, :4]), 3)["linear layers"] > 0
+    attention = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    by_conv, by_linear, by_attention = seconds_by_kind((lambda: conv(x), lambda: linear(x[0, 0, :4, :4]), attention), 3)
+    assert by_conv["convolutions"] > by_conv[REST] >= 0 == by_conv["attention"] == by_conv["linear layers"]
+    assert by_linear["linear layers"] > 0 == by_linear["convolutions"]
+    assert by_attention["attention"] > 0 == by_attention["convolutions"]
 
 
 def test_a_later_step_adds_one_operation_per_layer(small):
