@@ -491,7 +491,7 @@ def _real_rows(family: str) -> Iterator[Row]:
     with programs.sampling(built, four) as patch, measured() as one:
         config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
         programs.update(built, patch, models.row_mask(4), config)
-    yield _picture_of_parts(built, four, {part: one.flops / call.flops}, family, 12)
+    yield _picture_of_parts(built, four, {part: one.flops / call.flops}, family, 8)
     yield from profile_rows(built, 5)
     yield from kind_rows(built, 5)
     built.model.vae = models.vae(torch.float32)
