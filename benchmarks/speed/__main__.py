@@ -5,7 +5,8 @@
     python -m benchmarks.speed --only counted   one part anew; the other parts' rows stay as they are
 
 Parts: counted (operations and memory from shapes, at real size), real (timed at real size, the longest part), timed
-(reduced models), comfyui (each ComfyUI found), size (of the shipped demo adapters).
+(reduced models), learning (the demo model: equal loss, memory, loading), comfyui (each ComfyUI found), size (of the
+shipped demo adapters).
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ def real(quick: bool) -> Iterator[Row]:
     return iter(()) if quick else part.real_rows()
 
 
+def learning(quick: bool) -> Iterator[Row]:
+    from . import timed as part
+
+    return part.demo_rows(quick)
+
+
 def comfyui(quick: bool) -> Iterator[Row]:
     from . import comfyui as part
 
@@ -61,6 +68,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "counted": counted,
     "real": real,
     "timed": timed,
+    "learning": learning,
     "comfyui": comfyui,
     "size": size,
 }
@@ -68,6 +76,7 @@ TITLES = {
     "counted": "Counted: operations and memory at real size, half precision, batch 1",
     "real": "Timed on this machine at real size, fp32, through diffusers",
     "timed": "Timed on this machine, reduced models, through diffusers",
+    "learning": "Training and loading on the demo model",
     "comfyui": "In ComfyUI",
     "size": "Size of an adapter at equal fidelity",
 }

@@ -36,7 +36,6 @@ RANK = 8
 
 def rows(quick: bool = False) -> Iterator[Row]:
     yield from sampling_rows(models.demo(), "sd15", 3 if quick else 9, 20 if quick else 150, (50, 10), goals=False)
-    yield from demo_rows(quick)
     if quick:
         return
     for family in models.FAMILIES:
@@ -578,8 +577,8 @@ def _lora_loop(
 # --- the demo model -------------------------------------------------------------------------------------------
 
 
-def demo_rows(quick: bool) -> Iterator[Row]:
-    """What needs a model that has learned something: equal loss; and memory over many steps."""
+def demo_rows(quick: bool = False) -> Iterator[Row]:
+    """What needs a model that has learned something: equal loss; memory over many steps; loading."""
     from conceptsplit_core.demo import scenes
     from conceptsplit_core.tokens import Concept
 
@@ -635,6 +634,22 @@ def demo_rows(quick: bool) -> Iterator[Row]:
         "<= 1.02",
         note=f"Held-out pictures; {before:.4g} before training. The LoRA moves every row, ours one word.",
     )
+
+    # Does time bring the value adapter there?
+    for more in (steps * 7 // 5, steps * 16 // 5):
+        longer = host.new_adapter(model, concept, RANK, 0.0, 0)
+        with host.training_denoiser(model, longer) as denoise:
+            train(longer, data, model.alphas_cumprod, denoise, replace(config, steps=more))
+            later = loss_of(denoise, held_out)
+        yield Row(
+            f"profile of equal loss: after {more} steps",
+            name,
+            later,
+            lora_reached,
+            "mean squared error",
+            f"peft LoRA on to_v after {steps} steps",
+            "timed",
+        )
 
     short = TrainConfig(steps=12, batch_size=4, save_every=0)
     fresh = host.new_adapter(model, concept, RANK, 0.0, 0)
