@@ -73,8 +73,7 @@ class KeptDeltas:
     ) -> KeptText:
         """The entry of this text [B, L, d_ctx] under this mask [B, L, n]; a new one if it has not been met."""
         for known in self.texts:
-            same = len(known.adapters) == len(adapters) and all(map(_is, known.adapters, adapters))
-            if same and known.strengths == strengths and known.holds(context, mask):
+            if known.adapters == adapters and known.strengths == strengths and known.holds(context, mask):
                 break
         else:
             places = (mask != 0).any(dim=-1).flatten().nonzero().flatten()
@@ -82,10 +81,6 @@ class KeptDeltas:
             known = KeptText(context.shape, adapters, strengths, mask.clone(), places, rows)
         self.texts = [known, *(text for text in self.texts if text is not known)][: self.limit]
         return known
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 @dataclass
@@ -155,7 +150,7 @@ class ValueState:
             return None
         # Inference tensors do not count their changes; hosts that sample with them have a state for each call.
         version = None if context.is_inference() else context._version
-        now = (context, mask, self.adapters, version, self.strengths)
+        now = (context, mask, version, self.adapters, self.strengths)
         if self._text is None or not _same_objects(self._text[0], now):
             self._text = (now, self.kept.text(context, mask, self.adapters, self.strengths))
         return self._text[1]
@@ -163,7 +158,7 @@ class ValueState:
 
 def _same_objects(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Whether two layers read the very same text under the same mask and adapters: then nothing has to be compared."""
-    return all(map(_is, one[:3], other[:3])) and one[3:] == other[3:]
+    return one[0] is other[0] and one[1] is other[1] and one[2:] == other[2:]
 
 
 def _deltas(state: ValueState, layer: str, device: torch.device, dtype: torch.dtype) -> list[Delta | None]:

@@ -78,6 +78,11 @@ KINDS = ("attention", "convolutions", "linear layers")
 REST = "everything else"
 
 
+def _formula(packet: Any) -> Callable[..., int] | None:
+    """How an operator's floating-point operations are counted; None where they are not."""
+    return EXTRA_OPERATORS.get(packet) or flop_registry.get(packet)
+
+
 def _kind(operator: str) -> str:
     return KINDS[0] if "attention" in operator else KINDS[1] if "convolution" in operator else KINDS[2]
 
@@ -96,7 +101,7 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        count = EXTRA_OPERATORS.get(packet) or flop_registry.get(packet)
+        count = _formula(packet)
         if count is None and func is not torch.ops.prim.device.default:
             # Under inference mode composite operators (linear, matmul) arrive whole.
             with self:
@@ -141,10 +146,10 @@ class _Clock(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
-        counted = packet in EXTRA_OPERATORS or packet in flop_registry
+        kind = _kind(packet.__name__) if _formula(packet) else REST
         began = time.process_time()
         out = func(*args, **(kwargs or {}))
-        self.seconds[_kind(packet.__name__) if counted else REST] += time.process_time() - began
+        self.seconds[kind] += time.process_time() - began
         return out
 
 

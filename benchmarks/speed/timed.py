@@ -26,7 +26,7 @@ from conceptsplit_core.tokens import Binding
 from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, batch_loss, make_batch, train
 
 from . import models, programs
-from .counted import IMAGE_GOAL, LODA_STEPS, PARTS, STEPS, default_part, parts
+from .counted import IMAGE_GOAL, LODA_STEPS, STEPS, default_part, parts
 from .meter import KINDS, REST, alternate, in_turn, measured, seconds_by_kind
 from .rows import MB, Row
 from .size import held_out_batch, loss_of, pixels
@@ -118,16 +118,8 @@ def sampling_rows(
 
     two = {f"c{i}": four[i] for i in range(2)}
     pair = models.row_mask(2)
-    work: dict[str, float] = {}
-    with host.patched(built.model, list(two.values())) as patch:
-        with measured() as call:
-            programs.cfg_call(built)
-        for part in PARTS:
-            with measured() as one:
-                programs.update(built, patch, pair, LodaConfig(iterations=1, threshold=0.69, map_part=part))
-            work[part] = one.flops / call.flops
     if length is None:
-        yield _picture_of_parts(built, list(two.values()), work, family, 4 * rounds)
+        yield _picture_of_parts(built, list(two.values()), family, 4 * rounds)
     else:
         steps, loda_steps = length
         for part, told in parts(built).items():
@@ -146,7 +138,7 @@ def sampling_rows(
                 "s",
                 "plain sampling",
                 "timed",
-                1 + loda_steps * work[part] / steps,
+                1 + loda_steps * _update_share(built, list(two.values()), config) / steps,
                 note="Predicted by this model's own count of operations.",
             )
 
@@ -350,18 +342,21 @@ def _inside(
     return run
 
 
-def _picture_of_parts(
-    built: models.Built,
-    adapters: Sequence[tuple[ValueAdapter | None, float]],
-    work: Mapping[str, float],
-    family: str,
-    rounds: int,
-) -> Row:
-    """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others.
+def _update_share(
+    built: models.Built, adapters: Sequence[tuple[ValueAdapter | None, float]], config: LodaConfig
+) -> float:
+    """Operations of one update, as a share of a guided step's."""
+    with measured() as call:
+        programs.cfg_call(built)
+    with programs.sampling(built, adapters) as patch, measured() as one:
+        programs.update(built, patch, models.row_mask(len(adapters)), config)
+    return one.flops / call.flops
 
-    Args:
-        work: operations of one update with each choice of layers, as a share of a step's.
-    """
+
+def _picture_of_parts(
+    built: models.Built, adapters: Sequence[tuple[ValueAdapter | None, float]], family: str, rounds: int
+) -> Row:
+    """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others."""
     mask = models.row_mask(len(adapters))
     part = default_part(built)
     config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
@@ -387,7 +382,7 @@ def _picture_of_parts(
         "s",
         "plain sampling",
         "timed",
-        1 + LODA_STEPS * work[part] / STEPS,
+        1 + LODA_STEPS * _update_share(built, adapters, config) / STEPS,
         IMAGE_GOAL[family],
         note=f"Added up from its parts, timed in turn: update {1e3 * one:.0f} ms, maps for AFG {1e3 * reading:.0f}, "
         f"step with adapters {1e3 * free:.0f}, step with AFG {1e3 * held:.0f}, plain step {1e3 * stock:.0f}. "
@@ -484,13 +479,7 @@ def _real_rows(family: str) -> Iterator[Row]:
     yield deltas_row(built, four, plain, 50)
     if family != "sd15":
         return
-    part = default_part(built)
-    with measured() as call:
-        programs.cfg_call(built)
-    with programs.sampling(built, four) as patch, measured() as one:
-        config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
-        programs.update(built, patch, models.row_mask(4), config)
-    yield _picture_of_parts(built, four, {part: one.flops / call.flops}, family, 8)
+    yield _picture_of_parts(built, four, family, 8)
     yield from profile_rows(built, 5)
     yield from kind_rows(built, 5)
     built.model.vae = models.vae(torch.float32)
@@ -577,7 +566,7 @@ def _lora_loop(
 # --- the demo model -------------------------------------------------------------------------------------------
 
 
-def demo_rows(quick: bool = False) -> Iterator[Row]:
+def demo_rows(quick: bool) -> Iterator[Row]:
     """What needs a model that has learned something: equal loss; memory over many steps; loading."""
     from conceptsplit_core.demo import scenes
     from conceptsplit_core.tokens import Concept
@@ -593,12 +582,16 @@ def demo_rows(quick: bool = False) -> Iterator[Row]:
     held_out = held_out_batch(model, concept, 64)
 
     peaks: list[int] = []
-    adapter = host.new_adapter(model, concept, RANK, 0.0, 0)
-    began = time.process_time()
-    with host.training_denoiser(model, adapter) as denoise:
-        train(adapter, data, model.alphas_cumprod, denoise, config)
-        mine = time.process_time() - began
-        reached = loss_of(denoise, held_out)
+
+    def learned(count: int) -> tuple[ValueAdapter, float, float]:
+        """A value adapter after `count` steps, the seconds they took, and its loss on held-out pictures."""
+        adapter = host.new_adapter(model, concept, RANK, 0.0, 0)
+        began = time.process_time()
+        with host.training_denoiser(model, adapter) as denoise:
+            train(adapter, data, model.alphas_cumprod, denoise, replace(config, steps=count))
+            return adapter, time.process_time() - began, loss_of(denoise, held_out)
+
+    adapter, mine, reached = learned(steps)
 
     encoders = [encoder.model for encoder in model.encoders]
     before = loss_of(programs.lora_denoise(built), held_out)
@@ -637,14 +630,10 @@ def demo_rows(quick: bool = False) -> Iterator[Row]:
 
     # Does time bring the value adapter there?
     for more in (steps * 7 // 5, steps * 16 // 5):
-        longer = host.new_adapter(model, concept, RANK, 0.0, 0)
-        with host.training_denoiser(model, longer) as denoise:
-            train(longer, data, model.alphas_cumprod, denoise, replace(config, steps=more))
-            later = loss_of(denoise, held_out)
         yield Row(
             f"profile of equal loss: after {more} steps",
             name,
-            later,
+            learned(more)[2],
             lora_reached,
             "mean squared error",
             f"peft LoRA on to_v after {steps} steps",
