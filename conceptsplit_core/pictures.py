@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ConceptSplitError
-from .loda import LodaTrace
+from .method.loda import LodaTrace
 
 Picture = NDArray[np.uint8]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..conceptsplit_core.adapters import ValueAdapter
+from ..conceptsplit_core.adapters.value import ValueAdapter
 from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.clip import with_concepts
 from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
-from ..conceptsplit_core.tokens import Concept
+from ..conceptsplit_core.text.binding import Concept
 from .types import ValueAdapterType, field, out, schema
 
 _MODEL = "The model to teach the concept to. Loaders chain: connect one loader's outputs to the next loader's inputs."

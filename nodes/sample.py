@@ -10,8 +10,8 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ..conceptsplit_core.hosts.comfy.patch import MapsHandle, with_loda
-from ..conceptsplit_core.loda import AUTO, MAP_PARTS, STEP_RULES, LodaConfig
-from ..conceptsplit_core.maps import DIVERGENCES
+from ..conceptsplit_core.method.divergence import DIVERGENCES
+from ..conceptsplit_core.settings import AUTO, MAP_PARTS, STEP_RULES, LodaConfig
 from .types import AttentionMapsType, field, out, schema
 
 _DEFAULTS = LodaConfig()

@@ -13,8 +13,10 @@ from PIL import Image
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.training import train_adapter
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
-from ..conceptsplit_core.tokens import Concept
-from ..conceptsplit_core.training import DEFAULT_TEMPLATES, TrainConfig, TrainEvent
+from ..conceptsplit_core.settings import TrainConfig
+from ..conceptsplit_core.text.binding import Concept
+from ..conceptsplit_core.train.data import DEFAULT_TEMPLATES
+from ..conceptsplit_core.train.loop import TrainEvent
 from .types import ValueAdapterType, field, out, schema, to_image
 
 _DEFAULTS = TrainConfig()

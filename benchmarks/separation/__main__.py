@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from conceptsplit_core.loda import LodaConfig
+from conceptsplit_core.settings import LodaConfig
 
 from . import base, confusion, learning, methods, plan, report, run, tune
 

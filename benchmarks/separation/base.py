@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.scenes import Look
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.maps import aggregate, choose_layers, distributions, jsd, level_sizes
-from conceptsplit_core.tokens import Concept, row_mask
+from conceptsplit_core.method.divergence import jsd
+from conceptsplit_core.method.maps import distributions
+from conceptsplit_core.network.grid import aggregate, choose_layers, level_sizes
+from conceptsplit_core.text.binding import Concept, row_mask
 
 from . import methods
 from .detector import detect

@@ -36,13 +36,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.demo import checkpoint, scenes
 from conceptsplit_core.demo.scenes import CONCEPTS
-from conceptsplit_core.hooks import ValueState, hook_values, remove_hooks
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.tokens import Concept
-from conceptsplit_core.training import TrainBatch, TrainConfig, train
+from conceptsplit_core.network.hooks import ValueState, hook_values, remove_hooks
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.text.binding import Concept
+from conceptsplit_core.train.data import TrainBatch
+from conceptsplit_core.train.loop import train
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conceptsplit_core.adapters import ValueAdapter
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig
-from conceptsplit_core.maps import distributions, harmonic_mean, pairwise
-from conceptsplit_core.tokens import Concept, row_mask
+from conceptsplit_core.method.divergence import harmonic_mean, pairwise
+from conceptsplit_core.method.maps import distributions
+from conceptsplit_core.settings import LodaConfig
+from conceptsplit_core.text.binding import Concept, row_mask
 
 from . import variants
 from .confusion import backgrounds_for

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from conceptsplit_core.loda import LodaConfig
+from conceptsplit_core.settings import LodaConfig
 
 from . import methods, report, run
 from .methods import Arm

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conceptsplit_core import loda as loda_core
-from conceptsplit_core.attention import attend
-from conceptsplit_core.hooks import remove_hooks
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig
-from conceptsplit_core.maps import distributions, gaussian_blur, harmonic_mean, normalise
+from conceptsplit_core.hosts.diffusers import sampling as host_sample
+from conceptsplit_core.method import loda as loda_core
+from conceptsplit_core.method.attention import attend
+from conceptsplit_core.method.divergence import harmonic_mean
+from conceptsplit_core.method.maps import distributions, gaussian_blur, normalise
+from conceptsplit_core.network.hooks import remove_hooks
+from conceptsplit_core.settings import LodaConfig
 
 SHARPNESS = 20.0
 """Exponent on cosine similarity in `corrected`."""
@@ -119,10 +121,10 @@ def suppressing(model: host.DiffusersModel, mask: Tensor, sigma: float = 1.0, ke
         remove_hooks(handles)
 
 
-EXCHANGED: dict[str, tuple[str, Any]] = {
-    "sign": ("_update", sign_update),
-    "iou": ("separation_loss", iou_loss),
-    "overlapping": ("regions", overlapping_regions),
+EXCHANGED: dict[str, tuple[tuple[Any, str], Any]] = {
+    "sign": ((loda_core, "_update"), sign_update),
+    "iou": ((loda_core, "separation_loss"), iou_loss),
+    "overlapping": ((host_sample, "find_regions"), overlapping_regions),
 }
 TEXT = ("similarities",)
 NAMES = ("", *EXCHANGED, *TEXT, "suppression")
@@ -135,12 +137,12 @@ def varied(model: host.DiffusersModel, name: str, mask: Tensor) -> Iterator[None
         raise ValueError(f"unknown variant {name!r}; known: {', '.join(NAMES[1:])}")
     if name in EXCHANGED:
         function, other = EXCHANGED[name]
-        was = getattr(loda_core, function)
-        setattr(loda_core, function, other)
+        was = getattr(*function)
+        setattr(*function, other)
         try:
             yield
         finally:
-            setattr(loda_core, function, was)
+            setattr(*function, was)
     elif name == "suppression":
         with suppressing(model, mask):
             yield

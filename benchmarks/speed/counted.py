@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from conceptsplit_core.adapters import ValueAdapter
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig
+from conceptsplit_core.settings import LodaConfig
 
 from . import models, programs
 from .meter import KINDS, Answers, Cost, fake, measured, weight_bytes

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts import diffusers_load as host_load
-from conceptsplit_core.hosts.diffusers_load import TEXT_CONFIGS, UNET_CONFIGS, VAE_CONFIG
-from conceptsplit_core.training import TrainBatch
+from conceptsplit_core.hosts.diffusers import load as host_load
+from conceptsplit_core.hosts.diffusers.load import TEXT_CONFIGS, UNET_CONFIGS, VAE_CONFIG
+from conceptsplit_core.train.data import TrainBatch
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 LABELS = {"sd15": "SD1.5 512²", "sd21": "SD2.1 768²", "sdxl": "SDXL 1024²"}

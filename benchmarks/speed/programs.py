@@ -18,13 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from conceptsplit_core import loda as loda_core
-from conceptsplit_core.adapters import ValueAdapter
-from conceptsplit_core.hooks import KeptDeltas
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig, LodaTrace
-from conceptsplit_core.maps import aggregate, choose_layers, level_sizes
-from conceptsplit_core.training import TrainBatch, batch_loss
+from conceptsplit_core.hosts.diffusers import sampling as host_sample
+from conceptsplit_core.method.loda import LodaTrace, separate
+from conceptsplit_core.method.regions import regions as find_regions
+from conceptsplit_core.network.grid import aggregate, choose_layers, level_sizes
+from conceptsplit_core.network.hooks import KeptDeltas
+from conceptsplit_core.settings import LodaConfig
+from conceptsplit_core.train.data import TrainBatch
+from conceptsplit_core.train.loop import batch_loss
 
 from .models import Built, concept_row
 
@@ -67,7 +70,7 @@ def update(built: Built, patch: host.Patch, mask: Tensor, config: LodaConfig) ->
     """One LODA update of mask.shape[0] pictures, with whatever adapters `patch` has."""
     trace = LodaTrace()
     x, _, _ = built.batch(mask.shape[0])
-    loda_core.separate(x, 1.0, 0, map_reader(built, patch, mask, config), config.for_schedule(50), trace)
+    separate(x, 1.0, 0, map_reader(built, patch, mask, config), config.for_schedule(50), trace)
     return trace
 
 
@@ -85,9 +88,9 @@ def cfg_call(built: Built, patch: host.Patch | None = None, mask: Tensor | None 
 def region_bias(built: Built, patch: host.Patch, mask: Tensor, config: LodaConfig) -> None:
     """AFG: reads the maps once and publishes every layer's bias for `cfg_call`."""
     found = map_reader(built, patch, mask, config)(built.batch(mask.shape[0])[0])
-    areas = loda_core.regions(found, config.afg_fraction, config.afg_sigma)
+    areas = find_regions(found, config.afg_fraction, config.afg_sigma)
     factors = host.layer_factors(built.model.unet)
-    patch.bias = host._biases(areas, mask, factors, level_sizes(built.grid), config, built.model.dtype, True)
+    patch.bias = host_sample._biases(areas, mask, factors, level_sizes(built.grid), config, built.model.dtype, True)
 
 
 def train_step(

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 import conceptsplit_core
-from conceptsplit_core.adapters import ValueAdapter, adapter_bytes, load_adapter, parse_adapter
+from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.tokens import Concept
-from conceptsplit_core.training import Process, TrainBatch, TrainConfig, batch_loss, make_batch
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.text.binding import Concept
+from conceptsplit_core.train.data import Process, TrainBatch, make_batch
+from conceptsplit_core.train.loop import batch_loss
 
 from .rows import Row
 

@@ -17,13 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from conceptsplit_core.adapters import ValueAdapter
-from conceptsplit_core.hooks import KeptDeltas
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts import diffusers_load as host_load
-from conceptsplit_core.loda import LodaConfig
-from conceptsplit_core.tokens import Binding
-from conceptsplit_core.training import Process, Prompt, TrainConfig, TrainData, batch_loss, make_batch, train
+from conceptsplit_core.hosts.diffusers import load as host_load
+from conceptsplit_core.network.hooks import KeptDeltas
+from conceptsplit_core.settings import LodaConfig, TrainConfig
+from conceptsplit_core.text.binding import Binding
+from conceptsplit_core.train.data import Process, Prompt, TrainData, make_batch
+from conceptsplit_core.train.loop import batch_loss, train
 
 from . import models, programs
 from .counted import IMAGE_GOAL, LODA_STEPS, STEPS, default_part, parts
@@ -569,7 +570,7 @@ def _lora_loop(
 def demo_rows(quick: bool) -> Iterator[Row]:
     """What needs a model that has learned something: equal loss; memory over many steps; loading."""
     from conceptsplit_core.demo import scenes
-    from conceptsplit_core.tokens import Concept
+    from conceptsplit_core.text.binding import Concept
 
     built = models.demo()
     model, name = built.model, built.name
@@ -664,7 +665,7 @@ def loading_rows(built: models.Built, adapter) -> Iterator[Row]:
     import tempfile
     from pathlib import Path
 
-    from conceptsplit_core.adapters import load_adapter, save_adapter
+    from conceptsplit_core.adapters.file import load_adapter, save_adapter
 
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.safetensors" for i in range(4)]

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from ..errors import ConceptSplitError
 
 if TYPE_CHECKING:
-    from ..hosts.diffusers import DiffusersModel
+    from ..hosts.diffusers.load import DiffusersModel
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,7 +61,7 @@ def open_model(arguments: argparse.Namespace) -> DiffusersModel:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
-    from ..hosts.diffusers import load_model
+    from ..hosts.diffusers.load import load_model
 
     return load_model(
         arguments.model,

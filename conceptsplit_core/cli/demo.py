@@ -18,14 +18,18 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__, pictures
-from ..adapters import ValueAdapter, save_adapter, write_whole
+from ..adapters.file import save_adapter
+from ..adapters.value import ValueAdapter
 from ..demo import scenes
 from ..errors import ConceptSplitError
+from ..files import write_whole
 from ..hosts import diffusers as host
-from ..loda import LodaConfig
-from ..maps import distributions, pairwise
-from ..tokens import Concept
-from ..training import TrainConfig, TrainEvent, train, training_facts
+from ..method.divergence import pairwise
+from ..method.maps import distributions
+from ..settings import LodaConfig, TrainConfig
+from ..text.binding import Concept
+from ..train.data import training_facts
+from ..train.loop import TrainEvent, train
 from .common import bar, machine, open_model, say, to_tensor, write_picture
 
 

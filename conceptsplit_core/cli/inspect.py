@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from ..adapters import BASES, load_adapter, save_adapter
+from ..adapters.base import BASES
+from ..adapters.file import load_adapter, save_adapter
 from ..errors import ConceptSplitError
 
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             save_adapter(smaller, target)
             print(f"  written to {target}")
     if arguments.model:
-        from ..hosts.diffusers import layer_shapes
+        from ..hosts.diffusers.network import layer_shapes
         from .common import open_model
 
         model = open_model(arguments)

@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__, pictures
-from ..adapters import ValueAdapter, load_adapter
+from ..adapters.file import load_adapter
+from ..adapters.value import ValueAdapter
 from ..errors import ConceptSplitError
-from ..loda import AUTO, LodaConfig
-from ..tokens import Concept
+from ..settings import AUTO, LodaConfig
+from ..text.binding import Concept
 from .common import bar, open_model, say, write_picture
 
 if TYPE_CHECKING:
-    from ..hosts.diffusers import SampleResult
+    from ..hosts.diffusers.sampling import SampleResult
 
 
 def parse_adapter_option(text: str) -> tuple[str | None, Path, float]:

@@ -11,18 +11,12 @@ from pathlib import Path
 import torch
 
 from .. import pictures
-from ..adapters import save_adapter
+from ..adapters.file import save_adapter
 from ..errors import ConceptSplitError
-from ..tokens import Concept
-from ..training import (
-    DEFAULT_TEMPLATES,
-    Process,
-    TrainConfig,
-    TrainEvent,
-    expand_templates,
-    train,
-    training_facts,
-)
+from ..settings import TrainConfig
+from ..text.binding import Concept
+from ..train.data import DEFAULT_TEMPLATES, Process, expand_templates, training_facts
+from ..train.loop import TrainEvent, train
 from .common import (
     PRECISION,
     bar,

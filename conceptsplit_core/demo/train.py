@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..maps import jsd
+from ..method.divergence import jsd
 from . import scenes
 
 VAE_CONFIG: dict[str, Any] = {

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from benchmarks.separation import confusion, learning, methods, report, variants
 from benchmarks.separation.learning import KINDS, Learning
 from benchmarks.separation.methods import Arm, Sampling
-from conceptsplit_core import loda as loda_core
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig
-from conceptsplit_core.maps import separation_loss
-from conceptsplit_core.tokens import Concept, row_mask
-from conceptsplit_core.training import TrainBatch
+from conceptsplit_core.method import regions as region_rules
+from conceptsplit_core.method.maps import separation_loss
+from conceptsplit_core.settings import LodaConfig
+from conceptsplit_core.text.binding import Concept, row_mask
+from conceptsplit_core.train.data import TrainBatch
 
 pytestmark = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
 
@@ -112,13 +112,13 @@ def test_vae_round_trip_keeps_the_picture(model):
 
 def test_every_variant_changes_the_picture_and_leaves_nothing_behind(model, learned):
     loda = LodaConfig(steps=1, iterations=1, step_size=0.3, afg_fraction=0.5)
-    functions = {name: getattr(loda_core, name) for name, _ in variants.EXCHANGED.values()}
+    functions = {place: getattr(*place) for place, _ in variants.EXCHANGED.values()}
     base = drawn(model, Arm(loda=loda), learned)
     for name in variants.NAMES[1:]:
         assert not np.array_equal(drawn(model, Arm(loda=loda, variant=name), learned), base), name
     with pytest.raises(RuntimeError), variants.varied(model, "sign", torch.zeros(1, 77, 2)):
         raise RuntimeError
-    assert functions == {name: getattr(loda_core, name) for name in functions}
+    assert functions == {place: getattr(*place) for place in functions}
     assert np.array_equal(drawn(model, Arm(loda=loda), learned), base)
 
 
@@ -206,7 +206,7 @@ def test_overlapping_regions_and_iou():
     maps = torch.rand(2, 2, 16, 16)
     claimed = variants.overlapping_regions(maps, 0.25, 1.0)
     assert claimed.flatten(2).sum(dim=-1).eq(64).all()
-    disjoint = loda_core.regions(maps, 0.25, 1.0)
+    disjoint = region_rules.regions(maps, 0.25, 1.0)
     assert not (disjoint & ~claimed).any() and not disjoint.all(dim=1).any() and (claimed.all(dim=1)).any()
     apart = torch.zeros(1, 2, 4, 4)
     apart[0, 0, 0, 0] = apart[0, 1, 3, 3] = 1.0

@@ -18,7 +18,7 @@ from benchmarks.separation.metrics import METRICS
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.demo.scenes import CONCEPTS
-from conceptsplit_core.loda import LodaConfig
+from conceptsplit_core.settings import LodaConfig
 
 
 def test_tuning_and_reporting_share_no_concept():

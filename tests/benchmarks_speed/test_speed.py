@@ -13,10 +13,10 @@ from benchmarks.speed import counted, models, programs
 from benchmarks.speed import size as sizes
 from benchmarks.speed.meter import KINDS, REST, fake, measured, seconds_by_kind, weight_bytes
 from benchmarks.speed.rows import Row, read_rows, table, write_json
-from conceptsplit_core.adapters import load_adapter
+from conceptsplit_core.adapters.file import load_adapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig
-from conceptsplit_core.maps import aggregate
+from conceptsplit_core.network.grid import aggregate
+from conceptsplit_core.settings import LodaConfig
 
 WIDTH, CELLS = 32, 16
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from conceptsplit_core.adapters import load_adapter
+from conceptsplit_core.adapters.file import load_adapter
 from conceptsplit_core.cli import demo
 from conceptsplit_core.demo import scenes
 

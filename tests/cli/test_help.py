@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conceptsplit_core import loda, training
+from conceptsplit_core import settings
 from conceptsplit_core.cli import options
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.method.divergence import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "inspect", "demo")
@@ -47,15 +48,15 @@ def test_no_command_shows_the_overview(call):
 
 
 def test_shown_defaults_are_the_real_ones():
-    assert {f.name: f.default for f in fields(loda.LodaConfig)} == options.LODA_DEFAULTS
-    real = {f.name: f.default for f in fields(training.TrainConfig)}
+    assert {f.name: f.default for f in fields(settings.LodaConfig)} == options.LODA_DEFAULTS
+    real = {f.name: f.default for f in fields(settings.TrainConfig)}
     assert {k: real[k] for k in options.TRAIN_DEFAULTS} == options.TRAIN_DEFAULTS
-    assert set(options.DIVERGENCES) == set(loda.DIVERGENCES)
-    assert options.STEP_RULES == loda.STEP_RULES and options.SAMPLERS == host.SAMPLERS
+    assert set(options.DIVERGENCES) == set(DIVERGENCES)
+    assert options.STEP_RULES == settings.STEP_RULES and options.SAMPLERS == host.SAMPLERS
     from conceptsplit_core.cli.sample import loda_config
 
     arguments = options.parse(["sample", "--prompt", "a"])
-    assert loda_config(arguments) == loda.LodaConfig()
+    assert loda_config(arguments) == settings.LodaConfig()
     assert loda_config(options.parse(["sample", "--prompt", "a", "--no-loda"])) is None
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conceptsplit_core.adapters import load_adapter, save_adapter
+from conceptsplit_core.adapters.file import load_adapter, save_adapter
 from conceptsplit_core.cli import common
 
 ROOT = Path(__file__).parents[2]
@@ -250,7 +250,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(refused, monkeypatch, tmp_path
 def adapters(tmp_path, model_folder):
     """Two adapters with random up weights."""
     from conceptsplit_core.hosts import diffusers as host
-    from conceptsplit_core.tokens import Concept
+    from conceptsplit_core.text.binding import Concept
 
     model = host.load_model(model_folder)
     paths = []

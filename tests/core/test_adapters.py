@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from conceptsplit_core import adapters
-from conceptsplit_core.adapters import (
-    AdapterInfo,
-    ValueAdapter,
-    canonical_key,
-    load_adapter,
-    parse_adapter,
-    save_adapter,
-)
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.file import canonical_key, load_adapter, parse_adapter, save_adapter
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.errors import ConceptSplitError
 
 LAYERS = {

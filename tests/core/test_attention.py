@@ -1,9 +1,11 @@
 import torch
 from torch import nn
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
-from conceptsplit_core.attention import apply_value_delta, attend, bound_attention, bound_rows, value_delta
-from conceptsplit_core.hooks import ValueState, hook_values, match_mask, remove_hooks
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.method.attention import attend, bound_attention
+from conceptsplit_core.method.tova import apply_value_delta, bound_rows, value_delta
+from conceptsplit_core.network.hooks import ValueState, hook_values, match_mask, remove_hooks
 
 
 def setup(b=3, rows=7, ctx=5, dv=6, rank=2, seed=0):

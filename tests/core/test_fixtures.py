@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conceptsplit_core.adapters import FORMAT_VERSION, load_adapter
+from conceptsplit_core.adapters.base import FORMAT_VERSION
+from conceptsplit_core.adapters.file import load_adapter
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "adapters"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
-from conceptsplit_core.hooks import KeptDeltas, ValueState, hook_values, remove_hooks
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.network.hooks import KeptDeltas, ValueState, hook_values, remove_hooks
 
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.loda import LodaConfig, LodaTrace, region_bias, regions, resize_regions, separate
-from conceptsplit_core.maps import separation_loss
+from conceptsplit_core.method.loda import LodaTrace, separate, step_sizes
+from conceptsplit_core.method.maps import separation_loss
+from conceptsplit_core.method.regions import region_bias, regions, resize_regions
+from conceptsplit_core.settings import LodaConfig
 
 
 class TinyMaps(nn.Module):
@@ -77,9 +79,9 @@ def test_gradient_of_the_loss_against_finite_differences():
 
 
 def test_schedule():
-    sizes = LodaConfig(steps=3, step_size=2.0).step_sizes()
+    sizes = step_sizes(LodaConfig(steps=3, step_size=2.0))
     assert sizes == pytest.approx([2.0, 2.0 * 0.75**0.5, 2.0 * 0.5**0.5])
-    assert LodaConfig(steps=0).step_sizes() == []
+    assert step_sizes(LodaConfig(steps=0)) == []
 
 
 @pytest.mark.parametrize("total,expected", [(50, 10), (20, 4), (8, 2), (2, 1), (1, 1)])
@@ -88,7 +90,7 @@ def test_open_number_of_steps_is_a_fifth_of_the_schedule(total, expected):
     assert LodaConfig(steps=10).for_schedule(total).steps == min(10, total)
     assert LodaConfig(steps=0).for_schedule(total).steps == 0
     with pytest.raises(ValueError, match="for_schedule"):
-        LodaConfig().step_sizes()
+        step_sizes(LodaConfig())
 
 
 def test_no_gradient_pass_when_maps_are_apart():

@@ -4,20 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.maps import (
-    DIVERGENCES,
-    aggregate,
-    choose_downscale,
-    choose_layers,
-    find_size,
-    gaussian_blur,
-    harmonic_mean,
-    level_sizes,
-    map_size,
-    normalise,
-    pairwise,
-    separation_loss,
-)
+from conceptsplit_core.method.divergence import DIVERGENCES, harmonic_mean, pairwise
+from conceptsplit_core.method.maps import gaussian_blur, normalise, separation_loss
+from conceptsplit_core.network.grid import aggregate, choose_downscale, choose_layers, find_size, level_sizes, map_size
 
 SYMMETRIC = ("jsd", "symmetric_kl", "bhattacharyya")
 

@@ -15,12 +15,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter, adapter_bytes, canonical_key, parse_adapter
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.file import adapter_bytes, canonical_key, parse_adapter
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.loda import LodaConfig, region_bias, regions, resize_regions
-from conceptsplit_core.maps import DIVERGENCES, distributions, gaussian_blur, normalise, pairwise, separation_loss
-from conceptsplit_core.tokens import Concept, Specials, bind, content, find_rows, placeholders, row_mask
-from conceptsplit_core.training import TrainConfig, expand_templates
+from conceptsplit_core.method.divergence import DIVERGENCES, pairwise
+from conceptsplit_core.method.loda import step_sizes
+from conceptsplit_core.method.maps import distributions, gaussian_blur, normalise, separation_loss
+from conceptsplit_core.method.regions import region_bias, regions, resize_regions
+from conceptsplit_core.settings import LodaConfig, TrainConfig
+from conceptsplit_core.text.binding import Concept, Specials, bind, content, find_rows, placeholders, row_mask
+from conceptsplit_core.train.data import expand_templates
 
 # A busy machine is not a failure, and the same examples are drawn on every machine.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -377,7 +382,7 @@ def test_loda_settings_work_or_are_refused(given_settings):
         return
     if config.steps < 0:  # a share of the schedule
         config = config.for_schedule(20)
-    sizes = config.step_sizes()
+    sizes = step_sizes(config)
     assert len(sizes) == config.steps and all(math.isfinite(size) and size >= 0 for size in sizes)
     assert all(later <= earlier for earlier, later in itertools.pairwise(sizes))
     assert 0 < config.target < math.inf

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.tokens import Binding, Concept, Specials, bind, find_rows, row_mask
+from conceptsplit_core.text.binding import Binding, Concept, Specials, bind, find_rows, row_mask
 
 START, END = 1, 2
 SPECIAL = Specials(START, END, END)

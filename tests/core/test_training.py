@@ -3,21 +3,14 @@ import math
 import pytest
 import torch
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
-from conceptsplit_core.attention import value_delta
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.training import (
-    Process,
-    Prompt,
-    TrainConfig,
-    TrainData,
-    batch_loss,
-    expand_templates,
-    image_order,
-    make_batch,
-    targets,
-    train,
-)
+from conceptsplit_core.method.diffusion import targets
+from conceptsplit_core.method.tova import value_delta
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.train.data import Process, Prompt, TrainData, expand_templates, image_order, make_batch
+from conceptsplit_core.train.loop import batch_loss, train
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
 ALPHAS = torch.cumprod(1 - torch.linspace(1e-3, 0.02, 50), 0)

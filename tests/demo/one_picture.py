@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from conceptsplit_core.adapters import load_adapter
+from conceptsplit_core.adapters.file import load_adapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig
-from conceptsplit_core.tokens import Concept
+from conceptsplit_core.settings import LodaConfig
+from conceptsplit_core.text.binding import Concept
 
 PICTURE = Path(__file__).parents[1] / "fixtures" / "one_picture.png"
 ADAPTERS = Path(host.__file__).parents[1] / "demo" / "adapters"

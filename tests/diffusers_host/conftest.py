@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny  # noqa: E402
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter  # noqa: E402
+from conceptsplit_core.adapters.base import AdapterInfo  # noqa: E402
+from conceptsplit_core.adapters.value import ValueAdapter  # noqa: E402
 from conceptsplit_core.hosts import diffusers as host  # noqa: E402
 
 # The models are tiny: threads only get in each other's way.

@@ -7,12 +7,14 @@ import torch
 from tiny import REX, bound, every_family, inputs, stock_pipeline
 
 from conceptsplit_core import ConceptSplitError
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter
-from conceptsplit_core.attention import bound_attention
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts import diffusers_load
-from conceptsplit_core.maps import level_sizes
-from conceptsplit_core.tokens import Concept
+from conceptsplit_core.hosts.diffusers import load as diffusers_load
+from conceptsplit_core.hosts.diffusers import network as host_network
+from conceptsplit_core.method.attention import bound_attention
+from conceptsplit_core.network.grid import level_sizes
+from conceptsplit_core.text.binding import Concept
 
 # --- layers ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +264,7 @@ def test_heads_with_their_own_normalisation_are_read_as_they_attend():
     q, k, mask = torch.randn(1, 5, 16), torch.randn(1, 7, 16), torch.eye(7)[None, :, :2]
     normed = [norm(t.unflatten(-1, (2, 8))).flatten(-2) for t in (q, k)]
     expected = bound_attention(*normed, 2, mask)
-    seen = bound_attention(host._head_norm(norm, q, 2), host._head_norm(norm, k, 2), 2, mask)
+    seen = bound_attention(host_network._head_norm(norm, q, 2), host_network._head_norm(norm, k, 2), 2, mask)
     torch.testing.assert_close(seen, expected)
 
 
@@ -353,7 +355,7 @@ def test_a_file_of_the_papers_trainer_loads(load, tmp_path, wrapped, name):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    from conceptsplit_core.adapters import load_adapter
+    from conceptsplit_core.adapters.file import load_adapter
 
     model = load()
     shapes = host.layer_shapes(model.unet)
@@ -372,7 +374,7 @@ def test_a_file_of_the_papers_trainer_loads(load, tmp_path, wrapped, name):
 
 def test_our_file_loads_in_diffusers_as_a_lora(load, folder, adapter_for, tmp_path):
     """Bound to every row, a value adapter is a LoRA on to_v; diffusers must agree on what the file says."""
-    from conceptsplit_core.adapters import load_adapter, save_adapter
+    from conceptsplit_core.adapters.file import load_adapter, save_adapter
 
     model = load()
     adapter = adapter_for(model)
@@ -393,7 +395,7 @@ def test_our_file_loads_in_diffusers_as_a_lora(load, folder, adapter_for, tmp_pa
 
 @every_family
 def test_an_adapter_file_round_trips_through_the_model(load, adapter_for, tmp_path, family):
-    from conceptsplit_core.adapters import load_adapter, save_adapter
+    from conceptsplit_core.adapters.file import load_adapter, save_adapter
 
     model = load(family)
     adapter = adapter_for(model)

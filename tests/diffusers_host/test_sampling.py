@@ -10,10 +10,12 @@ import torch
 from tiny import REX, TOM, bound, every_family, inputs, stock_pipeline
 
 from conceptsplit_core import ConceptSplitError
-from conceptsplit_core import loda as loda_core
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.loda import LodaConfig, LodaTrace
-from conceptsplit_core.maps import aggregate, separation_loss
+from conceptsplit_core.hosts.diffusers import sampling as host_sample
+from conceptsplit_core.method.loda import LodaTrace, separate
+from conceptsplit_core.method.maps import separation_loss
+from conceptsplit_core.network.grid import aggregate
+from conceptsplit_core.settings import STEP_RULES, LodaConfig
 
 TEXT = "a photo of a <rex> and a <tom>"
 NAMES = ["rex", "tom"]
@@ -171,7 +173,7 @@ def test_the_loda_gradient_is_the_slope_of_the_loss(load, family, divergence):
 
 @every_family
 @pytest.mark.parametrize("sampler", host.SAMPLERS)
-@pytest.mark.parametrize("rule", loda_core.STEP_RULES)
+@pytest.mark.parametrize("rule", STEP_RULES)
 def test_loda_lowers_its_loss(load, family, sampler, rule):
     model = load(family)
     config = LodaConfig(steps=3, iterations=4, step_rule=rule, step_size=0.1 if rule == "normalised" else 100.0)
@@ -206,7 +208,7 @@ def test_the_first_update_is_the_same_in_both_samplers_coordinates(load, family)
                 host.call_unet(model, x_sigma / (sigma**2 + 1) ** 0.5, torch.tensor([700]), cond.context, cond.pooled)
         return aggregate(list(found.values()), (4, 4))
 
-    moved = loda_core.separate(x, sigma, 0, maps_of, config, LodaTrace())
+    moved = separate(x, sigma, 0, maps_of, config, LodaTrace())
     update = (moved - x) / (sigma**2 + 1) ** 0.5
     # Normalised steps: the RMS in unit-variance coordinates is the step size times √(loss / target).
     assert 0.9 * config.step_size < float(update.pow(2).mean().sqrt()) <= 1.001 * config.step_size
@@ -237,14 +239,14 @@ def test_guidance_regions_touch_only_the_conditional_branch(load):
     areas[0, 0, 0, 0] = areas[0, 1, 3, 3] = True
     factors = host.layer_factors(model.unet)
     sizes = {1: (16, 16), 2: (8, 8), 4: (4, 4), 8: (2, 2)}
-    made = host._biases(areas, mask, factors, sizes, LodaConfig(), torch.float32, guided=True)
+    made = host_sample._biases(areas, mask, factors, sizes, LodaConfig(), torch.float32, guided=True)
     for name, bias in made.items():
         h, w = sizes[factors[name]]
         assert bias.shape == (2, h * w, 77)
         assert not bias[0].any()
         touched = set(bias[1].any(dim=0).nonzero().flatten().tolist())
         assert touched == set(mask[0].sum(-1).nonzero().flatten().tolist())
-    half = host._biases(areas, mask, factors, sizes, LodaConfig(afg_negative=-1e8), torch.float16, guided=False)
+    half = host_sample._biases(areas, mask, factors, sizes, LodaConfig(afg_negative=-1e8), torch.float16, guided=False)
     assert all(torch.isfinite(bias).all() for bias in half.values())
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts import diffusers_load
+from conceptsplit_core.hosts.diffusers import load as diffusers_load
 
 # Parameters of the released models, in their order of publication.
 SIZES = {

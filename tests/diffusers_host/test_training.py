@@ -8,7 +8,9 @@ from tiny import REX, every_family
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.training import Process, TrainConfig, make_batch, train
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.train.data import Process, make_batch
+from conceptsplit_core.train.loop import train
 
 TEMPLATES = ("a photo of a {}", "the bright {} on a table", "two dogs and a {}")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.tokens import Concept, row_mask
+from conceptsplit_core.text.binding import Concept, row_mask
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 REX, TOM = Concept("rex", "dog"), Concept("tom", "cat")

@@ -25,10 +25,14 @@ from typing import Any
 
 import torch
 
-from conceptsplit_core.adapters import AdapterInfo, ValueAdapter, adapter_bytes, load_adapter, parse_adapter
-from conceptsplit_core.attention import value_delta
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
+from conceptsplit_core.adapters.value import ValueAdapter
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.training import Prompt, TrainConfig, TrainData, train
+from conceptsplit_core.method.tova import value_delta
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.train.data import Prompt, TrainData
+from conceptsplit_core.train.loop import train
 
 from . import watch
 

@@ -16,7 +16,7 @@ import comfy.sd
 import torch
 
 from ...errors import ConceptSplitError
-from ...tokens import Binding, BoundPrompt, Concept, Specials, bind
+from ...text.binding import Binding, BoundPrompt, Concept, Specials, bind
 from .encoded import remembered
 from .model import KEY
 from .texts import TextBook

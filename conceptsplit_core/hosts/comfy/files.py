@@ -10,7 +10,8 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ...adapters import ValueAdapter, load_adapter, save_adapter
+from ...adapters.file import load_adapter, save_adapter
+from ...adapters.value import ValueAdapter
 from ...errors import ConceptSplitError
 
 log = logging.getLogger("ConceptSplit")

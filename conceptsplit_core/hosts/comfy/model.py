@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 from torch import nn
 
-from ...adapters import family
+from ...adapters.base import family
 from ...errors import ConceptSplitError
 
 KEY = "conceptsplit"

@@ -27,13 +27,16 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ...adapters import ValueAdapter
-from ...attention import BoundRows, attend, bound_attention, bound_rows
+from ...adapters.value import ValueAdapter
 from ...errors import ConceptSplitError
-from ...hooks import KeptDeltas, ValueState, hook_values, remove_hooks
-from ...loda import LodaConfig, LodaTrace, region_bias
-from ...maps import map_size
-from ...tokens import Binding, row_mask
+from ...method.attention import attend, bound_attention
+from ...method.loda import LodaTrace
+from ...method.regions import region_bias
+from ...method.tova import BoundRows, bound_rows
+from ...network.grid import map_size
+from ...network.hooks import KeptDeltas, ValueState, hook_values, remove_hooks
+from ...settings import LodaConfig
+from ...text.binding import Binding, row_mask
 from .clip import BoundText
 from .model import KEY, base_family, compute_dtype, layer_modules, layer_paths, layer_shapes, whole
 from .texts import Ambiguous, KnownText, TextBook, known_text, recognise, row_prints

@@ -27,8 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...errors import ConceptSplitError
-from ...loda import LodaConfig, LodaTrace, regions, separate
-from ...maps import aggregate, choose_layers, level_sizes
+from ...method.loda import LodaTrace, separate
+from ...method.regions import regions
+from ...network.grid import aggregate, choose_layers, level_sizes
+from ...settings import LodaConfig
 from .model import KEY, adopt_parameters, compute_dtype, downscales
 from .patch import ROWS, Capture, FixedRegions, Run
 

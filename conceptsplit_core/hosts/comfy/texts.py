@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...tokens import Binding
+from ...text.binding import Binding
 
 LIMIT = 256  # bound texts remembered per text encoder, some kilobytes each
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

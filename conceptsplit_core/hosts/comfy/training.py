@@ -20,21 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...adapters import AdapterInfo, ValueAdapter
+from ...adapters.base import AdapterInfo
+from ...adapters.value import ValueAdapter
 from ...errors import ConceptSplitError
-from ...hooks import ValueState, hook_values, remove_hooks
-from ...tokens import Concept
-from ...training import (
-    Prompt,
-    TrainBatch,
-    TrainConfig,
-    TrainData,
-    TrainEvent,
-    TrainResult,
-    expand_templates,
-    train,
-    training_facts,
-)
+from ...network.hooks import ValueState, hook_values, remove_hooks
+from ...settings import TrainConfig
+from ...text.binding import Concept
+from ...train.data import Prompt, TrainBatch, TrainData, expand_templates, training_facts
+from ...train.loop import TrainEvent, TrainResult, train
 from .clip import with_concepts
 from .model import (
     KEY,

@@ -26,16 +26,14 @@ from typing import Any
 
 import torch
 
-from conceptsplit_core.adapters import (
-    AdapterInfo,
-    ValueAdapter,
-    adapter_bytes,
-    load_adapter,
-    parse_adapter,
-    write_whole,
-)
-from conceptsplit_core.attention import value_delta
-from conceptsplit_core.training import Prompt, TrainConfig, TrainData, train
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
+from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.files import write_whole
+from conceptsplit_core.method.tova import value_delta
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.train.data import Prompt, TrainData
+from conceptsplit_core.train.loop import train
 
 # The cross-attention layers of SD1.5 as far as sizes go, so that writing takes as long as it does for a user.
 SHAPES = {f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2": (768, 640) for i in range(16)}

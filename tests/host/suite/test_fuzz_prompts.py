@@ -85,7 +85,7 @@ def same(first, second):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embedding):
-    core = pack("conceptsplit_core.tokens")
+    core = pack("conceptsplit_core.text.binding")
     error = pack("conceptsplit_core.errors").ConceptSplitError
     concepts = [core.Concept(*pair) for pair in CONCEPTS]
     word_of = dict(CONCEPTS)
@@ -150,7 +150,7 @@ def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embed
 
 def test_a_prompt_of_more_than_a_thousand_tokens_is_bound_to_its_last_word(loaded):
     """The random ones of that length nearly always hold something that must be refused."""
-    core = pack("conceptsplit_core.tokens")
+    core = pack("conceptsplit_core.text.binding")
     stock = loaded("sd15").clip
     clip = pack("conceptsplit_core.hosts.comfy.clip").with_concepts(stock, [core.Concept(*pair) for pair in CONCEPTS])
     rng = random.Random(5)

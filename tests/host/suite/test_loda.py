@@ -41,11 +41,8 @@ def test_loss_falls_and_maps_part(marked):
     _, maps = sample_loda(marked[0], *two(marked[1]), steps=8, loda_steps=6, loda_iterations=4, loda_strength=0.3)
     losses = [float(loss) for _, loss in maps.trace.losses]
     assert losses[-1] < losses[0]
-    maps_module = pack("conceptsplit_core.maps")
-    apart = [
-        float(maps_module.pairwise(maps_module.distributions(m, 1.0), "jsd"))
-        for m in (maps.trace.before, maps.trace.after)
-    ]
+    maps_module, pairwise = pack("conceptsplit_core.method.maps"), pack("conceptsplit_core.method.divergence").pairwise
+    apart = [float(pairwise(maps_module.distributions(m, 1.0), "jsd")) for m in (maps.trace.before, maps.trace.after)]
     assert apart[1] > 2 * apart[0]
 
 
@@ -236,7 +233,7 @@ def test_steps_are_counted_through(marked):
 
     model, clip = marked
     patch = pack("conceptsplit_core.hosts.comfy.patch")
-    config = pack("conceptsplit_core.loda").LodaConfig(steps=3, iterations=1)
+    config = pack("conceptsplit_core.settings").LodaConfig(steps=3, iterations=1)
     for name in ("euler", "dpmpp_2m", "heun"):
         seen = []
         with torch.inference_mode():

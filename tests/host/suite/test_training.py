@@ -85,8 +85,8 @@ def test_same_seed_same_adapter_and_after_sampling_too(sd):
 
 def test_loss_falls(sd):
     training = pack("conceptsplit_core.hosts.comfy.training")
-    core = pack("conceptsplit_core.training")
-    tokens = pack("conceptsplit_core.tokens")
+    core = pack("conceptsplit_core.train")
+    tokens = pack("conceptsplit_core.text.binding")
     with torch.inference_mode():
         result = training.train_adapter(
             sd.model,
@@ -151,7 +151,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(sd):
 def test_only_the_class_words_rows_learn(sd):
     """The delta in training stands at the class word of each row's own prompt, and nowhere else."""
     training = pack("conceptsplit_core.hosts.comfy.training")
-    tokens = pack("conceptsplit_core.tokens")
+    tokens = pack("conceptsplit_core.text.binding")
     with torch.inference_mode():
         prompts = training.encode_prompts(
             sd.clip, sd.model.model, tokens.Concept("rex", "dog"), ["a photo of a {}", "the {} (runs:1.3)"], (64, 64)
@@ -238,7 +238,7 @@ def test_storage_types(loaded, dtype):
 def test_v_prediction_objective_is_the_hosts(loaded):
     """At the true latent, the host's own denoiser and our target agree: the objective is not merely finite."""
     training = pack("conceptsplit_core.hosts.comfy.training")
-    core = pack("conceptsplit_core.training")
+    core = pack("conceptsplit_core.method.diffusion")
     for family in ("sd15", "sd21"):
         sd = loaded(family)
         sampling = sd.model.get_model_object("model_sampling")

@@ -243,7 +243,7 @@ def test_other_family_is_refused_with_both_names(sd, loaded):
 @contextmanager
 def deltas_asked(monkeypatch, kept=True):
     """How often a layer has worked out its deltas; with `kept` off, in each call of the UNet."""
-    hooks = pack("conceptsplit_core.hooks")
+    hooks = pack("conceptsplit_core.network.hooks")
     real, asked = hooks.row_deltas, []
 
     def counted(*args):

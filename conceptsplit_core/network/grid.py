@@ -1,23 +1,15 @@
-"""Attention maps of concepts: aggregate, smooth, normalise, and how far apart they are.
-
-Maps are [B, n, h, w]: batch, concepts, height and width of the attention layers they come from.
-"""
+"""From a latent's size to the grid of pixels that a layer's attention sees."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ConceptSplitError
-
-# Added to probabilities before a logarithm or division. Small against a fair share (1/256 on a 16² map), large
-# against fp32 rounding, so that maps of exact zeros still have finite values and gradients.
-EPS = 1e-8
+from ..errors import ConceptSplitError
 
 
 def level_sizes(latent: tuple[int, int], levels: int = 6) -> dict[int, tuple[int, int]]:
@@ -130,99 +122,3 @@ def _fitted(maps: Tensor, size: tuple[int, int], latent: tuple[int, int] | None)
     return F.interpolate(maps.unflatten(-1, own), size=size, mode="bilinear", antialias=True) * (
         own[0] * own[1] / (size[0] * size[1])
     )
-
-
-def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
-    """Smooths [B, n, h, w] by a Gaussian of standard deviation `sigma` in map pixels; the size stays.
-
-    Borders replicate, so a map of one pixel or one row is fine and a constant map stays constant.
-    """
-    if sigma < 0.1:  # the nearest neighbour would get e⁻⁵⁰: no smoothing at all, and no division by almost zero
-        return maps
-    radius = max(1, int(3.0 * sigma + 0.5))
-    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    b, n, h, w = maps.shape
-    flat = maps.reshape(b * n, 1, h, w)
-    flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1))
-    return flat.reshape(b, n, h, w)
-
-
-def normalise(maps: Tensor) -> Tensor:
-    """Maps as probability distributions over pixels; a map of zeros becomes uniform."""
-    shifted = maps.clamp(min=0) + EPS
-    return shifted / shifted.sum(dim=(-2, -1), keepdim=True)
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p‖q) in nats over the last two axes; one-sided, as the paper's code has it."""
-    return (p * (p.clamp(min=EPS).log() - q.clamp(min=EPS).log())).sum(dim=(-2, -1))
-
-
-def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
-    """(KL(p‖q) + KL(q‖p)) / 2, so the order of words in a prompt does not matter."""
-    return 0.5 * ((p - q) * (p.clamp(min=EPS).log() - q.clamp(min=EPS).log())).sum(dim=(-2, -1))
-
-
-def jsd(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen–Shannon divergence in nats, 0 (same) to ln 2 = 0.693 (disjoint)."""
-    m = 0.5 * (p + q)
-    return 0.5 * (kl(p, m) + kl(q, m))
-
-
-def bhattacharyya(p: Tensor, q: Tensor) -> Tensor:
-    """−ln Σ √(p q), 0 (same) to about 18 (disjoint, limited by EPS)."""
-    return -((p.clamp(min=EPS) * q.clamp(min=EPS)).sqrt().sum(dim=(-2, -1)).clamp(min=EPS)).log()
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "jsd": jsd,
-    "symmetric_kl": symmetric_kl,
-    "bhattacharyya": bhattacharyya,
-    "kl": kl,
-}
-
-
-def pairwise(distributions: Tensor, divergence: str) -> Tensor:
-    """Divergence of every pair of concepts: [B, n, h, w] to [B, n(n−1)/2], pairs in the order (0,1), (0,2), …
-
-    Raises:
-        ConceptSplitError: an unknown divergence, or fewer than two concepts.
-    """
-    if divergence not in DIVERGENCES:
-        raise ConceptSplitError(f"Unknown divergence '{divergence}': use one of {', '.join(DIVERGENCES)}.")
-    n = distributions.shape[1]
-    if n < 2:
-        raise ConceptSplitError(f"Separation needs at least two concepts; {n} is bound in this prompt.")
-    pairs = list(combinations(range(n), 2))
-    first = distributions[:, [i for i, _ in pairs]]
-    second = distributions[:, [j for _, j in pairs]]
-    return DIVERGENCES[divergence](first, second)
-
-
-def harmonic_mean(values: Tensor) -> Tensor:
-    """Harmonic mean over the last axis; dominated by the smallest, the pair that overlaps most (paper, LODA)."""
-    return values.shape[-1] / (1.0 / values.clamp(min=EPS)).sum(dim=-1)
-
-
-def distributions(maps: Tensor, sigma: float) -> Tensor:
-    """Smoothed and normalised maps: what divergences compare."""
-    return normalise(gaussian_blur(maps, sigma))
-
-
-def separation_loss(maps: Tensor, divergence: str, threshold: float, sigma: float) -> tuple[Tensor, Tensor]:
-    """ReLU(t − HM(D)) of each image, and its divergences (paper, LODA's objective).
-
-    Args:
-        maps: [B, n, h, w], n ≥ 2.
-        divergence: a key of DIVERGENCES.
-        threshold: t, in the divergence's unit; once every pair is about this far apart the loss is zero.
-        sigma: Gaussian smoothing in map pixels.
-
-    Returns:
-        loss [B] and divergences [B, pairs].
-    """
-    values = pairwise(distributions(maps, sigma), divergence)
-    return F.relu(threshold - harmonic_mean(values)), values

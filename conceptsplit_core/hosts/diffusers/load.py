@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ConceptSplitError
+from ...errors import ConceptSplitError
 
 FAMILIES = ("sd15", "sd21", "sdxl", "demo")
 
@@ -269,7 +269,7 @@ def _load_demo() -> DiffusersModel:
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from ..demo import checkpoint
+    from ...demo import checkpoint
 
     try:
         parts = checkpoint.load()

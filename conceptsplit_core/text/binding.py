@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ConceptSplitError
+from ..errors import ConceptSplitError
 
 # `<rex>`: a name of letters, digits, '_', '-', '.', no spaces or colons at all, so "<3", "<lora:x:1>" and
 # "a < b > c" stay text. Unicode letters are allowed: people name concepts in their own language.

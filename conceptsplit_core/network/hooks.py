@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .attention import BoundRows, Delta, add_rows, bound_rows, row_deltas
+from ..method.tova import BoundRows, Delta, add_rows, bound_rows, row_deltas
 
 # Where rows change [p] in the B · L rows of a text, and what is added there [p, d_v].
 Added = tuple[Tensor, Tensor]

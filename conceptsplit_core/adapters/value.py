@@ -1,0 +1,178 @@
+"""Value adapters: for every cross-attention layer a low-rank pair on the value projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConceptSplitError
+from ..method.tova import Delta
+from .base import BASES, AdapterInfo
+
+
+class ValueAdapter:
+    """A concept's low-rank value deltas.
+
+    Attributes:
+        info: what is known about it.
+        down: A per layer, [r, d_ctx].
+        up: B per layer, [d_v, r].
+    """
+
+    def __init__(self, info: AdapterInfo, down: Mapping[str, Tensor], up: Mapping[str, Tensor]):
+        if set(down) != set(up) or not down:
+            odd = sorted(set(down) ^ set(up))
+            raise ConceptSplitError(
+                f"The value adapter '{info.concept}' has no complete layer: "
+                + (f"layer {odd[0]} lacks one of its two matrices." if odd else "it holds no attn2.to_v tensors.")
+            )
+        for layer in down:
+            a, b = down[layer], up[layer]
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+                raise ConceptSplitError(
+                    f"Layer {layer} of value adapter '{info.concept}' has shapes {list(a.shape)} and {list(b.shape)}, "
+                    "which do not form a low-rank pair [r, d_ctx], [d_v, r]: the file is damaged or of another kind."
+                )
+        self.info = info
+        self.down = dict(down)
+        self.up = dict(up)
+        self._cache: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def create(cls, layers: Mapping[str, tuple[int, int]], info: AdapterInfo, seed: int) -> ValueAdapter:
+        """A fresh adapter for training: A Gaussian with std 1/r, B zero, in fp32 on the CPU.
+
+        Args:
+            layers: layer name to (d_ctx, d_v).
+            info: `rank` and `alpha` are taken from here.
+            seed: the same seed gives the same A on every machine.
+        """
+        if info.rank < 1:
+            raise ConceptSplitError(f"Rank {info.rank} is not possible: use 1 or more, for instance 8.")
+        generator = torch.Generator().manual_seed(seed)
+        down = {
+            layer: torch.randn(info.rank, layers[layer][0], generator=generator) / info.rank for layer in sorted(layers)
+        }
+        up = {layer: torch.zeros(layers[layer][1], info.rank) for layer in sorted(layers)}
+        return cls(info, down, up)
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Layer name to (d_ctx, d_v)."""
+        return {layer: (self.down[layer].shape[1], self.up[layer].shape[0]) for layer in self.down}
+
+    def rank_of(self, layer: str) -> int:
+        return self.down[layer].shape[0]
+
+    def scale(self, layer: str) -> float:
+        """α/r. After truncation the factor stays α / the rank it was trained with."""
+        rank = self.info.rank or self.rank_of(layer)
+        alpha = self.info.alpha or float(rank)
+        return alpha / rank
+
+    def parameters(self) -> list[Tensor]:
+        """All A and B, in a fixed order (layers sorted, A before B)."""
+        return [tensor for layer in sorted(self.down) for tensor in (self.down[layer], self.up[layer])]
+
+    def delta(self, layer: str, device: torch.device, dtype: torch.dtype) -> Delta | None:
+        """(A, B, α/r) of a layer on `device` in `dtype`, or None if the adapter does not have that layer.
+
+        Copies are made once per device and dtype. Tensors that require a gradient are returned as they are, moved
+        if they must be: a copy would take training's gradient away.
+        """
+        if layer not in self.down:
+            return None
+        down, up = self.down[layer], self.up[layer]
+        if down.requires_grad or up.requires_grad or (down.device == device and down.dtype == dtype):
+            return down.to(device), up.to(device), self.scale(layer)
+        key = (layer, device, dtype)
+        if key not in self._cache:
+            # Outside inference mode, so that a copy first made while sampling can also serve a gradient pass.
+            with torch.inference_mode(False):
+                self._cache[key] = (down.to(device, dtype), up.to(device, dtype))
+        return (*self._cache[key], self.scale(layer))
+
+    def detached(self, dtype: torch.dtype | None = None) -> ValueAdapter:
+        """A copy that shares nothing, on the CPU, without gradients; usable outside and inside inference mode."""
+        with torch.inference_mode(False), torch.no_grad():
+            copy = lambda t: t.detach().to("cpu", dtype or t.dtype, copy=True)
+            return ValueAdapter(
+                self.info, {k: copy(v) for k, v in self.down.items()}, {k: copy(v) for k, v in self.up.items()}
+            )
+
+    def to(self, device: torch.device | str) -> ValueAdapter:
+        """The adapter with all its tensors on `device`; those already there are shared, not copied."""
+        return ValueAdapter(
+            self.info,
+            {layer: tensor.to(device) for layer, tensor in self.down.items()},
+            {layer: tensor.to(device) for layer, tensor in self.up.items()},
+        )
+
+    def with_info(self, **changes: Any) -> ValueAdapter:
+        """The same tensors under other facts, for instance another concept name."""
+        return ValueAdapter(replace(self.info, **changes), self.down, self.up)
+
+    def nbytes(self, dtype: torch.dtype = torch.float16) -> int:
+        """Size of all tensors if stored as `dtype`."""
+        return sum(t.numel() for t in self.parameters()) * torch.empty((), dtype=dtype).element_size()
+
+    def truncated(self, rank: int) -> tuple[ValueAdapter, float]:
+        """The best approximation of lower rank, and its relative error ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all layers.
+
+        By SVD of B A, computed from the small factors (QR of both sides), so the full d_v × d_ctx matrix is never
+        formed. Singular values are shared between the factors evenly, which keeps half precision safe.
+        """
+        if rank < 1:
+            raise ConceptSplitError(f"Cannot truncate to rank {rank}: use 1 or more.")
+        down: dict[str, Tensor] = {}
+        up: dict[str, Tensor] = {}
+        lost = total = 0.0
+        for layer in self.down:
+            a, b = self.down[layer].detach().double(), self.up[layer].detach().double()
+            qa, ra = torch.linalg.qr(a.t())  # a = raᵀ qaᵀ
+            qb, rb = torch.linalg.qr(b)
+            u, s, vh = torch.linalg.svd(rb @ ra.t())
+            keep = min(rank, s.numel())
+            total += float((s**2).sum())
+            lost += float((s[keep:] ** 2).sum())
+            root = s[:keep].sqrt()
+            up[layer] = (qb @ u[:, :keep] * root).to(self.up[layer].dtype).contiguous()
+            down[layer] = (root[:, None] * vh[:keep] @ qa.t()).to(self.down[layer].dtype).contiguous()
+        # scale() divides alpha by info.rank: keeping both keeps the factor the adapter was trained with.
+        training = {**self.info.training, "truncated_to_rank": rank}
+        error = (lost / total) ** 0.5 if total > 0 else 0.0
+        return ValueAdapter(replace(self.info, training=training), down, up), error
+
+    def check_fits(self, layers: Mapping[str, tuple[int, int]], base: str = "unknown") -> None:
+        """Refuses an adapter that is not made for the model with these layers.
+
+        Raises:
+            ConceptSplitError: another base family (both named), no layer in common, or a shape that differs.
+        """
+        mine = self.info.base
+        if "unknown" not in (mine, base) and mine != base:
+            raise ConceptSplitError(
+                f"Value adapter '{self.info.concept}' was made for {BASES.get(mine, mine)}, but the model is "
+                f"{BASES.get(base, base)}: load a checkpoint of that family or train the concept on this one."
+            )
+        strange = sorted(set(self.down) - set(layers))
+        if len(strange) == len(self.down):
+            raise ConceptSplitError(
+                f"No layer of value adapter '{self.info.concept}' exists in this model (first: {strange[0]}): it was "
+                "made for another architecture."
+            )
+        if strange:
+            raise ConceptSplitError(
+                f"Layer {strange[0]} of value adapter '{self.info.concept}' does not exist in this model: it was made "
+                "for another architecture."
+            )
+        for layer, shape in self.layers.items():
+            if shape != tuple(layers[layer]):
+                raise ConceptSplitError(
+                    f"Layer {layer} of value adapter '{self.info.concept}' maps {shape[0]} to {shape[1]} values, the "
+                    f"model's maps {layers[layer][0]} to {layers[layer][1]}: it was made for another model family."
+                )

@@ -1,0 +1,38 @@
+"""diffusers as a host: the core on diffusers models.
+
+load      a model from a folder or a single file
+network   its layers, hooks, and one call of its UNet
+text      prompts encoded, with the rows that each concept owns
+pictures  pictures to latents and back
+sampling  drawing    training  learning
+"""
+
+from .load import DiffusersModel, family_of, load_model
+from .network import call_unet, cross_attention_layers, layer_factors, layer_shapes, patched
+from .pictures import decode_latents, encode_images
+from .sampling import SAMPLERS, SampleResult, noise, sample
+from .text import Conditioning, empty_conditioning, encode_text
+from .training import new_adapter, training_data, training_denoiser
+
+__all__ = [
+    "SAMPLERS",
+    "Conditioning",
+    "DiffusersModel",
+    "SampleResult",
+    "call_unet",
+    "cross_attention_layers",
+    "decode_latents",
+    "empty_conditioning",
+    "encode_images",
+    "encode_text",
+    "family_of",
+    "layer_factors",
+    "layer_shapes",
+    "load_model",
+    "new_adapter",
+    "noise",
+    "patched",
+    "sample",
+    "training_data",
+    "training_denoiser",
+]

@@ -1,0 +1,57 @@
+"""Attention maps of concepts: aggregate, smooth, normalise, and how far apart they are.
+
+Maps are [B, n, h, w]: batch, concepts, height and width of the attention layers they come from.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .divergence import EPS, harmonic_mean, pairwise
+
+
+def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
+    """Smooths [B, n, h, w] by a Gaussian of standard deviation `sigma` in map pixels; the size stays.
+
+    Borders replicate, so a map of one pixel or one row is fine and a constant map stays constant.
+    """
+    if sigma < 0.1:  # the nearest neighbour would get e⁻⁵⁰: no smoothing at all, and no division by almost zero
+        return maps
+    radius = max(1, int(3.0 * sigma + 0.5))
+    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    b, n, h, w = maps.shape
+    flat = maps.reshape(b * n, 1, h, w)
+    flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1))
+    return flat.reshape(b, n, h, w)
+
+
+def normalise(maps: Tensor) -> Tensor:
+    """Maps as probability distributions over pixels; a map of zeros becomes uniform."""
+    shifted = maps.clamp(min=0) + EPS
+    return shifted / shifted.sum(dim=(-2, -1), keepdim=True)
+
+
+def distributions(maps: Tensor, sigma: float) -> Tensor:
+    """Smoothed and normalised maps: what divergences compare."""
+    return normalise(gaussian_blur(maps, sigma))
+
+
+def separation_loss(maps: Tensor, divergence: str, threshold: float, sigma: float) -> tuple[Tensor, Tensor]:
+    """ReLU(t − HM(D)) of each image, and its divergences (paper, LODA's objective).
+
+    Args:
+        maps: [B, n, h, w], n ≥ 2.
+        divergence: a key of DIVERGENCES.
+        threshold: t, in the divergence's unit; once every pair is about this far apart the loss is zero.
+        sigma: Gaussian smoothing in map pixels.
+
+    Returns:
+        loss [B] and divergences [B, pairs].
+    """
+    values = pairwise(distributions(maps, sigma), divergence)
+    return F.relu(threshold - harmonic_mean(values)), values

@@ -1,0 +1,1 @@
+"""Where in a network the method acts: sites, grids, hooks."""

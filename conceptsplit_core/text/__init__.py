@@ -1,0 +1,1 @@
+"""Which rows of an encoded prompt a concept owns."""
