@@ -19,42 +19,42 @@ MAP_PARTS = ("auto", "all", "down")
 class LodaConfig:
     """Settings of LODA and AFG; built and checked once, never changed during a run.
 
-    steps: sampling steps at whose start the latent is optimised; 0 turns LODA off, AUTO (-1) is the first fifth of
+    loda_steps: sampling steps at whose start the latent is optimised; 0 turns LODA off, AUTO (-1) is the first fifth of
         the schedule, whatever its length.
-    iterations: gradient updates per step, at most; fewer when the loss reaches zero.
-    step_size: η before the schedule. With `normalised`, the root mean square of an update in units of the latent's
+    loda_iterations: gradient updates per step, at most; fewer when the loss reaches zero.
+    loda_strength: η before the schedule. With `normalised`, the root mean square of an update in units of the latent's
         standard deviation; with `gradient`, the factor on the raw gradient (the paper's 20).
-    step_rule: 'normalised' takes the gradient without its mean over the picture and divides it by its own RMS, so one
+    loda_rule: 'normalised' takes the gradient without its mean over the picture and divides it by its own RMS, so one
         setting serves every model and resolution and colours do not drift; 'gradient' is the paper's rule.
     divergence: how overlap is measured; 'kl' is the paper's code, which depends on the order of the words.
     threshold: t of ReLU(t − HM(D)), in the divergence's unit; 0 means the divergence's own default.
-    smooth_sigma: Gaussian smoothing of the maps, in map pixels.
+    map_smoothing: Gaussian smoothing of the maps, in map pixels.
     map_downscale: read maps at 1/this of the latent's size; 0 chooses.
     map_part: 'all' layers of that size, as the paper does; 'down': those on the way down only, at half the cost (a
         third on SDXL); 'auto': 'down' where the way down has many layers of that size (SDXL), else 'all'.
     afg: fix the separation afterwards.
-    afg_positive, afg_negative: logits added inside and outside a concept's region (paper: p = 3 and m = −1e8).
-    afg_fraction: share of the pixels that is a concept's region.
-    afg_sigma: smoothing before the region is taken, in map pixels.
+    afg_inside, afg_outside: logits added inside and taken outside a concept's region (paper: p = 3 and −m = 1e8).
+    afg_region: share of the pixels that is a concept's region.
+    afg_smoothing: smoothing before the region is taken, in map pixels.
     afg_end: the share of the steps after which AFG lets go (1.0, the paper: it stays to the end).
 
     The defaults are those that benchmarks/separation chose, see docs/separation.md.
     """
 
-    steps: int = AUTO
-    iterations: int = 3
-    step_size: float = 0.02
-    step_rule: str = "normalised"
+    loda_steps: int = AUTO
+    loda_iterations: int = 3
+    loda_strength: float = 0.02
+    loda_rule: str = "normalised"
     divergence: str = "jsd"
     threshold: float = 0.0
-    smooth_sigma: float = 1.0
+    map_smoothing: float = 1.0
     map_downscale: int = 0
     map_part: str = "auto"
     afg: bool = True
-    afg_positive: float = 3.0
-    afg_negative: float = -3.0
-    afg_fraction: float = 0.1
-    afg_sigma: float = 1.5
+    afg_inside: float = 3.0
+    afg_outside: float = 3.0
+    afg_region: float = 0.1
+    afg_smoothing: float = 1.5
     afg_end: float = 0.7
 
     def __post_init__(self) -> None:
@@ -64,19 +64,24 @@ class LodaConfig:
 
         for name, value in vars(self).items():
             need(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}, use a finite number")
-        need(self.steps >= AUTO, f"steps is {self.steps}, use -1 (a fifth of the schedule), 0 (off) or more")
-        need(self.iterations >= 1, f"iterations is {self.iterations}, use 1 or more")
-        need(self.step_size >= 0, f"step size is {self.step_size}, use 0 or more")
-        need(self.step_rule in STEP_RULES, f"step rule '{self.step_rule}', use {' or '.join(STEP_RULES)}")
+        need(
+            self.loda_steps >= AUTO,
+            f"loda_steps is {self.loda_steps}, use -1 (a fifth of the schedule), 0 (off) or more",
+        )
+        need(self.loda_iterations >= 1, f"loda_iterations is {self.loda_iterations}, use 1 or more")
+        need(self.loda_strength >= 0, f"step size is {self.loda_strength}, use 0 or more")
+        need(self.loda_rule in STEP_RULES, f"step rule '{self.loda_rule}', use {' or '.join(STEP_RULES)}")
         need(self.divergence in DIVERGENCES, f"divergence '{self.divergence}', use {', '.join(DIVERGENCES)}")
         need(self.threshold >= 0, f"threshold is {self.threshold}, use 0 (automatic) or more")
         # The Gaussian's kernel and the padded maps grow with it; no map has more pixels a side than this.
         widest = 128
-        need(0 <= self.smooth_sigma <= widest, f"smoothing is {self.smooth_sigma} pixels, use 0 to {widest}")
-        need(0 <= self.afg_sigma <= widest, f"AFG smoothing is {self.afg_sigma} pixels, use 0 to {widest}")
-        need(0 < self.afg_fraction <= 1, f"AFG region share is {self.afg_fraction}, use more than 0 and at most 1")
-        need(self.afg_negative <= 0 <= self.afg_positive, "AFG adds a positive number inside, a negative one outside")
-        need(self.afg_positive - self.afg_negative < 1e30, "AFG's numbers are too large, use -1e8 and 3 for instance")
+        need(0 <= self.map_smoothing <= widest, f"smoothing is {self.map_smoothing} pixels, use 0 to {widest}")
+        need(0 <= self.afg_smoothing <= widest, f"AFG smoothing is {self.afg_smoothing} pixels, use 0 to {widest}")
+        need(0 < self.afg_region <= 1, f"AFG region share is {self.afg_region}, use more than 0 and at most 1")
+        need(
+            self.afg_inside >= 0 and self.afg_outside >= 0, "AFG adds inside and takes outside: use 0 or more for both"
+        )
+        need(self.afg_inside + self.afg_outside < 1e30, "AFG's numbers are too large, use 3 and 1e8 for instance")
         need(self.map_downscale in (0, 1, 2, 4, 8, 16, 32), f"map downscale {self.map_downscale}, use 0, 1, 2, 4 or 8")
         need(self.map_part in MAP_PARTS, f"map part '{self.map_part}', use {' or '.join(MAP_PARTS)}")
         need(0 <= self.afg_end <= 1, f"AFG end is {self.afg_end}, use 0 to 1")
@@ -88,8 +93,11 @@ class LodaConfig:
         return self.threshold or THRESHOLDS[self.divergence]
 
     def for_schedule(self, total: int) -> LodaConfig:
-        """The same settings with `steps` as a number, for a run of `total` sampling steps."""
-        return replace(self, steps=max(1, round(SHARE * total)) if self.steps == AUTO else min(self.steps, total))
+        """The same settings with `loda_steps` as a number, for a run of `total` sampling steps."""
+        return replace(
+            self,
+            loda_steps=max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total),
+        )
 
     def held(self, total: int) -> int:
         """The step (0-based) of a run of `total` at which AFG lets go; `total` or more: never."""

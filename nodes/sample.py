@@ -50,7 +50,7 @@ def _loda_fields() -> list[Any]:
             "Sampling steps at whose start the latent is optimised until the concepts look at "
             "different places; -1 is the first fifth of the steps, 0 switches LODA off. Raise it when concepts still "
             "blend, lower it for speed.",
-            default=d.steps,
+            default=d.loda_steps,
             min=AUTO,
             max=100,
         ),
@@ -59,7 +59,7 @@ def _loda_fields() -> list[Any]:
             "loda_strength",
             "Size of one optimisation update, in standard deviations of the latent. Raise it "
             "when concepts still blend, lower it when pictures look overworked.",
-            default=d.step_size,
+            default=d.loda_strength,
             min=0.0,
             max=2.0,
             step=0.01,
@@ -77,7 +77,7 @@ def _loda_fields() -> list[Any]:
             "loda_iterations",
             "Updates per optimised step, at most; fewer are made once the concepts are apart. "
             "Each costs about one extra model call.",
-            default=d.iterations,
+            default=d.loda_iterations,
             min=1,
             max=50,
             optional=True,
@@ -107,11 +107,11 @@ def _loda_fields() -> list[Any]:
         ),
         field(
             io.Combo,
-            "step_rule",
+            "loda_rule",
             "normalised: the strength means the same on every model. gradient: the paper's rule, "
             "the strength multiplies the raw gradient (20 in the paper).",
             options=list(STEP_RULES),
-            default=d.step_rule,
+            default=d.loda_rule,
             optional=True,
             advanced=True,
         ),
@@ -129,7 +129,7 @@ def _loda_fields() -> list[Any]:
             io.Float,
             "map_smoothing",
             "Gaussian smoothing of the maps before they are compared, in map pixels (sigma).",
-            default=d.smooth_sigma,
+            default=d.map_smoothing,
             min=0.0,
             max=8.0,
             step=0.1,
@@ -141,7 +141,7 @@ def _loda_fields() -> list[Any]:
             io.Float,
             "afg_inside",
             "Added to the attention logits of a concept inside its region. Raise it when a concept is too weak there.",
-            default=d.afg_positive,
+            default=d.afg_inside,
             min=0.0,
             max=20.0,
             step=0.1,
@@ -154,7 +154,7 @@ def _loda_fields() -> list[Any]:
             "afg_outside",
             "Taken from the attention logits of a concept outside its region. Raise it when concepts "
             "leak late; 1e8 forbids all attention there, as the paper does.",
-            default=-d.afg_negative,
+            default=d.afg_outside,
             min=0.0,
             max=1e8,
             step=1.0,
@@ -166,7 +166,7 @@ def _loda_fields() -> list[Any]:
             io.Float,
             "afg_region",
             "Share of the picture (0 to 1) that becomes a concept's region. Raise it for large objects.",
-            default=d.afg_fraction,
+            default=d.afg_region,
             min=0.01,
             max=1.0,
             step=0.01,
@@ -203,19 +203,19 @@ def _loda_fields() -> list[Any]:
 def _config(loda_steps: int, loda_strength: float, afg: bool, options: dict[str, Any]) -> LodaConfig:
     d = _DEFAULTS
     return LodaConfig(
-        steps=loda_steps,
-        step_size=loda_strength,
+        loda_steps=loda_steps,
+        loda_strength=loda_strength,
         afg=afg,
-        iterations=options.get("loda_iterations", d.iterations),
+        loda_iterations=options.get("loda_iterations", d.loda_iterations),
         divergence=options.get("divergence", d.divergence),
         threshold=options.get("threshold", d.threshold),
-        step_rule=options.get("step_rule", d.step_rule),
+        loda_rule=options.get("loda_rule", d.loda_rule),
         map_downscale=int(options.get("map_downscale", d.map_downscale)),
         map_part=options.get("map_part", d.map_part),
-        smooth_sigma=options.get("map_smoothing", d.smooth_sigma),
-        afg_positive=options.get("afg_inside", d.afg_positive),
-        afg_negative=-options.get("afg_outside", -d.afg_negative),
-        afg_fraction=options.get("afg_region", d.afg_fraction),
+        map_smoothing=options.get("map_smoothing", d.map_smoothing),
+        afg_inside=options.get("afg_inside", d.afg_inside),
+        afg_outside=options.get("afg_outside", d.afg_outside),
+        afg_region=options.get("afg_region", d.afg_region),
         afg_end=options.get("afg_end", d.afg_end),
     )
 
@@ -226,7 +226,7 @@ def _prepared(
     """The model that samples as the LODA inputs ask, the model itself if they ask for none, and where maps will be."""
     config = _config(loda_steps, loda_strength, afg, options)
     maps = MapsHandle()
-    return with_loda(model, config, maps) if config.steps else model, maps
+    return with_loda(model, config, maps) if config.loda_steps else model, maps
 
 
 _MAPS_OUT = "What LODA saw and did, for Concept Attention Preview."

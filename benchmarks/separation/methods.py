@@ -132,9 +132,9 @@ class Sampling:
 def paper(steps: int) -> LodaConfig:
     """The paper's settings. Its 10 of 50 steps are a fifth of the schedule, its 7-tap Gaussian has about σ 1.4."""
     return LodaConfig(
-        steps=max(1, round(steps / 5)), iterations=10, step_size=20.0, step_rule="gradient", divergence="kl",
-        threshold=3.0, smooth_sigma=1.4, afg=True, afg_positive=3.0, afg_negative=-1e8, afg_fraction=0.1, afg_sigma=1.5,
-        afg_end=1.0,
+        loda_steps=max(1, round(steps / 5)), loda_iterations=10, loda_strength=20.0, loda_rule="gradient",
+        divergence="kl", threshold=3.0, map_smoothing=1.4, afg=True, afg_inside=3.0, afg_outside=1e8, afg_region=0.1,
+        afg_smoothing=1.5, afg_end=1.0,
     )  # fmt: skip
 
 
@@ -152,13 +152,13 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tok_key": Arm("key"),
         "tok_key_value": Arm("key_value"),
         "tova_loda": Arm(loda=off),
-        "tova_afg": Arm(loda=replace(on, step_size=0.0)),
+        "tova_afg": Arm(loda=replace(on, loda_strength=0.0)),
         "tova_loda_afg": Arm(loda=on),
-        "tova_loda_afg_hard": Arm(loda=replace(on, afg_negative=-1e8, afg_end=1.0)),
+        "tova_loda_afg_hard": Arm(loda=replace(on, afg_outside=1e8, afg_end=1.0)),
         # More of LODA, for more concepts.
-        "tova_loda_afg_longer": Arm(loda=replace(on, steps=max(1, round(0.3 * steps)))),
-        "tova_loda_afg_more_updates": Arm(loda=replace(on, iterations=6)),
-        "tova_loda_afg_larger": Arm(loda=replace(on, step_size=2 * on.step_size)),
+        "tova_loda_afg_longer": Arm(loda=replace(on, loda_steps=max(1, round(0.3 * steps)))),
+        "tova_loda_afg_more_updates": Arm(loda=replace(on, loda_iterations=6)),
+        "tova_loda_afg_larger": Arm(loda=replace(on, loda_strength=2 * on.loda_strength)),
         "tova_loda_afg_guided": Arm(loda=on, guidance=4.5),
         "base_loda_afg": Arm(None, "plain", loda=on),
         "described_loda_afg": Arm(None, "described", loda=on),
@@ -172,7 +172,7 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_more_steps": Arm(more_steps=2.0),
         # Beyond the paper.
         "tova_loda_sign": Arm(loda=off, variant="sign"),
-        "tova_loda_raw": Arm(loda=replace(off, step_rule="gradient", step_size=20.0)),
+        "tova_loda_raw": Arm(loda=replace(off, loda_rule="gradient", loda_strength=20.0)),
         "tova_loda_iou": Arm(loda=replace(off, threshold=variants.IOU_THRESHOLD), variant="iou"),
         "tova_loda_afg_overlapping": Arm(loda=on, variant="overlapping"),
         "tova_loda_afg_from_20": Arm(loda=on, start=0.2),
@@ -228,7 +228,7 @@ def draw(
     loda = arm.loda
     if arm.best_of > 1 and loda is not None:
         # Looks at the maps as LODA would and moves nothing: every divergence is above this threshold.
-        loda = replace(loda, threshold=1e-12, iterations=1, afg=False, step_size=max(loda.step_size, 1e-3))
+        loda = replace(loda, threshold=1e-12, loda_iterations=1, afg=False, loda_strength=max(loda.loda_strength, 1e-3))
     options: dict[str, Any] = {
         "concepts": list(names), "steps": steps, "loda": loda,
         "guidance": sampling.guidance if arm.guidance is None else arm.guidance,

@@ -31,17 +31,17 @@ FINAL_SEED, FINALISTS, FINAL_FACTOR = 1000, 6, 4
 """Of the second look: first seed, how many settings besides the start, seeds in multiples of the first look's."""
 
 SWEEP: dict[str, tuple[Any, ...]] = {
-    "step_size": (0.01, 0.02, 0.04, 0.08),
+    "loda_strength": (0.01, 0.02, 0.04, 0.08),
     "steps": (0.1, 0.2, 0.3, 0.5),  # share of the schedule
-    "iterations": (1, 3, 6),
+    "loda_iterations": (1, 3, 6),
     "divergence": ("jsd", "symmetric_kl", "bhattacharyya", "kl"),
     "map_downscale": (1,),  # automatic is 2 on the demo model
     "threshold": (0.2, 0.6),  # automatic is 0.45 for JSD
-    "smooth_sigma": (0.0, 1.0, 2.0),
+    "map_smoothing": (0.0, 1.0, 2.0),
     "afg": (False, True),
-    "afg_negative": (-1e8, -8.0, -3.0, -1.0, 0.0),
-    "afg_positive": (0.0, 1.0, 3.0),
-    "afg_fraction": (0.1, 0.2, 0.3),
+    "afg_outside": (1e8, 8.0, 3.0, 1.0, 0.0),
+    "afg_inside": (0.0, 1.0, 3.0),
+    "afg_region": (0.1, 0.2, 0.3),
     "afg_end": (0.4, 0.7, 1.0),
 }
 STRENGTHS, GUIDANCES = (0.7, 1.3), (1.5, 2.0, 4.5, 6.0)
@@ -50,7 +50,7 @@ STRENGTHS, GUIDANCES = (0.7, 1.3), (1.5, 2.0, 4.5, 6.0)
 def changed(loda: LodaConfig, field: str, value: Any, steps: int) -> LodaConfig:
     """`loda` with one field of the sweep set."""
     if field == "steps":
-        return replace(loda, steps=max(1, round(value * steps)))
+        return replace(loda, loda_steps=max(1, round(value * steps)))
     if field == "divergence":
         return replace(loda, divergence=value, threshold=0.0)
     return replace(loda, **{field: value})
@@ -59,7 +59,7 @@ def changed(loda: LodaConfig, field: str, value: Any, steps: int) -> LodaConfig:
 def variants(loda: LodaConfig, strength: float, steps: int) -> dict[str, Arm]:
     """Arms of the sweep by name; "start" is `loda` with AFG."""
     start = replace(loda, afg=True)
-    out = {"tova": Arm(strength=strength), "afg": Arm(loda=replace(start, step_size=0.0), strength=strength)}
+    out = {"tova": Arm(strength=strength), "afg": Arm(loda=replace(start, loda_strength=0.0), strength=strength)}
     out["start"] = Arm(loda=start, strength=strength)
     seen = {start}
     for field, values in SWEEP.items():

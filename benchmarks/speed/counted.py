@@ -109,7 +109,7 @@ def sampling_rows(built: models.Built, family: str, answers: Answers) -> Iterato
     updates: dict[str, Cost] = {}
     regions: dict[str, Cost] = {}
     for part in PARTS:
-        config = LodaConfig(iterations=1, map_part=part)
+        config = LodaConfig(loda_iterations=1, map_part=part)
         with host.patched(built.model, two) as patch:
             with measured() as updates[part]:
                 programs.update(built, patch, mask, config)
@@ -136,7 +136,7 @@ def sampling_rows(built: models.Built, family: str, answers: Answers) -> Iterato
         update, region = updates[part], regions[part]
         rest = LODA_STEPS * step.flops + region.flops + (STEPS - LODA_STEPS) * biased.flops
         once = rest + LODA_STEPS * update.flops
-        most = rest + LODA_STEPS * default.iterations * update.flops
+        most = rest + LODA_STEPS * default.loda_iterations * update.flops
         plain_image = STEPS * plain.flops
         yield Row(
             f"10 LODA steps of 50 + AFG, one update a step, {told}",
@@ -150,14 +150,14 @@ def sampling_rows(built: models.Built, family: str, answers: Answers) -> Iterato
             goal(IMAGE_GOAL[family]),
         )
         yield Row(
-            f"10 LODA steps of 50 + AFG, all {default.iterations} updates of every step, {told}",
+            f"10 LODA steps of 50 + AFG, all {default.loda_iterations} updates of every step, {told}",
             name,
             most / G,
             plain_image / G,
             "GFLOP",
             "plain sampling",
             "counted",
-            1 + default.iterations * LODA_STEPS * share / STEPS,
+            1 + default.loda_iterations * LODA_STEPS * share / STEPS,
             note="The default's upper bound; updates end as soon as the maps are apart.",
         )
         yield Row(
@@ -257,7 +257,7 @@ def sampling_rows(built: models.Built, family: str, answers: Answers) -> Iterato
 def growth_rows(built: models.Built, answers: Answers) -> Iterator[Row]:
     """Number of concepts 2 to 8, batch 1 to 8."""
     name = built.name
-    config = LodaConfig(iterations=1)
+    config = LodaConfig(loda_iterations=1)
     found: dict[tuple[int, int], Cost] = {}
     for concepts, batch in ((2, 1), (8, 1), (2, 8)):
         answers.rows, answers.concepts = batch, concepts

@@ -88,7 +88,7 @@ def cfg_call(built: Built, patch: host.Patch | None = None, mask: Tensor | None 
 def region_bias(built: Built, patch: host.Patch, mask: Tensor, config: LodaConfig) -> None:
     """AFG: reads the maps once and publishes every layer's bias for `cfg_call`."""
     found = map_reader(built, patch, mask, config)(built.batch(mask.shape[0])[0])
-    areas = find_regions(found, config.afg_fraction, config.afg_sigma)
+    areas = find_regions(found, config.afg_region, config.afg_smoothing)
     factors = host.layer_factors(built.model.unet)
     patch.bias = host_sample._biases(areas, mask, factors, level_sizes(built.grid), config, built.model.dtype, True)
 

@@ -125,7 +125,7 @@ def sampling_rows(
         steps, loda_steps = length
         for part, told in parts(built).items():
             # A threshold out of reach: every update is made.
-            config = LodaConfig(steps=loda_steps, iterations=1, threshold=0.69, map_part=part)
+            config = LodaConfig(loda_steps=loda_steps, loda_iterations=1, threshold=0.69, map_part=part)
             mine, plain = alternate(
                 lambda config=config: image(built, steps, config, two),
                 lambda: image(built, steps, None),
@@ -145,7 +145,7 @@ def sampling_rows(
 
     _, size = programs.wanted_layers(built, LodaConfig())
     for part, told in parts(built).items():
-        config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
+        config = LodaConfig(loda_iterations=1, threshold=0.69, map_part=part)
 
         def ours(config: LodaConfig = config) -> None:
             with host.patched(built.model, list(two.values())) as patch:
@@ -166,7 +166,7 @@ def sampling_rows(
             "timed",
         )
 
-    config = LodaConfig(iterations=1, threshold=1e-30)
+    config = LodaConfig(loda_iterations=1, threshold=1e-30)
     with host.patched(built.model, list(two.values())) as patch:
         read = programs.map_reader(built, patch, pair, config)
 
@@ -188,7 +188,7 @@ def sampling_rows(
     )
 
     for concepts, batch, against, goal in ((8, 1, "2 concepts", "<= 1.1"), (2, 4, "batch 1", None)):
-        config = LodaConfig(iterations=1, threshold=0.69)
+        config = LodaConfig(loda_iterations=1, threshold=0.69)
         many = models.row_mask(concepts, batch)
 
         def grown(many: Tensor = many, config: LodaConfig = config) -> None:
@@ -257,7 +257,7 @@ def format_rows(built: models.Built, rounds: int) -> Iterator[Row]:
 
     def update(of: models.Built) -> None:
         with host.patched(of.model, adapters) as patch:
-            programs.update(of, patch, mask, LodaConfig(iterations=1, threshold=0.69, map_part=default_part(of)))
+            programs.update(of, patch, mask, LodaConfig(loda_iterations=1, threshold=0.69, map_part=default_part(of)))
 
     def training(of: models.Built) -> None:
         with programs.our_training(of, models.adapter(of.model, "c", RANK)) as (denoise, parameters):
@@ -360,7 +360,7 @@ def _picture_of_parts(
     """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others."""
     mask = models.row_mask(len(adapters))
     part = default_part(built)
-    config = LodaConfig(iterations=1, threshold=0.69, map_part=part)
+    config = LodaConfig(loda_iterations=1, threshold=0.69, map_part=part)
     with programs.sampling(built, adapters) as patch:
         programs.region_bias(built, patch, mask, config)
         regions = dict(patch.bias)
@@ -396,7 +396,7 @@ def profile_rows(built: models.Built, rounds: int) -> Iterator[Row]:
     its backward pass. Predicted is what the same count of operations gives."""
     adapters = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(2)]
     mask = models.row_mask(2)
-    config = LodaConfig(iterations=1, threshold=0.69, map_part=default_part(built))
+    config = LodaConfig(loda_iterations=1, threshold=0.69, map_part=default_part(built))
 
     @torch.no_grad()
     def one_row(patch: host.Patch) -> None:
@@ -437,7 +437,7 @@ def kind_rows(built: models.Built, rounds: int) -> Iterator[Row]:
     """The backward pass of an update against its forward pass, by kind of operator."""
     adapters = [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(2)]
     mask = models.row_mask(2)
-    config = LodaConfig(iterations=1, threshold=0.69, map_part=default_part(built))
+    config = LodaConfig(loda_iterations=1, threshold=0.69, map_part=default_part(built))
     # Forward passes are the same in both; what the whole update takes more is its backward pass.
     until_loss = replace(config, threshold=1e-30)
     with programs.sampling(built, adapters) as patch:
@@ -589,7 +589,7 @@ def demo_rows(quick: bool) -> Iterator[Row]:
         adapter = host.new_adapter(model, concept, RANK, 0.0, 0)
         began = time.process_time()
         with host.training_denoiser(model, adapter) as denoise:
-            train(adapter, data, model.alphas_cumprod, denoise, replace(config, steps=count))
+            train(adapter, data, model.alphas_cumprod, denoise, replace(config, loda_steps=count))
             return adapter, time.process_time() - began, loss_of(denoise, held_out)
 
     adapter, mine, reached = learned(steps)

@@ -54,7 +54,7 @@ class Settings:
     @property
     def after_loda(self) -> int:
         """The first sampling step that LODA leaves alone, or the last of all."""
-        return min(self.loda.for_schedule(self.sampling_steps).steps, self.sampling_steps - 1)
+        return min(self.loda.for_schedule(self.sampling_steps).loda_steps, self.sampling_steps - 1)
 
 
 SETTINGS = Settings()
@@ -127,7 +127,7 @@ def compose(
 
 def separation(maps: torch.Tensor, config: LodaConfig) -> list[float]:
     """Smallest Jensen-Shannon divergence over pairs of each picture, in nats: 0 same place, 0.693 disjoint."""
-    return [round(float(v), 4) for v in pairwise(distributions(maps, config.smooth_sigma), "jsd").amin(dim=1)]
+    return [round(float(v), 4) for v in pairwise(distributions(maps, config.map_smoothing), "jsd").amin(dim=1)]
 
 
 def run(arguments: argparse.Namespace) -> None:

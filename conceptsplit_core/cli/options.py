@@ -16,20 +16,20 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # The defaults shown in --help. A test holds them equal to LodaConfig and TrainConfig, which are not imported here
 # because torch takes seconds.
 LODA_DEFAULTS: dict[str, Any] = {
-    "steps": -1,
-    "iterations": 3,
-    "step_size": 0.02,
-    "step_rule": "normalised",
+    "loda_steps": -1,
+    "loda_iterations": 3,
+    "loda_strength": 0.02,
+    "loda_rule": "normalised",
     "divergence": "jsd",
     "threshold": 0.0,
-    "smooth_sigma": 1.0,
+    "map_smoothing": 1.0,
     "map_downscale": 0,
     "map_part": "auto",
     "afg": True,
-    "afg_positive": 3.0,
-    "afg_negative": -3.0,
-    "afg_fraction": 0.1,
-    "afg_sigma": 1.5,
+    "afg_inside": 3.0,
+    "afg_outside": 3.0,
+    "afg_region": 0.1,
+    "afg_smoothing": 1.5,
     "afg_end": 0.7,
 }
 TRAIN_DEFAULTS: dict[str, Any] = {
@@ -325,26 +325,26 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         help="sampling steps to optimise (default: the first fifth of --steps)",
     )
     group.add_argument(
-        "--iterations",
+        "--loda-iterations",
         type=_count,
-        default=d["iterations"],
+        default=d["loda_iterations"],
         metavar="N",
-        help=f"updates per step at most; more separates harder and costs time (default: {d['iterations']})",
+        help=f"updates per step at most; more separates harder and costs time (default: {d['loda_iterations']})",
     )
     group.add_argument(
-        "--step-size",
+        "--loda-strength",
         type=_number,
-        default=d["step_size"],
+        default=d["loda_strength"],
         metavar="X",
         help="size of an update in standard deviations of the latent; higher separates harder, too high "
-        f"spoils the picture (default: {d['step_size']})",
+        f"spoils the picture (default: {d['loda_strength']})",
     )
     group.add_argument(
-        "--step-rule",
+        "--loda-rule",
         choices=STEP_RULES,
-        default=d["step_rule"],
-        help="normalised: --step-size means the same on every model; gradient: the paper's, --step-size "
-        f"about 20 (default: {d['step_rule']})",
+        default=d["loda_rule"],
+        help="normalised: --loda-strength means the same on every model; gradient: the paper's, --loda-strength "
+        f"about 20 (default: {d['loda_rule']})",
     )
     group.add_argument(
         "--divergence",
@@ -360,11 +360,11 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         help="divergence that is far enough apart; 0: the divergence's own (default: 0)",
     )
     group.add_argument(
-        "--smooth",
+        "--map-smoothing",
         type=_number,
-        default=d["smooth_sigma"],
+        default=d["map_smoothing"],
         metavar="SIGMA",
-        help=f"smoothing of the maps in map pixels (default: {d['smooth_sigma']})",
+        help=f"smoothing of the maps in map pixels (default: {d['map_smoothing']})",
     )
     group.add_argument(
         "--map-downscale",
@@ -388,32 +388,32 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         help=f"(default: {'on' if d['afg'] else 'off'})",
     )
     fix.add_argument(
-        "--afg-positive",
+        "--afg-inside",
         type=_number,
-        default=d["afg_positive"],
+        default=d["afg_inside"],
         metavar="X",
-        help=f"logits added to a concept inside its region (default: {d['afg_positive']:g})",
+        help=f"logits added to a concept inside its region (default: {d['afg_inside']:g})",
     )
     fix.add_argument(
-        "--afg-negative",
+        "--afg-outside",
         type=_number,
-        default=d["afg_negative"],
+        default=d["afg_outside"],
         metavar="X",
-        help=f"added outside; -1e8 forbids, as in the paper (default: {d['afg_negative']:g})",
+        help=f"taken outside; 1e8 forbids, as in the paper (default: {d['afg_outside']:g})",
     )
     fix.add_argument(
-        "--afg-fraction",
+        "--afg-region",
         type=_number,
-        default=d["afg_fraction"],
+        default=d["afg_region"],
         metavar="SHARE",
-        help=f"share of the picture that is one concept's region (default: {d['afg_fraction']})",
+        help=f"share of the picture that is one concept's region (default: {d['afg_region']})",
     )
     fix.add_argument(
-        "--afg-sigma",
+        "--afg-smoothing",
         type=_number,
-        default=d["afg_sigma"],
+        default=d["afg_smoothing"],
         metavar="SIGMA",
-        help=f"smoothing before regions are taken, in map pixels (default: {d['afg_sigma']})",
+        help=f"smoothing before regions are taken, in map pixels (default: {d['afg_smoothing']})",
     )
     fix.add_argument(
         "--afg-end",

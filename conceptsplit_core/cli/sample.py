@@ -81,20 +81,20 @@ def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
     if steps > arguments.steps:
         raise ConceptSplitError(f"--loda-steps {steps} is more than --steps {arguments.steps}: use about a fifth.")
     config = LodaConfig(
-        steps=steps,
-        iterations=arguments.iterations,
-        step_size=arguments.step_size,
-        step_rule=arguments.step_rule,
+        loda_steps=steps,
+        loda_iterations=arguments.loda_iterations,
+        loda_strength=arguments.loda_strength,
+        loda_rule=arguments.loda_rule,
         divergence=arguments.divergence,
         threshold=arguments.threshold,
-        smooth_sigma=arguments.smooth,
+        map_smoothing=arguments.map_smoothing,
         map_downscale=arguments.map_downscale,
         map_part=arguments.map_part,
         afg=arguments.afg,
-        afg_positive=arguments.afg_positive,
-        afg_negative=arguments.afg_negative,
-        afg_fraction=arguments.afg_fraction,
-        afg_sigma=arguments.afg_sigma,
+        afg_inside=arguments.afg_inside,
+        afg_outside=arguments.afg_outside,
+        afg_region=arguments.afg_region,
+        afg_smoothing=arguments.afg_smoothing,
         afg_end=arguments.afg_end,
     )
     return config if arguments.loda else None
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
     progress = bar(arguments.steps, "sampling")
     names = [concept.name for concept in concepts]
     bound = {binding.concept for binding in conditioning.bindings}
-    at = min((config or LodaConfig()).for_schedule(arguments.steps).steps, arguments.steps - 1)
+    at = min((config or LodaConfig()).for_schedule(arguments.steps).loda_steps, arguments.steps - 1)
     maps = arguments.maps and bool(names)
     try:
         result = host.sample(

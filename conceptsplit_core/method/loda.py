@@ -23,14 +23,16 @@ from .maps import separation_loss
 
 
 def step_sizes(config: LodaConfig) -> list[float]:
-    """η_k = step_size · √(linspace(1, 0.5, steps)_k)  (paper, LODA's schedule).
+    """η_k = loda_strength · √(linspace(1, 0.5, steps)_k)  (paper, LODA's schedule).
 
     Raises:
         ValueError: steps is AUTO; `for_schedule` says how many that is.
     """
-    if config.steps == AUTO:
+    if config.loda_steps == AUTO:
         raise ValueError("the number of LODA steps is open: call for_schedule first")
-    return [config.step_size * float(s) ** 0.5 for s in torch.linspace(1.0, 0.5, max(config.steps, 1))][: config.steps]
+    return [config.loda_strength * float(s) ** 0.5 for s in torch.linspace(1.0, 0.5, max(config.loda_steps, 1))][
+        : config.loda_steps
+    ]
 
 
 @dataclass
@@ -90,7 +92,7 @@ def separate(
     Args:
         x: latents x₀ + σ·ε, [B, C, H, W] (or [B, C, 1, H, W]); may be an inference tensor.
         sigma: this step's noise level.
-        step: k, 0-based; at or beyond `config.steps` x is returned as it is.
+        step: k, 0-based; at or beyond `config.loda_steps` x is returned as it is.
         maps_of: maps [B, n, h, w] of x; differentiable when gradients are enabled. It gets tensors made outside
             inference mode.
         trace: collects losses and maps.
@@ -102,11 +104,11 @@ def separate(
         The new latent, detached; the very same tensor if nothing had to change. One forward pass serves as the test
         of the loss and, where the loss is not zero, as the first half of the gradient pass.
     """
-    if config.step_size == 0 or (config.steps != AUTO and step >= config.steps):
+    if config.loda_strength == 0 or (config.loda_steps != AUTO and step >= config.loda_steps):
         return x
     eta = step_sizes(config)[step]
     current, moved = x, False
-    for _ in range(config.iterations):
+    for _ in range(config.loda_iterations):
         if check is not None:
             check()
         with torch.inference_mode(False), torch.enable_grad():
@@ -116,7 +118,7 @@ def separate(
             widen = float((level.flatten()[0] ** 2 + 1.0) ** 0.5)
             leaf = (base / widen).requires_grad_(True)
             maps = maps_of(leaf * widen)
-            loss, values = separation_loss(maps, config.divergence, config.target, config.smooth_sigma)
+            loss, values = separation_loss(maps, config.divergence, config.target, config.map_smoothing)
             trace.forwards += 1
             trace.record(step, maps, loss, values)
             if not bool((loss.detach() > 0).any()):
@@ -143,7 +145,7 @@ def separate(
 def _update(gradient: Tensor, loss: Tensor, eta: float, config: LodaConfig) -> Tensor:
     """η times the direction of descent, per image; exactly zero for images whose loss is zero."""
     active = (loss > 0).view(-1, *[1] * (gradient.ndim - 1))
-    if config.step_rule == "normalised":
+    if config.loda_rule == "normalised":
         # Attention separates by what differs between places. The gradient's mean over the picture only shifts its
         # overall colour: on the demo model it drove backgrounds to black and white, and without it maps came as far
         # apart.

@@ -73,16 +73,16 @@ def test_token_wise_adapters_leave_other_prompts_alone_and_lora_does_not(model, 
 
 
 def test_a_picture_does_not_depend_on_its_batch(model, learned):
-    arm = methods.arms(LodaConfig(steps=1, iterations=1))["tova_loda_afg"]
+    arm = methods.arms(LodaConfig(loda_steps=1, loda_iterations=1))["tova_loda_afg"]
     both, alone = drawn(model, arm, learned), drawn(model, arm, learned, seeds=(1,))
     assert np.abs(both[1].astype(int) - alone[0]).mean() < 1.0
 
 
 def test_every_arm_draws(model, learned):
-    for name, arm in methods.arms(LodaConfig(steps=1, iterations=1), SAMPLING.steps).items():
+    for name, arm in methods.arms(LodaConfig(loda_steps=1, loda_iterations=1), SAMPLING.steps).items():
         images, facts = methods.draw(model, arm, NAMES, [3], learned.get(arm.kind, {}), SAMPLING)
         assert images.shape == (1, 128, 128, 3) and images.dtype == np.uint8, name
-        if arm.loda is not None and arm.loda.step_size:
+        if arm.loda is not None and arm.loda.loda_strength:
             assert facts[0]["jsd_before"] >= 0, name
 
 
@@ -111,7 +111,7 @@ def test_vae_round_trip_keeps_the_picture(model):
 
 
 def test_every_variant_changes_the_picture_and_leaves_nothing_behind(model, learned):
-    loda = LodaConfig(steps=1, iterations=1, step_size=0.3, afg_fraction=0.5)
+    loda = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=0.3, afg_region=0.5)
     functions = {place: getattr(*place) for place, _ in variants.EXCHANGED.values()}
     base = drawn(model, Arm(loda=loda), learned)
     for name in variants.NAMES[1:]:

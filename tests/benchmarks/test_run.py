@@ -55,7 +55,7 @@ def test_prompts():
 def test_arms_differ_and_are_plain_data():
     arms = methods.arms(LodaConfig())
     assert len({json.dumps(run.asdict(arm), sort_keys=True) for arm in arms.values()}) >= len(arms) - 1
-    assert arms["tova_loda"].loda.afg is False and arms["tova_afg"].loda.step_size == 0
+    assert arms["tova_loda"].loda.afg is False and arms["tova_afg"].loda.loda_strength == 0
     assert arms["paper_code"].both_branches and arms["paper_code"].loda.divergence == "kl"
 
 
@@ -192,16 +192,16 @@ def test_tuning_ranks_and_combines():
 
     start = [0.0, 1.0] * 20
     results = tune.scored({
-        "start": records(start), "step_size=0.04": records([1.0, 1.0] * 20), "afg_end=0.4": records([0.5, 1.0] * 20),
-        "steps=0.5": records([0.0, 0.0] * 20),
+        "start": records(start), "loda_strength=0.04": records([1.0, 1.0] * 20),
+        "afg_end=0.4": records([0.5, 1.0] * 20), "steps=0.5": records([0.0, 0.0] * 20),
     })  # fmt: skip
     gained = tune.gains(results, "start")
     assert gained["start"]["mean"] == 0 and not tune.worth(gained["start"]) and not tune.worth(gained["steps=0.5"])
     combined = tune.together(LodaConfig(), gained, 1.0, 16)
-    assert list(combined) == ["together step_size=0.04, afg_end=0.4"]
+    assert list(combined) == ["together loda_strength=0.04, afg_end=0.4"]
     (arm,) = combined.values()
-    assert arm.loda.step_size == 0.04 and arm.loda.afg_end == 0.4 and arm.loda.steps == LodaConfig().steps
-    sweep = tune.variants(LodaConfig(steps=3), 1.0, 16)
+    assert arm.loda.loda_strength == 0.04 and arm.loda.afg_end == 0.4 and arm.loda.loda_steps == LodaConfig().loda_steps
+    sweep = tune.variants(LodaConfig(loda_steps=3), 1.0, 16)
     assert len({json.dumps(run.asdict(arm), sort_keys=True) for arm in sweep.values()}) == len(sweep)
     assert "| steps=0.5 |" in tune.sensitivity(results, gained)
 
@@ -254,7 +254,7 @@ def test_tuning_takes_what_holds_up_on_seeds_that_ranked_nothing(bench, tmp_path
     """Two settings look better than the start; one of them only on the seeds of the first look."""
     monkeypatch.setattr(report, "described", lambda bench: {})
     monkeypatch.setattr(tune, "FINAL_FACTOR", 2)
-    monkeypatch.setattr(tune, "SWEEP", {"step_size": (0.04,), "afg_end": (0.4,), "smooth_sigma": (2.0,)})
+    monkeypatch.setattr(tune, "SWEEP", {"loda_strength": (0.04,), "afg_end": (0.4,), "map_smoothing": (2.0,)})
     monkeypatch.setattr(tune, "STRENGTHS", ())
     monkeypatch.setattr(tune, "GUIDANCES", ())
     right = methods.draw
@@ -264,19 +264,19 @@ def test_tuning_takes_what_holds_up_on_seeds_that_ranked_nothing(bench, tmp_path
         empty = right(model, methods.Arm(None), names, seeds, learned, sampling)[0]
         loda = arm.loda or LodaConfig()
         lucky = loda.afg_end == 0.4 and seeds[0] < tune.FINAL_SEED
-        if loda.step_size == 0.04 or lucky:
+        if loda.loda_strength == 0.04 or lucky:
             empty[1:] = images[1:]
         return empty, facts
 
     monkeypatch.setattr(methods, "draw", draw)
     args = argparse.Namespace(pairs=1, seeds=4, quick=False, strength=1.0, fresh=False, workers=1)
     out = tmp_path / "tuning.json"
-    found = tune.main(bench, LodaConfig(steps=3), args, float("inf"), out, None)
+    found = tune.main(bench, LodaConfig(loda_steps=3), args, float("inf"), out, None)
     first, final = found["score_against_start"], found["finals"]["score_against_start"]
-    assert first["afg_end=0.4"]["mean"] > 0.2 and first["step_size=0.04"]["mean"] > 0.2
-    assert final["afg_end=0.4"]["mean"] == 0 and final["smooth_sigma=2.0"]["mean"] == 0
-    assert "step_size=0.04" in found["best"]
-    assert found["chosen"]["step_size"] == 0.04 and found["chosen"]["steps"] == 3
+    assert first["afg_end=0.4"]["mean"] > 0.2 and first["loda_strength=0.04"]["mean"] > 0.2
+    assert final["afg_end=0.4"]["mean"] == 0 and final["map_smoothing=2.0"]["mean"] == 0
+    assert "loda_strength=0.04" in found["best"]
+    assert found["chosen"]["loda_strength"] == 0.04 and found["chosen"]["steps"] == 3
     assert found["finals"]["seeds"] == {"first": tune.FINAL_SEED, "count": 8}
     assert json.loads(out.read_text())["best"] == found["best"]
 

@@ -122,7 +122,7 @@ def _costs():
     built = models.build("sd15", torch.float32, WIDTH, CELLS)
     adapters = [(models.adapter(built.model, f"c{i}", 4), 1.0) for i in range(2)]
     mask = models.row_mask(2)
-    config = LodaConfig(iterations=1, threshold=0.69)
+    config = LodaConfig(loda_iterations=1, threshold=0.69)
     with host.patched(built.model, adapters) as patch:
         with measured() as plain:
             programs.cfg_call(built)
@@ -160,7 +160,7 @@ def test_maps_on_the_way_down_are_the_same_layers_for_less(small):
     mask = models.row_mask(2)
     costs = {}
     for part in ("all", "down"):
-        config = LodaConfig(iterations=1, map_part=part, threshold=0.69)
+        config = LodaConfig(loda_iterations=1, map_part=part, threshold=0.69)
         layers, _ = programs.wanted_layers(small, config)
         assert part == "all" or all(name.startswith("down_blocks.") for name in layers)
         with host.patched(small.model, [(None, 0.0)] * 2) as patch, measured() as costs[part]:

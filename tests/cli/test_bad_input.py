@@ -104,7 +104,7 @@ def test_masks_that_do_not_fit(refused, cat_folder, model_folder, tmp_path):
         (("--prompt", "a", "--loda-steps", "40"), "more than --steps 30"),
         (("--prompt", "a", "--divergence", "l2"), "l2"),
         (("--prompt", "a", "--map-downscale", "3"), "map downscale 3"),
-        (("--prompt", "a", "--afg-fraction", "0"), "AFG region share"),
+        (("--prompt", "a", "--afg-region", "0"), "AFG region share"),
         (("--prompt", "a", "--class-word", "rexdog"), "NAME=WORD"),
         (("--prompt", "a", "--class-word", "rex=dog"), "no --adapter provides"),
         (("--prompt", "a <rex>", "--words", "dog"), "<rex>"),

@@ -28,13 +28,13 @@ def latent(b=2, seed=0):
 
 
 def loss_of(x, config):
-    return separation_loss(TinyMaps()(x), config.divergence, config.target, config.smooth_sigma)[0]
+    return separation_loss(TinyMaps()(x), config.divergence, config.target, config.map_smoothing)[0]
 
 
 @pytest.mark.parametrize("rule,size", [("normalised", 0.1), ("gradient", 20.0)])
 @pytest.mark.parametrize("divergence", ["jsd", "symmetric_kl", "bhattacharyya", "kl"])
 def test_update_lowers_each_images_loss(rule, size, divergence):
-    config = LodaConfig(steps=5, iterations=1, step_size=size, step_rule=rule, divergence=divergence)
+    config = LodaConfig(loda_steps=5, loda_iterations=1, loda_strength=size, loda_rule=rule, divergence=divergence)
     x = latent()
     before = loss_of(x, config)
     for k in range(5):
@@ -43,7 +43,7 @@ def test_update_lowers_each_images_loss(rule, size, divergence):
 
 
 def test_images_of_a_batch_do_not_see_each_other():
-    config = LodaConfig(steps=1, iterations=2)
+    config = LodaConfig(loda_steps=1, loda_iterations=2)
     x = latent(3)
     together = separate(x, 2.0, 0, TinyMaps(), config, LodaTrace())
     for i in range(3):
@@ -52,7 +52,7 @@ def test_images_of_a_batch_do_not_see_each_other():
 
 
 def test_update_is_the_gradient_in_the_models_input_coordinates():
-    config = LodaConfig(steps=1, iterations=1, step_size=7.0, step_rule="gradient")
+    config = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=7.0, loda_rule="gradient")
     x, sigma = latent(1), 3.0
     wide = (sigma**2 + 1) ** 0.5
     leaf = (x / wide).requires_grad_(True)
@@ -62,11 +62,11 @@ def test_update_is_the_gradient_in_the_models_input_coordinates():
 
 
 def test_normalised_update_keeps_each_channels_mean_and_has_the_size_asked_for():
-    config = LodaConfig(steps=1, iterations=1, step_size=0.05, step_rule="normalised")
+    config = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=0.05, loda_rule="normalised")
     x = latent(2)
     moved = (separate(x, 0.0, 0, TinyMaps(), config, LodaTrace()) - x).flatten(2)
     assert moved.mean(dim=-1).abs().max() < 1e-12
-    far = LodaConfig(steps=1, iterations=1, step_size=0.05)
+    far = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=0.05)
     moved = separate(x, 0.0, 0, TinyMaps(), far, LodaTrace()) - x
     assert (moved.flatten(1).pow(2).mean(dim=1).sqrt() <= 0.05 + 1e-9).all()
     assert (moved.flatten(1).pow(2).mean(dim=1).sqrt() > 0.02).all()
@@ -79,16 +79,16 @@ def test_gradient_of_the_loss_against_finite_differences():
 
 
 def test_schedule():
-    sizes = step_sizes(LodaConfig(steps=3, step_size=2.0))
+    sizes = step_sizes(LodaConfig(loda_steps=3, loda_strength=2.0))
     assert sizes == pytest.approx([2.0, 2.0 * 0.75**0.5, 2.0 * 0.5**0.5])
-    assert step_sizes(LodaConfig(steps=0)) == []
+    assert step_sizes(LodaConfig(loda_steps=0)) == []
 
 
 @pytest.mark.parametrize("total,expected", [(50, 10), (20, 4), (8, 2), (2, 1), (1, 1)])
 def test_open_number_of_steps_is_a_fifth_of_the_schedule(total, expected):
-    assert LodaConfig().for_schedule(total).steps == expected
-    assert LodaConfig(steps=10).for_schedule(total).steps == min(10, total)
-    assert LodaConfig(steps=0).for_schedule(total).steps == 0
+    assert LodaConfig().for_schedule(total).loda_steps == expected
+    assert LodaConfig(loda_steps=10).for_schedule(total).loda_steps == min(10, total)
+    assert LodaConfig(loda_steps=0).for_schedule(total).loda_steps == 0
     with pytest.raises(ValueError, match="for_schedule"):
         step_sizes(LodaConfig())
 
@@ -97,7 +97,7 @@ def test_no_gradient_pass_when_maps_are_apart():
     x = torch.full((1, 2, 8, 8), -8.0, dtype=torch.float64)
     x[0, 0, 0, 0] = x[0, 1, 7, 7] = 8.0
     trace, model = LodaTrace(), TinyMaps()
-    config = LodaConfig(steps=3, iterations=5, smooth_sigma=0.5)
+    config = LodaConfig(loda_steps=3, loda_iterations=5, map_smoothing=0.5)
     assert separate(x, 1.0, 0, model, config, trace) is x
     assert (trace.forwards, trace.backwards) == (1, 0)
 
@@ -106,7 +106,7 @@ def test_an_image_that_is_done_is_not_moved_by_the_others():
     x = latent(2)
     x[0] = -8
     x[0, 0, 0, 0] = x[0, 1, 7, 7] = 8.0
-    config = LodaConfig(steps=1, iterations=3, smooth_sigma=0.5)
+    config = LodaConfig(loda_steps=1, loda_iterations=3, map_smoothing=0.5)
     out = separate(x, 1.0, 0, TinyMaps(), config, LodaTrace())
     torch.testing.assert_close(out[0], x[0], rtol=1e-12, atol=1e-12)
     assert not torch.equal(out[1], x[1])
@@ -114,13 +114,13 @@ def test_an_image_that_is_done_is_not_moved_by_the_others():
 
 def test_off_is_the_same_tensor():
     x = latent()
-    assert separate(x, 1.0, 0, TinyMaps(), LodaConfig(steps=0), LodaTrace()) is x
-    assert separate(x, 1.0, 4, TinyMaps(), LodaConfig(steps=4), LodaTrace()) is x
-    assert separate(x, 1.0, 0, TinyMaps(), LodaConfig(step_size=0), LodaTrace()) is x
+    assert separate(x, 1.0, 0, TinyMaps(), LodaConfig(loda_steps=0), LodaTrace()) is x
+    assert separate(x, 1.0, 4, TinyMaps(), LodaConfig(loda_steps=4), LodaTrace()) is x
+    assert separate(x, 1.0, 0, TinyMaps(), LodaConfig(loda_strength=0), LodaTrace()) is x
 
 
 def test_works_inside_inference_mode_on_inference_tensors():
-    config = LodaConfig(steps=1, iterations=1)
+    config = LodaConfig(loda_steps=1, loda_iterations=1)
     expected = separate(latent(), 1.5, 0, TinyMaps(), config, LodaTrace())
     model = TinyMaps()
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_denoise_mask_holds_the_rest():
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
     x = latent(1)
-    out = separate(x, 1.0, 0, TinyMaps(), LodaConfig(steps=1), LodaTrace(), denoise_mask=mask)
+    out = separate(x, 1.0, 0, TinyMaps(), LodaConfig(loda_steps=1), LodaTrace(), denoise_mask=mask)
     moved = (out - x).abs() > 1e-9
     assert moved[..., :4].any()
     assert not moved[..., 4:].any()
@@ -143,7 +143,7 @@ def test_denoise_mask_holds_the_rest():
 
 def test_identical_maps_give_finite_latents():
     x = torch.zeros(1, 2, 8, 8, dtype=torch.float64)
-    out = separate(x, 1.0, 0, TinyMaps(), LodaConfig(steps=1, iterations=3), LodaTrace())
+    out = separate(x, 1.0, 0, TinyMaps(), LodaConfig(loda_steps=1, loda_iterations=3), LodaTrace())
     assert torch.isfinite(out).all()
 
 
@@ -160,7 +160,7 @@ def test_a_gradient_that_overflows_leaves_that_image_alone():
             return g
 
     model, trace, x = TinyMaps(), LodaTrace(), latent(2)
-    out = separate(x, 1.0, 0, lambda x: model(Overflow.apply(x)), LodaConfig(steps=1, iterations=1), trace)
+    out = separate(x, 1.0, 0, lambda x: model(Overflow.apply(x)), LodaConfig(loda_steps=1, loda_iterations=1), trace)
     torch.testing.assert_close(out[0], x[0])
     assert not torch.equal(out[1], x[1])
     assert trace.skipped == 1
@@ -174,12 +174,12 @@ def test_interrupt_is_asked_before_every_pass():
         raise Stop
 
     with pytest.raises(Stop):
-        separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(steps=1), LodaTrace(), check=check)
+        separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(loda_steps=1), LodaTrace(), check=check)
 
 
 def test_trace_holds_plain_numbers():
     trace = LodaTrace(concepts=("a", "b"))
-    separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(steps=1, iterations=2), trace)
+    separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(loda_steps=1, loda_iterations=2), trace)
     report = trace.to_dict()
     assert len(report["losses"]) == trace.forwards == 2
     assert report["losses"][1]["loss"] < report["losses"][0]["loss"]
@@ -190,12 +190,12 @@ def test_trace_holds_plain_numbers():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"steps": -2},
-        {"iterations": 0},
+        {"loda_steps": -2},
+        {"loda_iterations": 0},
         {"divergence": "x"},
-        {"afg_fraction": 0.0},
-        {"step_rule": "adam"},
-        {"afg_negative": 1.0},
+        {"afg_region": 0.0},
+        {"loda_rule": "adam"},
+        {"afg_outside": -1.0},
         {"map_downscale": 3},
         {"map_part": "up"},
         {"afg_end": 2.0},

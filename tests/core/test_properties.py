@@ -357,19 +357,19 @@ any_float = st.floats() | st.sampled_from([0.0, -1e8, 3.0, 0.1, 1.0, 1e-9, 1e300
     st.fixed_dictionaries(
         {},
         optional={
-            "steps": st.sampled_from([-2, 0, 1, 7, 60]),
-            "iterations": st.integers(-2, 9),
-            "step_size": any_float,
-            "step_rule": st.sampled_from(["normalised", "gradient", "", "x"]),
+            "loda_steps": st.sampled_from([-2, 0, 1, 7, 60]),
+            "loda_iterations": st.integers(-2, 9),
+            "loda_strength": any_float,
+            "loda_rule": st.sampled_from(["normalised", "gradient", "", "x"]),
             "divergence": st.sampled_from([*DIVERGENCES, "", "x"]),
             "threshold": any_float,
-            "smooth_sigma": any_float,
+            "map_smoothing": any_float,
             "map_downscale": st.integers(-1, 64),
             "map_part": st.sampled_from(["all", "down", "up"]),
-            "afg_positive": any_float,
-            "afg_negative": any_float,
-            "afg_fraction": any_float,
-            "afg_sigma": any_float,
+            "afg_inside": any_float,
+            "afg_outside": any_float,
+            "afg_region": any_float,
+            "afg_smoothing": any_float,
             "afg_end": any_float,
         },
     )
@@ -380,21 +380,21 @@ def test_loda_settings_work_or_are_refused(given_settings):
     except ConceptSplitError as error:
         one_sentence(error)
         return
-    if config.steps < 0:  # a share of the schedule
+    if config.loda_steps < 0:  # a share of the schedule
         config = config.for_schedule(20)
     sizes = step_sizes(config)
-    assert len(sizes) == config.steps and all(math.isfinite(size) and size >= 0 for size in sizes)
+    assert len(sizes) == config.loda_steps and all(math.isfinite(size) and size >= 0 for size in sizes)
     assert all(later <= earlier for earlier, later in itertools.pairwise(sizes))
     assert 0 < config.target < math.inf
     found = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    loss, values = separation_loss(found, config.divergence, config.target, config.smooth_sigma)
+    loss, values = separation_loss(found, config.divergence, config.target, config.map_smoothing)
     assert torch.isfinite(values).all() and not loss.isnan().any()
     bias = region_bias(
-        regions(found, config.afg_fraction, config.afg_sigma),
+        regions(found, config.afg_region, config.afg_smoothing),
         torch.ones(1, 3, 2),
         (4, 4),
-        config.afg_positive,
-        config.afg_negative,
+        config.afg_inside,
+        config.afg_outside,
     )
     assert not bias.isnan().any()
 

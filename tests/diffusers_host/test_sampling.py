@@ -69,7 +69,7 @@ def test_bound_but_silent_sampling_is_bit_equal_to_plain(load, adapter_for, fami
     options = {"seeds": [5], "steps": 4, "concepts": NAMES}
     plain = host.sample(model, prompts(model, TEXT), **options)
     zero = host.sample(model, prompts(model, TEXT), adapters={"rex": (adapter_for(model), 0.0)}, **options)
-    unused = host.sample(model, prompts(model, TEXT), loda=LodaConfig(steps=0, afg=False), **options)
+    unused = host.sample(model, prompts(model, TEXT), loda=LodaConfig(loda_steps=0, afg=False), **options)
     again = host.sample(model, prompts(model, TEXT), **options)
     for other in (zero, unused, again):
         assert torch.equal(plain.latents, other.latents)
@@ -95,7 +95,7 @@ def test_each_image_of_a_batch_has_its_own_binding(load, adapter_for, family):
     adapters = {"rex": (adapter_for(model), 1.0), "tom": (adapter_for(model, "tom", "cat", seed=7), 0.7)}
     conds = prompts(model, TEXT, "the <tom> on a table, two <rex>")
     assert conds[0].bindings != conds[1].bindings
-    options = {"concepts": NAMES, "adapters": adapters, "steps": 4, "loda": LodaConfig(steps=2, afg_fraction=0.2)}
+    options = {"concepts": NAMES, "adapters": adapters, "steps": 4, "loda": LodaConfig(loda_steps=2, afg_region=0.2)}
     together = host.sample(model, conds, seeds=[1, 2], **options)
     for i, seed in enumerate((1, 2)):
         alone = host.sample(model, [conds[i]], seeds=[seed], **options)
@@ -118,7 +118,7 @@ def test_a_long_positive_meets_a_short_negative(load, adapter_for):
         steps=3,
         concepts=NAMES,
         adapters={"rex": (adapter_for(model), 1.0)},
-        loda=LodaConfig(steps=1),
+        loda=LodaConfig(loda_steps=1),
     )
     assert torch.isfinite(result.latents).all()
     # Tiling is exact: a prompt beside a negative twice its length is the prompt beside the same text once.
@@ -144,7 +144,7 @@ def objective(model, cond, mask, sigma, config, names, grid):
                 found = maps
                 host.call_unet(model, x_sigma / (sigma**2 + 1) ** 0.5, torch.tensor([700]), cond.context, cond.pooled)
         maps_ = aggregate(list(found.values()), grid)
-        return separation_loss(maps_, config.divergence, config.target, config.smooth_sigma)[0].sum()
+        return separation_loss(maps_, config.divergence, config.target, config.map_smoothing)[0].sum()
 
     return loss
 
@@ -176,7 +176,9 @@ def test_the_loda_gradient_is_the_slope_of_the_loss(load, family, divergence):
 @pytest.mark.parametrize("rule", STEP_RULES)
 def test_loda_lowers_its_loss(load, family, sampler, rule):
     model = load(family)
-    config = LodaConfig(steps=3, iterations=4, step_rule=rule, step_size=0.1 if rule == "normalised" else 100.0)
+    config = LodaConfig(
+        loda_steps=3, loda_iterations=4, loda_rule=rule, loda_strength=0.1 if rule == "normalised" else 100.0
+    )
     result = host.sample(
         model, prompts(model, TEXT), seeds=[1, 2], steps=6, concepts=NAMES, sampler=sampler, loda=config
     )
@@ -197,7 +199,7 @@ def test_the_first_update_is_the_same_in_both_samplers_coordinates(load, family)
     model = load(family)
     cond, mask = bound(model)
     names = [name for name, factor in host.layer_factors(model.unet).items() if factor == 4]
-    config, sigma = LodaConfig(steps=1, iterations=1), 5.0
+    config, sigma = LodaConfig(loda_steps=1, loda_iterations=1), 5.0
     x = inputs(model)[0] * (sigma**2 + 1) ** 0.5
 
     def maps_of(x_sigma):
@@ -211,7 +213,7 @@ def test_the_first_update_is_the_same_in_both_samplers_coordinates(load, family)
     moved = separate(x, sigma, 0, maps_of, config, LodaTrace())
     update = (moved - x) / (sigma**2 + 1) ** 0.5
     # Normalised steps: the RMS in unit-variance coordinates is the step size times √(loss / target).
-    assert 0.9 * config.step_size < float(update.pow(2).mean().sqrt()) <= 1.001 * config.step_size
+    assert 0.9 * config.loda_strength < float(update.pow(2).mean().sqrt()) <= 1.001 * config.loda_strength
 
 
 def test_one_concept_is_plain_sampling_and_says_so(load, adapter_for):
@@ -228,7 +230,7 @@ def test_words_are_separated_without_any_adapter(load):
     model = load()
     conds = [host.encode_text(model, "a dog and a cat", [REX, TOM])]
     plain = host.sample(model, conds, seeds=[1], steps=4, concepts=NAMES)
-    moved = host.sample(model, conds, seeds=[1], steps=4, concepts=NAMES, loda=LodaConfig(steps=2, afg=False))
+    moved = host.sample(model, conds, seeds=[1], steps=4, concepts=NAMES, loda=LodaConfig(loda_steps=2, afg=False))
     assert not torch.equal(plain.latents, moved.latents)
 
 
@@ -246,7 +248,7 @@ def test_guidance_regions_touch_only_the_conditional_branch(load):
         assert not bias[0].any()
         touched = set(bias[1].any(dim=0).nonzero().flatten().tolist())
         assert touched == set(mask[0].sum(-1).nonzero().flatten().tolist())
-    half = host_sample._biases(areas, mask, factors, sizes, LodaConfig(afg_negative=-1e8), torch.float16, guided=False)
+    half = host_sample._biases(areas, mask, factors, sizes, LodaConfig(afg_outside=1e8), torch.float16, guided=False)
     assert all(torch.isfinite(bias).all() for bias in half.values())
 
 
@@ -254,11 +256,11 @@ def test_afg_lets_go_where_it_is_told_to(load):
     model = load()
     options = {"seeds": [1], "steps": 6, "concepts": NAMES}
     conds = prompts(model, TEXT)
-    off = host.sample(model, conds, loda=LodaConfig(steps=2, afg=False), **options)
-    never = host.sample(model, conds, loda=LodaConfig(steps=2, afg_end=0.0), **options)
+    off = host.sample(model, conds, loda=LodaConfig(loda_steps=2, afg=False), **options)
+    never = host.sample(model, conds, loda=LodaConfig(loda_steps=2, afg_end=0.0), **options)
     assert torch.equal(off.latents, never.latents)
-    some = host.sample(model, conds, loda=LodaConfig(steps=2, afg_end=0.7), **options)
-    full = host.sample(model, conds, loda=LodaConfig(steps=2, afg_end=1.0), **options)
+    some = host.sample(model, conds, loda=LodaConfig(loda_steps=2, afg_end=0.7), **options)
+    full = host.sample(model, conds, loda=LodaConfig(loda_steps=2, afg_end=1.0), **options)
     assert not torch.equal(some.latents, off.latents) and not torch.equal(some.latents, full.latents)
 
 
@@ -272,7 +274,7 @@ def test_the_model_is_clean_after_an_interrupt_in_mid_run(load, adapter_for):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        host.sample(model, prompts(model, TEXT), loda=LodaConfig(steps=2), progress=stop, **options)
+        host.sample(model, prompts(model, TEXT), loda=LodaConfig(loda_steps=2), progress=stop, **options)
     for module in model.unet.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert torch.equal(host.sample(model, prompts(model, TEXT), **options).latents, before.latents)
@@ -288,7 +290,7 @@ def test_half_precision_stays_finite(load, adapter_for, dtype):
         steps=4,
         concepts=NAMES,
         adapters={"rex": (adapter_for(model), 1.0)},
-        loda=LodaConfig(steps=2),
+        loda=LodaConfig(loda_steps=2),
     )
     assert torch.isfinite(result.latents).all() and result.latents.dtype == torch.float32
 
@@ -321,6 +323,6 @@ def test_two_prompts_for_three_images_are_refused(load):
 def test_odd_latent_sizes_work(load, size):
     model = load()
     result = host.sample(
-        model, prompts(model, TEXT), seeds=[0], steps=3, size=size, concepts=NAMES, loda=LodaConfig(steps=1)
+        model, prompts(model, TEXT), seeds=[0], steps=3, size=size, concepts=NAMES, loda=LodaConfig(loda_steps=1)
     )
     assert result.images.shape == (1, *size, 3)

@@ -643,7 +643,7 @@ class RegionBias:
         regions = self._regions(q.shape[0])
         if size is None or regions is None or mask.shape[:2] != k.shape[:2] or q.shape[0] != k.shape[0]:
             return None
-        bias = region_bias(regions.to(q.device), mask, size, self.config.afg_positive, self.config.afg_negative)
+        bias = region_bias(regions.to(q.device), mask, size, self.config.afg_inside, -self.config.afg_outside)
         return bias.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
 
     def _regions(self, batch: int) -> Tensor | None:

@@ -58,7 +58,7 @@ def sampler_wrapper(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Te
     sampler = executor.class_obj
     run: Run | None = guider.model_options.get("transformer_options", {}).get(KEY)
     config = _config_of(guider)
-    if config is None or config.steps == 0 or (config.step_size == 0 and not config.afg):
+    if config is None or config.loda_steps == 0 or (config.loda_strength == 0 and not config.afg):
         return executor(guider, *args, **kwargs)
     bound = [] if run is None else bound_concepts(guider, run)
     if run is None or len(bound) < 2:
@@ -135,7 +135,7 @@ class LodaSampler:
         total = len(sigmas) - 1
         self.config = self.config.for_schedule(total)
         self.trace.settings = asdict(self.config)
-        count = self.config.steps
+        count = self.config.loda_steps
         if self.run.patch.maps is not None:
             self.run.patch.maps.trace = self.trace
         adopt_parameters(self.guider.inner_model)
@@ -310,7 +310,7 @@ class LodaSampler:
         comfy.model_management.throw_exception_if_processing_interrupted()
         with torch.inference_mode(False), torch.no_grad():
             maps = self._maps(model, conds, extra_args, sigma, x.detach().clone())
-            found = regions(maps.float(), self.config.afg_fraction, self.config.afg_sigma)
+            found = regions(maps.float(), self.config.afg_region, self.config.afg_smoothing)
             self.trace.after = maps.detach().to("cpu", torch.float32)
             self.trace.regions = found.cpu()
             # Channels of the run's masks, most of which may be unbound: no region, no bias.

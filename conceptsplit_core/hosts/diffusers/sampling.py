@@ -176,12 +176,12 @@ def sample(
                 return aggregate(list(found.values()), sizes[chosen])
 
             if loda is not None and trace is not None:
-                if index < loda.steps:
+                if index < loda.loda_steps:
                     x = separate(x * lift, sigma, index, maps_of, loda, trace) / lift
-                if index == loda.steps and loda.afg and index < last_biased:
+                if index == loda.loda_steps and loda.afg and index < last_biased:
                     with torch.no_grad():
                         found = maps_of(x * lift)
-                    areas = find_regions(found, loda.afg_fraction, loda.afg_sigma)
+                    areas = find_regions(found, loda.afg_region, loda.afg_smoothing)
                     trace.regions = areas.cpu()
                     patch.bias = _biases(areas, mask, factors, sizes, loda, model.dtype, guided)
                 if index >= last_biased:
@@ -229,7 +229,7 @@ def _biases(
     """AFG's logit bias per layer [B or 2B, Lq, L]; nothing in the unconditional rows."""
     made: dict[int, Tensor] = {}
     for factor in set(factors.values()):
-        bias = region_bias(areas, mask, sizes[factor], config.afg_positive, config.afg_negative)
+        bias = region_bias(areas, mask, sizes[factor], config.afg_inside, -config.afg_outside)
         if guided:
             bias = torch.cat([torch.zeros_like(bias), bias])
         # -1e8 is beyond half precision, and -inf on every row of a pixel would be NaN.

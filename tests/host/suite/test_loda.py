@@ -233,7 +233,7 @@ def test_steps_are_counted_through(marked):
 
     model, clip = marked
     patch = pack("conceptsplit_core.hosts.comfy.patch")
-    config = pack("conceptsplit_core.settings").LodaConfig(steps=3, iterations=1)
+    config = pack("conceptsplit_core.settings").LodaConfig(loda_steps=3, loda_iterations=1)
     for name in ("euler", "dpmpp_2m", "heun"):
         seen = []
         with torch.inference_mode():

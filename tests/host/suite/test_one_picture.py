@@ -27,19 +27,19 @@ def test_this_host_draws_the_pair_that_diffusers_drew():
     given = {key: settings[key] for key in ("seed", "steps", "cfg")}
     loda = settings["loda"]
     chosen = {
-        "loda_steps": loda["steps"],
-        "loda_strength": loda["step_size"],
-        "loda_iterations": loda["iterations"],
+        "loda_steps": loda["loda_steps"],
+        "loda_strength": loda["loda_strength"],
+        "loda_iterations": loda["loda_iterations"],
         "afg": loda["afg"],
         "divergence": loda["divergence"],
         "threshold": loda["threshold"],
-        "step_rule": loda["step_rule"],
+        "loda_rule": loda["loda_rule"],
         "map_downscale": str(loda["map_downscale"]),
-        "map_smoothing": loda["smooth_sigma"],
+        "map_smoothing": loda["map_smoothing"],
         "map_part": loda["map_part"],
-        "afg_inside": loda["afg_positive"],
-        "afg_outside": -loda["afg_negative"],
-        "afg_region": loda["afg_fraction"],
+        "afg_inside": loda["afg_inside"],
+        "afg_outside": loda["afg_outside"],
+        "afg_region": loda["afg_region"],
         "afg_end": loda["afg_end"],
     }
     plain = sample(model, positive, negative, empty, **given)
