@@ -24,7 +24,7 @@ from conceptsplit_core.settings import LodaConfig
 from conceptsplit_core.text.binding import Concept
 
 PICTURE = Path(__file__).parents[1] / "fixtures" / "one_picture.png"
-ADAPTERS = Path(host.__file__).parents[1] / "demo" / "adapters"
+ADAPTERS = Path(host.__file__).parents[2] / "demo" / "adapters"
 NAMES = ("pixa", "nero")
 SEED, STEPS, CFG = 1000, 28, 4.0
 LODA = LodaConfig().for_schedule(STEPS)
