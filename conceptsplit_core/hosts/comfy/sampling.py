@@ -310,7 +310,7 @@ class LodaSampler:
         comfy.model_management.throw_exception_if_processing_interrupted()
         with torch.inference_mode(False), torch.no_grad():
             maps = self._maps(model, conds, extra_args, sigma, x.detach().clone())
-            found = regions(maps.float(), self.config.afg_region, self.config.afg_smoothing)
+            found = regions(maps.float(), self.config.afg_region, self.config.afg_smoothing, self.config.afg_rule)
             self.trace.after = maps.detach().to("cpu", torch.float32)
             self.trace.regions = found.cpu()
             # Channels of the run's masks, most of which may be unbound: no region, no bias.

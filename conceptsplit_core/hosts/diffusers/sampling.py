@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# MODULE loda loda_core
 from ...adapters.value import ValueAdapter
 from ...errors import ConceptSplitError
 from ...method.loda import LodaTrace, separate
@@ -181,7 +180,7 @@ def sample(
                 if index == loda.loda_steps and loda.afg and index < last_biased:
                     with torch.no_grad():
                         found = maps_of(x * lift)
-                    areas = find_regions(found, loda.afg_region, loda.afg_smoothing)
+                    areas = find_regions(found, loda.afg_region, loda.afg_smoothing, loda.afg_rule)
                     trace.regions = areas.cpu()
                     patch.bias = _biases(areas, mask, factors, sizes, loda, model.dtype, guided)
                 if index >= last_biased:
