@@ -10,6 +10,7 @@ from .method.divergence import DIVERGENCES
 
 AUTO = -1
 SHARE = 0.2
+PLAN_SHARE = 0.3
 """Share of the schedule that is optimised when steps is AUTO: the paper's 10 of 50 steps."""
 STEP_RULES = ("normalised", "gradient")
 MAP_PARTS = ("auto", "all", "down")
@@ -38,6 +39,9 @@ class LodaConfig:
     afg_smoothing: smoothing before the region is taken, in map pixels.
     afg_end: the share of the steps after which AFG lets go (1.0, the paper: it stays to the end).
 
+    plan_steps: with routed LoRAs, steps that are drawn ahead to find the concepts' places; AUTO is loda_steps, or 0.3
+        of the schedule without LODA.
+
     The defaults are those that benchmarks/separation chose, see docs/separation.md.
     """
 
@@ -56,6 +60,7 @@ class LodaConfig:
     afg_region: float = 0.1
     afg_smoothing: float = 1.5
     afg_end: float = 0.7
+    plan_steps: int = AUTO
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -94,10 +99,9 @@ class LodaConfig:
 
     def for_schedule(self, total: int) -> LodaConfig:
         """The same settings with `loda_steps` as a number, for a run of `total` sampling steps."""
-        return replace(
-            self,
-            loda_steps=max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total),
-        )
+        steps = max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total)
+        plan = steps or max(1, round(PLAN_SHARE * total)) if self.plan_steps == AUTO else min(self.plan_steps, total)
+        return replace(self, loda_steps=steps, plan_steps=plan)
 
     def held(self, total: int) -> int:
         """The step (0-based) of a run of `total` at which AFG lets go; `total` or more: never."""

@@ -60,3 +60,23 @@ def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: f
     has = region.flatten(2).any(dim=-1, keepdim=True) & fitted.any(dim=-1, keepdim=True)
     per_concept = torch.where(fitted, positive, negative) * has  # [B, n, hw]
     return torch.einsum("bnp,bln->bpl", per_concept.float(), (mask != 0).float())
+
+
+def partition(maps: Tensor, sigma: float) -> Tensor:
+    """Every pixel to the concept whose smoothed, normalised map is largest there: [B, n, h, w] in {0, 1}.
+
+    A concept whose map is zero (not bound in that image) gets none.
+    """
+    smooth = normalise(gaussian_blur(maps, sigma))
+    has = maps.flatten(2).sum(dim=-1)[..., None, None] > 0
+    winner = F.one_hot(smooth.masked_fill(~has, -1.0).argmax(dim=1), maps.shape[1]).movedim(-1, 1)
+    return (winner.bool() & has).to(maps.dtype)
+
+
+def resize_areas(areas: Tensor, size: tuple[int, int]) -> Tensor:
+    """Areas [B, n, h, w] in 0…1 at another size; what was a partition stays one."""
+    if tuple(areas.shape[-2:]) == tuple(size):
+        return areas
+    if size[0] >= areas.shape[-2] and size[1] >= areas.shape[-1]:
+        return F.interpolate(areas, size=size, mode="nearest-exact")
+    return F.adaptive_avg_pool2d(areas, size)
