@@ -12,6 +12,7 @@ from .method.updates import UPDATE_RULES
 
 AUTO = -1
 SHARE = 0.2
+PLAN_SHARE = 0.3
 """Share of the schedule that is optimised when steps is AUTO: the paper's 10 of 50 steps."""
 STEP_RULES = tuple(UPDATE_RULES)
 MAP_PARTS = ("auto", "all", "down")
@@ -40,7 +41,10 @@ class LodaConfig:
     afg_region: share of the pixels that is a concept's region, for rules that look at it.
     afg_smoothing: smoothing before the region is taken, in map pixels.
     afg_end: the share of the steps after which AFG lets go (1.0, the paper: it stays to the end).
+    plan_steps: with routed LoRAs, steps that are drawn ahead to find the concepts' places; AUTO is loda_steps, or 0.3
+        of the schedule without LODA.
     afg_rule: how a concept's region is found, see method/partition.py; 'top' is the paper's, made disjoint.
+    area_rule: the same for the areas that routed adapters act in.
 
     The defaults are those that benchmarks/separation chose, see docs/separation.md.
     """
@@ -60,7 +64,9 @@ class LodaConfig:
     afg_region: float = 0.1
     afg_smoothing: float = 1.5
     afg_end: float = 0.7
+    plan_steps: int = AUTO
     afg_rule: str = "top"
+    area_rule: str = "argmax"
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -82,7 +88,8 @@ class LodaConfig:
         widest = 128
         need(0 <= self.map_smoothing <= widest, f"smoothing is {self.map_smoothing} pixels, use 0 to {widest}")
         need(0 <= self.afg_smoothing <= widest, f"AFG smoothing is {self.afg_smoothing} pixels, use 0 to {widest}")
-        need(self.afg_rule in REGION_RULES, f"region rule '{self.afg_rule}', use {', '.join(REGION_RULES)}")
+        for rule in (self.afg_rule, self.area_rule):
+            need(rule in REGION_RULES, f"region rule '{rule}', use {', '.join(REGION_RULES)}")
         need(0 < self.afg_region <= 1, f"AFG region share is {self.afg_region}, use more than 0 and at most 1")
         need(
             self.afg_inside >= 0 and self.afg_outside >= 0, "AFG adds inside and takes outside: use 0 or more for both"
@@ -99,10 +106,9 @@ class LodaConfig:
 
     def for_schedule(self, total: int) -> LodaConfig:
         """The same settings with `loda_steps` as a number, for a run of `total` sampling steps."""
-        return replace(
-            self,
-            loda_steps=max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total),
-        )
+        steps = max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total)
+        plan = steps or max(1, round(PLAN_SHARE * total)) if self.plan_steps == AUTO else min(self.plan_steps, total)
+        return replace(self, loda_steps=steps, plan_steps=plan)
 
     def held(self, total: int) -> int:
         """The step (0-based) of a run of `total` at which AFG lets go; `total` or more: never."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..conceptsplit_core.adapters.value import ValueAdapter
+from ..conceptsplit_core.adapters.low_rank import LowRankAdapter
 from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.clip import with_concepts
@@ -87,7 +87,7 @@ def _outputs() -> list[Any]:
 def _apply(
     model: Any,
     clip: Any,
-    adapter: ValueAdapter,
+    adapter: LowRankAdapter,
     concept_name: str,
     class_word: str,
     strength: float,
@@ -182,7 +182,7 @@ class ConceptSplitApply(io.ComfyNode):
         cls,
         model: Any,
         clip: Any,
-        value_adapter: ValueAdapter,
+        value_adapter: LowRankAdapter,
         concept_name: str = "",
         strength: float = 1.0,
         class_word: str = "",
@@ -228,7 +228,7 @@ class ConceptSplitSave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, value_adapter: ValueAdapter, file_name: str, reduce_rank: int = 0) -> io.NodeOutput:
+    def execute(cls, value_adapter: LowRankAdapter, file_name: str, reduce_rank: int = 0) -> io.NodeOutput:
         return io.NodeOutput(files.save_reduced(value_adapter, file_name, reduce_rank))
 
 

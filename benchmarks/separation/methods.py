@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import harmonic_mean, pairwise
@@ -207,7 +207,7 @@ def draw(
     arm: Arm,
     names: Sequence[str],
     seeds: Sequence[int],
-    learned: Mapping[str, ValueAdapter],
+    learned: Mapping[str, LowRankAdapter],
     sampling: Sampling,
     texts: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, list[dict[str, float]]]:

@@ -32,6 +32,8 @@ LODA_DEFAULTS: dict[str, Any] = {
     "afg_smoothing": 1.5,
     "afg_end": 0.7,
     "afg_rule": "top",
+    "area_rule": "argmax",
+    "plan_steps": -1,
 }
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 500,

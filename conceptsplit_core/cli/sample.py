@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .. import __version__, pictures
 from ..adapters.file import load_adapter
-from ..adapters.value import ValueAdapter
+from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..settings import AUTO, LodaConfig
 from ..text.binding import Concept
@@ -41,7 +41,7 @@ def parse_adapter_option(text: str) -> tuple[str | None, Path, float]:
 
 def load_concepts(
     adapters: list[str], class_words: list[str], words: str
-) -> tuple[list[Concept], dict[str, tuple[ValueAdapter, float]]]:
+) -> tuple[list[Concept], dict[str, tuple[LowRankAdapter, float]]]:
     """Concepts of the options --adapter, --class-word and --words, and the adapters by concept name."""
     given: dict[str, str] = {}
     for text in class_words:
@@ -50,7 +50,7 @@ def load_concepts(
             raise ConceptSplitError(f"--class-word {text} is not understood: write NAME=WORD, for instance rex=dog.")
         given[name.strip()] = word.strip()
     concepts: list[Concept] = []
-    loaded: dict[str, tuple[ValueAdapter, float]] = {}
+    loaded: dict[str, tuple[LowRankAdapter, float]] = {}
     for text in adapters:
         other, path, strength = parse_adapter_option(text)
         adapter = load_adapter(path)

@@ -50,6 +50,7 @@ class LodaTrace:
     losses, divergences: one entry per evaluation, (sampling step, [B]) and (sampling step, [B, pairs]).
     before, after: maps [B, n, h, w] at the first evaluation and after the last optimised step.
     regions: AFG's regions [B, n, h, w], bool.
+    areas: where routed adapters act [B, n, h, w], 0…1.
     skipped: updates that an image did not get, because its loss or its gradient was not finite.
     """
 
@@ -59,6 +60,7 @@ class LodaTrace:
     before: Tensor | None = None
     after: Tensor | None = None
     regions: Tensor | None = None
+    areas: Tensor | None = None
     forwards: int = 0
     backwards: int = 0
     skipped: int = 0

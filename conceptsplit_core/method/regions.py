@@ -83,6 +83,15 @@ def suppression_bias(maps: Tensor, mask: Tensor, keep: float = 0.0) -> Tensor:
     return _on_rows(weaker.float() * math.log(max(keep, 1e-9)), mask)
 
 
+def resize_areas(areas: Tensor, size: tuple[int, int]) -> Tensor:
+    """Areas [B, n, h, w] in 0…1 at another size; what was a partition stays one."""
+    if tuple(areas.shape[-2:]) == tuple(size):
+        return areas
+    if size[0] >= areas.shape[-2] and size[1] >= areas.shape[-1]:
+        return F.interpolate(areas, size=size, mode="nearest-exact")
+    return F.adaptive_avg_pool2d(areas, size)
+
+
 def _on_rows(per_concept: Tensor, mask: Tensor) -> Tensor:
     """A number per concept and pixel [B, n, hw] on the concept's rows: [B, hw, L]."""
     return torch.einsum("bnp,bln->bpl", per_concept, (mask != 0).to(per_concept))

@@ -151,7 +151,7 @@ def test_alignment_loss_reaches_the_keys_only(model):
     torch.manual_seed(0)
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     info = learning.AdapterInfo("bobo", "circle", rank=2, alpha=2.0)
-    adapter = learning.ValueAdapter.create({f"{layer}/to_k": (128, 64), f"{layer}/to_v": (128, 64)}, info, 0)
+    adapter = learning.LowRankAdapter.create({f"{layer}/to_k": (128, 64), f"{layer}/to_v": (128, 64)}, info, 0)
     for tensor in adapter.up.values():
         tensor.normal_()
     for tensor in adapter.parameters():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.file import adapter_bytes, canonical_key, parse_adapter
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.divergence import DIVERGENCES, pairwise
 from conceptsplit_core.method.loda import step_sizes
@@ -252,7 +252,7 @@ def adapters(draw, sharp=False):
         draw(st.sampled_from(["epsilon", "v_prediction"])),
         draw(st.dictionaries(safe_text, plain_json, max_size=3)),
     )
-    adapter = ValueAdapter.create(layers, info, draw(st.integers(0, 2**31)))
+    adapter = LowRankAdapter.create(layers, info, draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.0, 1e-4, 1.0, 30.0]))
     for n, layer in enumerate(sorted(layers)):
         up = torch.randn(adapter.up[layer].shape, generator=torch.Generator().manual_seed(n)) * scale

@@ -27,7 +27,7 @@ def make_adapter(
         facts = adapters.AdapterInfo(
             name, word, info.get("base", host.base_family(model.model)), next(iter(shapes.values()))[0], 4, 4.0
         )
-        adapter = adapters.ValueAdapter.create(shapes, facts, seed)
+        adapter = adapters.LowRankAdapter.create(shapes, facts, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         for layer, tensor in adapter.up.items():
             adapter.up[layer] = torch.randn(tensor.shape, generator=generator) * size
