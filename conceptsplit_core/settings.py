@@ -45,6 +45,8 @@ class LodaConfig:
         of the schedule without LODA.
     afg_rule: how a concept's region is found, see method/partition.py; 'top' is the paper's, made disjoint.
     area_rule: the same for the areas that routed adapters act in.
+    suppression: the share of its attention that a concept loses at pixels where another concept's is stronger, at every
+        step (T2I-Zero); 0 is off.
 
     The defaults are those that benchmarks/separation chose, see docs/separation.md.
     """
@@ -67,6 +69,7 @@ class LodaConfig:
     plan_steps: int = AUTO
     afg_rule: str = "top"
     area_rule: str = "argmax"
+    suppression: float = 0.0
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -97,6 +100,7 @@ class LodaConfig:
         need(self.afg_inside + self.afg_outside < 1e30, "AFG's numbers are too large, use 3 and 1e8 for instance")
         need(self.map_downscale in (0, 1, 2, 4, 8, 16, 32), f"map downscale {self.map_downscale}, use 0, 1, 2, 4 or 8")
         need(self.map_part in MAP_PARTS, f"map part '{self.map_part}', use {' or '.join(MAP_PARTS)}")
+        need(0 <= self.suppression <= 1, f"suppression is {self.suppression}, use 0 to 1")
         need(0 <= self.afg_end <= 1, f"AFG end is {self.afg_end}, use 0 to 1")
 
     @property

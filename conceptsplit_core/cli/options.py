@@ -33,6 +33,7 @@ LODA_DEFAULTS: dict[str, Any] = {
     "afg_end": 0.7,
     "afg_rule": "top",
     "area_rule": "argmax",
+    "suppression": 0.0,
     "plan_steps": -1,
 }
 TRAIN_DEFAULTS: dict[str, Any] = {

@@ -239,7 +239,7 @@ def adapters(draw, sharp=False):
     count, rank = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     block = draw(st.sampled_from(["down_blocks.1", "mid_block", "up_blocks.2"]))
     layers = {
-        f"{block}.attentions.{i}.transformer_blocks.0.attn2": (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+        f"{block}.attentions.{i}.transformer_blocks.0.attn2.to_v": (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
         for i in range(count)
     }
     info = AdapterInfo(
