@@ -103,6 +103,11 @@ class LodaConfig:
         plan = steps or max(1, round(PLAN_SHARE * total)) if self.plan_steps == AUTO else min(self.plan_steps, total)
         return replace(self, loda_steps=steps, plan_steps=plan)
 
+    @property
+    def acts(self) -> bool:
+        """Whether LODA or AFG would change anything."""
+        return self.loda_steps != 0 and (self.loda_strength != 0 or self.afg)
+
     def held(self, total: int) -> int:
         """The step (0-based) of a run of `total` at which AFG lets go; `total` or more: never."""
         return round(self.afg_end * total)
