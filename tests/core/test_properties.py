@@ -22,6 +22,7 @@ from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.divergence import DIVERGENCES, pairwise
 from conceptsplit_core.method.loda import step_sizes
 from conceptsplit_core.method.maps import distributions, gaussian_blur, normalise, separation_loss
+from conceptsplit_core.method.partition import REGION_RULES
 from conceptsplit_core.method.regions import region_bias, regions, resize_regions
 from conceptsplit_core.settings import LodaConfig, TrainConfig
 from conceptsplit_core.text.binding import Concept, Specials, bind, content, find_rows, placeholders, row_mask
@@ -162,7 +163,7 @@ def test_divergences_are_symmetric_not_negative_and_zero_for_equals(found, sigma
     assert torch.isfinite(values).all() and (values >= -1e-9).all()
     assert (pairwise(torch.cat([p[:, :1], p[:, :1]], 1), name).abs() < 1e-9).all()
     if name != "kl":  # the paper's code, one way round
-        there, back = (DIVERGENCES[name](p[:, i], p[:, 1 - i]) for i in (0, 1))
+        there, back = (DIVERGENCES[name].function(p[:, i], p[:, 1 - i]) for i in (0, 1))
         torch.testing.assert_close(there, back, atol=1e-10, rtol=1e-9)
     if name == "jsd":
         assert (values <= math.log(2) + 1e-9).all()
@@ -190,15 +191,24 @@ def test_blur_keeps_sizes_constants_and_bounds_and_adds_up(found, sigma, factor)
 
 
 @settings(max_examples=150)
-@given(maps(), st.floats(0.01, 1), st.floats(0, 3), st.integers(1, 12), st.integers(1, 12))
-def test_regions_are_disjoint_of_the_share_asked_and_stay_so_at_every_size(found, fraction, sigma, h, w):
-    region = regions(found, fraction, sigma)
+@given(
+    maps(), st.sampled_from(list(REGION_RULES)), st.floats(0.01, 1), st.floats(0, 3), st.integers(1, 12),
+    st.integers(1, 12),
+)  # fmt: skip
+def test_regions_are_disjoint_of_the_share_asked_and_stay_so_at_every_size(found, rule, fraction, sigma, h, w):
+    region = regions(found, fraction, sigma, rule)
     pixels = found.shape[-2] * found.shape[-1]
-    assert (region.sum(dim=1) <= 1).all(), "a pixel belongs to one concept at most"
-    assert (region.flatten(2).sum(-1) <= max(1, round(fraction * pixels))).all()
+    if rule != "overlapping":
+        assert (region.sum(dim=1) <= 1).all(), "a pixel belongs to one concept at most"
+    if rule in ("top", "overlapping"):
+        assert (region.flatten(2).sum(-1) <= max(1, round(fraction * pixels))).all()
+    else:
+        bound = found.flatten(1).sum(-1) > 0
+        assert (region.sum(dim=1) == bound.view(-1, 1, 1)).all(), "a partition leaves no pixel over"
     assert not region[found.flatten(2).sum(-1) == 0].any(), "a concept that is not bound has no region"
     fitted = resize_regions(region, (h, w))
-    assert tuple(fitted.shape[-2:]) == (h, w) and (fitted.sum(dim=1) <= 1).all()
+    assert tuple(fitted.shape[-2:]) == (h, w)
+    assert rule == "overlapping" or (fitted.sum(dim=1) <= 1).all()
     mask = torch.zeros(found.shape[0], 5, found.shape[1])
     mask[:, 2, 0] = 1.0
     bias = region_bias(region, mask, (h, w), 3.0, -1e8)
