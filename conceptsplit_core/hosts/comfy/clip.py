@@ -20,7 +20,7 @@ from ...text.binding import Binding, BoundPrompt, bind
 from ...text.concepts import Concept, shown
 from ...text.layout import SpecialTokens, TextLayout, layout_of
 from .model import KEY
-from .texts import BoundTexts
+from .texts import TextBook
 
 log = logging.getLogger("ConceptSplit")
 
@@ -38,7 +38,7 @@ class BoundText:
     text: str
     bindings: tuple[Binding, ...]
     rows: int = 0
-    book: BoundTexts | None = field(default=None, compare=False, repr=False)
+    book: TextBook | None = field(default=None, compare=False, repr=False)
 
 
 class BoundChunks(list):
@@ -174,8 +174,8 @@ class CarriedText:
         else:
             bindings = tuple(replace(one, rows=self.layout.rows(one.rows, self.tokens, rows)) for one in bindings)
         # On the encoder, because only its own texts can stand beside each other in one run, and every CLIP made of it,
-        # whatever concepts it knows, has to find them. They leave with the conditionings that hold them.
-        texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, BoundTexts())
+        # whatever concepts it knows, has to find them.
+        texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, TextBook())
         texts.add(text, bindings)
         return BoundText(self.text, bindings, rows, texts)
 

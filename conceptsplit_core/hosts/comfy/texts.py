@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ...text.binding import Binding
 
+RECENT = 32  # texts that nobody holds any more, some kilobytes each
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what networks compute in
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,17 +45,13 @@ class TextIndex:
     that batch row, and `ambiguous` says so.
 
     Args:
-        shelves: texts [1, L, d] with their row masks [L, c]; those of an earlier shelf count before those of a later.
+        ranks: for each text the fingerprints [L] of its rows in the dtype that the network computes in, and its row
+            mask [L, c]; texts of an earlier rank count before those of a later.
         values: how many channels of the masks, from the first on, decide whether owners differ.
-        dtype: what the network computes in, so that its texts are these texts in this dtype.
     """
 
-    def __init__(self, shelves: Sequence[Sequence[tuple[Tensor, Tensor]]], values: int, dtype: torch.dtype):
-        texts = [
-            (shelf, fingerprints(text[:1].to(dtype))[0].cpu(), mask.cpu())
-            for shelf, found in enumerate(shelves)
-            for text, mask in found
-        ]
+    def __init__(self, ranks: Sequence[Sequence[tuple[Tensor, Tensor]]], values: int):
+        texts = [(rank, prints.cpu(), mask.cpu()) for rank, found in enumerate(ranks) for prints, mask in found]
         bound = [mask.ne(0).any(dim=-1) for _, _, mask in texts]
         known = _distinct([prints for _, prints, _ in texts])
         owned = _distinct([prints[rows] for (_, prints, _), rows in zip(texts, bound, strict=True)])
@@ -65,10 +63,10 @@ class TextIndex:
         # Texts of one group have the same owners. Of these that with the most owned rows is taken, then the first.
         group = owners[..., :values].flatten(1).unique(dim=0, return_inverse=True)[1] if texts else torch.zeros(0)
         order = sorted(range(len(texts)), key=lambda at: (-float(owners[at].sum()), at))
-        rank = torch.zeros(len(texts), dtype=torch.int64)
-        rank[order] = torch.arange(len(texts), 0, -1)
-        shelf = torch.tensor([shelf for shelf, _, _ in texts], dtype=torch.int64)
-        self._tables = (known, member, member.sum(dim=-1), shelf, group.to(torch.int64), rank, owned, owners)
+        worth = torch.zeros(len(texts), dtype=torch.int64)
+        worth[order] = torch.arange(len(texts), 0, -1)
+        rank = torch.tensor([rank for rank, _, _ in texts], dtype=torch.int64)
+        self._tables = (known, member, member.sum(dim=-1), rank, group.to(torch.int64), worth, owned, owners)
         self._on: dict[torch.device, tuple[Tensor, ...]] = {}
         self._ambiguous: Tensor | None = None
 
@@ -81,7 +79,7 @@ class TextIndex:
         """The row mask [B, L, c] of a text [B, L, d]; rows of no known text are zero. Never waits for the device."""
         if context.device not in self._on:
             self._on[context.device] = tuple(table.to(context.device) for table in self._tables)
-        known, member, size, shelf, group, rank, owned, owners = self._on[context.device]
+        known, member, size, rank, group, worth, owned, owners = self._on[context.device]
         prints = fingerprints(context)
         if not len(owned):
             return torch.zeros(*prints.shape, owners.shape[-1], device=prints.device)
@@ -90,13 +88,13 @@ class TextIndex:
         there.scatter_(1, place.where(hit, len(known)), 1.0)
         count = there[:, :-1] @ member.t()  # [B, texts]
         stands = 2 * count >= size
-        # The first shelf on which some text stands, and there the texts with the most rows.
-        stands &= shelf == shelf.where(stands, len(size)).amin(dim=-1, keepdim=True)
+        # The first rank of which some text stands there, and of this rank the texts with the most rows.
+        stands &= rank == rank.where(stands, len(size)).amin(dim=-1, keepdim=True)
         count = count.where(stands, -1.0)
         best = stands & (count == count.amax(dim=-1, keepdim=True))
         doubt = group.where(best, len(size)).amin(dim=-1) < group.where(best, -1).amax(dim=-1)
         self._ambiguous = doubt.any() if self._ambiguous is None else self._ambiguous | doubt.any()
-        text = rank.where(best, 0).argmax(dim=-1, keepdim=True)
+        text = worth.where(best, 0).argmax(dim=-1, keepdim=True)
         place, hit = _look_up(owned, prints)
         hit = hit & (best.any(dim=-1) & ~doubt).unsqueeze(-1)
         return owners[text, place] * hit.unsqueeze(-1)
@@ -113,32 +111,46 @@ def _look_up(known: Tensor, prints: Tensor) -> tuple[Tensor, Tensor]:
     return place, known[place] == prints
 
 
-class BoundTexts:
-    """The bound texts of one text encoder that somebody still holds.
+@dataclass
+class _Entry:
+    text: weakref.ref[Tensor]
+    prints: dict[torch.dtype, Tensor]
+    bindings: tuple[Binding, ...]
 
-    Equal texts may have different owners: somebody has written another placeholder for the same word.
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        text = self.text()  # as it is now: a node may have edited it
+        return self.prints[dtype] if text is None else fingerprints(text.to(dtype))[0]
+
+
+class BoundTexts:
+    """The bound texts of one text encoder: those that somebody still holds, and of the others the last few.
+
+    Equal texts may have different owners: somebody has written another placeholder for the same word. So texts that
+    are in use come first, and of equal ones that nobody holds any more the last counts. These are kept at all because
+    a node may join texts that the host then drops (`--cache-none`); no run depends on older ones.
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[weakref.ref[Tensor], tuple[Binding, ...]]] = []
+        self._entries: list[_Entry] = []
 
     def add(self, encoded: Tensor, bindings: tuple[Binding, ...]) -> None:
         """Remembers a text [1, L, d] that `bindings` belong to, without keeping it; nothing if there are none."""
-        self._entries = [entry for entry in self._entries if entry[0]() is not None]
-        if bindings and encoded.shape[0] == 1:
-            self._entries.append((weakref.ref(encoded), bindings))
+        if not bindings or encoded.shape[0] != 1:
+            return
+        prints = {dtype: fingerprints(encoded.to(dtype))[0] for dtype in _DTYPES}
+        self._entries.append(_Entry(weakref.ref(encoded), prints, bindings))
+        recent = len(self._entries) - RECENT
+        self._entries = [one for at, one in enumerate(self._entries) if at >= recent or one.text() is not None]
 
-    def in_use(self) -> list[tuple[Tensor, tuple[Binding, ...]]]:
-        """Each text [1, L, d] that is still held, and its bindings, in the order of their encoding."""
-        return [(text, bindings) for ref, bindings in self._entries if (text := ref()) is not None]
-
-    def texts(self, dtype: torch.dtype, in_use: bool) -> list[tuple[tuple[int, ...], tuple[Binding, ...]]]:
-        found = self.in_use() if in_use else []
-        return [(tuple(row_prints(text.to(dtype))[0]), bindings) for text, bindings in found]
+    def ranks(self, dtype: torch.dtype) -> list[list[tuple[Tensor, tuple[Binding, ...]]]]:
+        """Fingerprints [L] in `dtype` and bindings of each text in use, and then of each that is not."""
+        held = [one for one in self._entries if one.text() is not None]
+        others = {tuple(one.prints[torch.float32].tolist()): one for one in self._entries if one.text() is None}
+        return [[(one.in_dtype(dtype), one.bindings) for one in found] for found in (held, list(others.values()))]
 
     def concepts(self) -> set[str]:
         """Who owns rows of some text."""
-        return {binding.concept for _, bindings in self.in_use() for binding in bindings}
+        return {binding.concept for one in self._entries for binding in one.bindings}
 
     def joined(self, encoded: Tensor, start: int) -> tuple[tuple[Binding, ...], bool]:
         """Bindings of the texts that stand one behind the other in `encoded` [1, L, d] from row `start` on.
@@ -146,17 +158,18 @@ class BoundTexts:
         Returns:
             The bindings by their rows in `encoded`, and whether some text could be either of two.
         """
-        texts = [(text.to(encoded)[0], bindings) for text, bindings in self.in_use()]
+        prints = fingerprints(encoded[:1].to(torch.float32))[0]
         found: list[Binding] = []
         unclear = False
-        while start < encoded.shape[1]:
-            here = [one for one in texts if torch.equal(one[0], encoded[0, start : start + len(one[0])])]
+        while start < len(prints):
+            here: list[tuple[Tensor, tuple[Binding, ...]]] = []
+            for texts in self.ranks(torch.float32):
+                here = here or [one for one in texts if torch.equal(one[0], prints[start : start + len(one[0])])]
             longest = max((len(text) for text, _ in here), default=0)
             owners = {bindings for text, bindings in here if len(text) == longest}
             if len(owners) == 1:
                 for one in owners.pop():
-                    rows = tuple(row + start for row in one.rows)
-                    found.append(Binding(one.concept, rows, one.weight))
+                    found.append(Binding(one.concept, tuple(row + start for row in one.rows), one.weight))
             elif owners:
                 unclear = True
             start += max(1, longest)
@@ -164,7 +177,10 @@ class BoundTexts:
 
 
 # What `patch` calls until it asks a TextIndex.
-TextBook = BoundTexts
+class TextBook(BoundTexts):
+    def texts(self, dtype: torch.dtype, in_use: bool) -> list[tuple[tuple[int, ...], tuple[Binding, ...]]]:
+        found = self.ranks(dtype)[0 if in_use else 1]
+        return [(tuple(prints.tolist()), bindings) for prints, bindings in found]
 
 
 def row_prints(text: Tensor) -> list[list[int]]:
