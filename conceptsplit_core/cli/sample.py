@@ -16,7 +16,7 @@ from ..adapters.file import load_adapter
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..settings import AUTO, LodaConfig
-from ..text.binding import Concept
+from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_concepts(
     for text in adapters:
         other, path, strength = parse_adapter_option(text)
         adapter = load_adapter(path)
-        name = other or adapter.info.concept
+        name = concept_name(other or adapter.info.concept)
         if name in loaded:
             raise ConceptSplitError(f"Two adapters are named '{name}': rename one with --adapter NAME={path.name}.")
         word = given.pop(name, adapter.info.class_word)
@@ -68,7 +68,7 @@ def load_concepts(
         raise ConceptSplitError(f"--class-word names '{next(iter(given))}', which no --adapter provides.")
     for word in (part.strip() for part in words.split(",")):
         if word:
-            name = re.sub(r"[^\w.\-]", "-", word)
+            name = word_name(word)
             if name in {concept.name for concept in concepts}:
                 name += "-word"
             concepts.append(Concept(name, word))
