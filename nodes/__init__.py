@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.files import register_folder
 from . import demo, inspect, load, sample, train
+
+# The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
+ConceptSplitError.__module__ = "builtins"
 
 NODES: list[type[io.ComfyNode]] = [*load.NODES, *train.NODES, *sample.NODES, *inspect.NODES, *demo.NODES]
 

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..conceptsplit_core.settings import defaults, options
+
 CATEGORY = "ConceptSplit"
 
 ValueAdapterType = io.Custom("VALUE_ADAPTER")
 AttentionMapsType = io.Custom("ATTENTION_MAPS")
+LodaOptionsType = io.Custom("LODA_OPTIONS")
+TrainOptionsType = io.Custom("VALUE_ADAPTER_TRAINING_OPTIONS")
 
 
 def _supported(call: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +29,36 @@ def field(kind: Any, name: str, tooltip: str, **options: Any) -> Any:
     """An input of type `kind`; every input has a tooltip."""
     given = {"tooltip": tooltip, **options}
     return kind.Input(name, **_supported(kind.Input.__init__, given))
+
+
+def setting_fields(config: Any, advanced: bool | None = None, folded: bool = False) -> list[Any]:
+    """Inputs for the options of a settings class: all of them, or the basic or the advanced ones.
+
+    Args:
+        folded: the host hides advanced inputs until the node is unfolded.
+    """
+    return [setting_field(name, config, folded) for name in options(config, advanced)]
+
+
+def setting_field(name: str, config: Any, folded: bool = False) -> Any:
+    """The input of one option of a settings class.
+
+    Advanced ones are optional, so that a graph saved before one was added still runs.
+    """
+    option, default = options(config)[name], defaults(config)[name]
+    tooltip = f"{option.label[:1].upper()}{option.label[1:]}. {option.text}"
+    given: dict[str, Any] = {"optional": True, "advanced": folded} if option.advanced else {}
+    if option.allowed:
+        # Lists of the host hold text; `from_values` gives it back its type.
+        return field(io.Combo, name, tooltip, options=[str(c) for c in option.allowed], default=str(default), **given)
+    given["default"] = default
+    if isinstance(default, bool):
+        return field(io.Boolean, name, tooltip, **given)
+    given |= {"min": option.low, "max": option.high, "step": option.step}
+    if isinstance(default, int):
+        return field(io.Int, name, tooltip, control_after_generate=option.drawn, **given)
+    # The page rounds to the step where nothing else is said.
+    return field(io.Float, name, tooltip, round=option.step / 1000, **given)
 
 
 def out(kind: Any, name: str, tooltip: str) -> Any:
