@@ -20,6 +20,7 @@ from PIL import Image
 from .conftest import HOST, REPO
 
 WORKFLOWS = sorted((REPO / "tests" / "workflows_api").glob("*.json"))
+SAVED = sorted((REPO / "tests" / "fixtures" / "workflows").glob("*/api/every_node.json"))
 BOOT_SECONDS, RUN_SECONDS = 180, 600
 
 
@@ -137,7 +138,7 @@ def test_there_are_workflows():
     assert {path.stem for path in WORKFLOWS} == {path.stem for path in (REPO / "workflows").glob("*.json")} != set()
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*WORKFLOWS, *SAVED], ids=lambda path: path.stem)
 def test_workflow(program, path):
     prompt = json.loads(path.read_text())
     entry = program.run(prompt)
