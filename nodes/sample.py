@@ -70,7 +70,7 @@ class ConceptSplitKSampler(io.ComfyNode):
             search_aliases=["loda", "afg", "attention", "conceptsplit"],
             inputs=[
                 _model_field(),
-                *setting_fields(SampleConfig, seed={"control_after_generate": True}),
+                *setting_fields(SampleConfig),
                 field(
                     io.Combo,
                     "sampler_name",

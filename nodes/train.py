@@ -167,7 +167,7 @@ class ConceptSplitTrainOptions(io.ComfyNode):
             description="The settings of Train Value Adapter that are rarely changed.",
             search_aliases=["tova", "value adapter", "conceptsplit"],
             inputs=setting_fields(TrainConfig, advanced=True),
-            outputs=[out(TrainOptionsType, "TRAINING_OPTIONS", "Connect to the options of Train Value Adapter.")],
+            outputs=[out(TrainOptionsType, "TOVA_OPTIONS", "Connect to the options of Train Value Adapter.")],
         )
 
     @classmethod

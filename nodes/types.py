@@ -16,7 +16,7 @@ CATEGORY = "ConceptSplit"
 ValueAdapterType = io.Custom("VALUE_ADAPTER")
 AttentionMapsType = io.Custom("ATTENTION_MAPS")
 LodaOptionsType = io.Custom("LODA_OPTIONS")
-TrainOptionsType = io.Custom("VALUE_ADAPTER_TRAINING_OPTIONS")
+TrainOptionsType = io.Custom("TOVA_OPTIONS")
 
 
 def _supported(call: Any, given: dict[str, Any]) -> dict[str, Any]:
