@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io
@@ -92,11 +91,7 @@ class ConceptSplitLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter: str = "", **_: Any) -> str:
         # A file trained again under the same name must be loaded again.
-        try:
-            status = os.stat(files.adapter_path(adapter))
-        except (ConceptSplitError, OSError):
-            return f"{adapter}:missing"
-        return f"{adapter}:{status.st_mtime_ns}:{status.st_size}"
+        return files.fingerprint(adapter, files.adapter_path)
 
     @classmethod
     def execute(

@@ -74,6 +74,16 @@ def schema(node_id: str, display_name: str, group: str = "", **options: Any) -> 
     )
 
 
+def mask_of(mask: Any) -> torch.Tensor | None:
+    """A MASK [1 or B, H, W] in 0…1 that outlives the host's inference mode; None stays None, as does an empty one."""
+    if mask is None:
+        return None
+    with torch.inference_mode(False):
+        values = mask.detach().float().clone()
+    values = values[None] if values.ndim == 2 else values.reshape(-1, *values.shape[-2:])
+    return values.clamp(0, 1) if bool((values > 0).any()) else None
+
+
 def to_image(picture: np.ndarray) -> torch.Tensor:
     """uint8 [h, w, 3] as the host's IMAGE [1, h, w, 3] in 0…1."""
     return torch.from_numpy(picture.astype(np.float32) / 255.0).unsqueeze(0)
