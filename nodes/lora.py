@@ -29,9 +29,9 @@ class ConceptSplitLoraLoader(io.ComfyNode):
         return schema(
             "ConceptSplitLoraLoader",
             "LoRA Concept Loader",
-            description="Loads an ordinary LoRA for one concept of the picture, such as one of two people. It acts only "
-            "at the concept's own words and in its own region, so two LoRAs do not blend into one person. Chain one per "
-            "concept, write <concept name> in the prompt, and sample with any KSampler.",
+            description="Loads an ordinary LoRA for one concept of the picture, such as one of two people. It acts "
+            "only at the concept's own words and in its own region, so two LoRAs do not blend into one person. Chain one "
+            "per concept, write <concept name> in the prompt, and sample with any KSampler.",
             search_aliases=[
                 "lora loader",
                 "two loras",
@@ -55,7 +55,7 @@ class ConceptSplitLoraLoader(io.ComfyNode):
                 field(
                     io.String,
                     "words",
-                    "The words the LoRA was trained on, such as 'ohwx woman'; <name> in the prompt becomes these words. "
+                    "The words the LoRA was trained on, such as 'ohwx woman'; <name> in the prompt becomes these. "
                     "Leave empty to take them from the file, if it says so.",
                     default="",
                 ),
@@ -115,14 +115,12 @@ class ConceptSplitRegion(io.ComfyNode):
         return schema(
             "ConceptSplitRegion",
             "Concept Region",
-            description="Gives one concept its place in the picture by a mask, instead of the place that the run finds. "
+            description="Gives one concept its place in the picture by a mask, instead of the place that a run finds. "
             "For concepts of any loader and for words of Mark Concept Words.",
             search_aliases=["regional prompt", "mask", "area", "conceptsplit"],
             inputs=[
                 field(io.Model, "model", "The model, after the loaders."),
-                field(
-                    io.String, "concept_name", "The concept's name, as the prompt writes it in <…>, or the marked word."
-                ),
+                field(io.String, "concept_name", "The concept's name, as the prompt writes it, or the marked word."),
                 field(io.Mask, "mask", _MASK),
             ],
             outputs=[out(io.Model, "MODEL", "The model that keeps the concept in its region.")],

@@ -205,15 +205,17 @@ class Hooks:
 
 
 @contextmanager
-def learning(network: NetworkMap, kind: Any, adapter: Any) -> Iterator[Callable[[Tensor | None], None]]:
+def learning(
+    network: NetworkMap, kind: Any, adapter: Any, scope: Scope | None = None
+) -> Iterator[Callable[[Tensor | None], None]]:
     """`adapter` on the modules of a network while it learns.
 
     Gives a function that publishes the row mask [B, L, 1] of the passes to come, None for passes without the adapter.
     It stays published until the next: with checkpointing the backward pass runs the layers again. Pixels are all the
-    concept's.
+    concept's. scope: where the adapter acts while it learns; its kind's place by default.
     """
     hooks = Hooks()
-    groups = (Group(kind, (Member(adapter, 1.0),), (0,), kind.scope),)
+    groups = (Group(kind, (Member(adapter, 1.0),), (0,), scope or kind.scope),)
 
     def publish(mask: Tensor | None) -> None:
         if mask is None:

@@ -120,7 +120,8 @@ class ConceptCLIP(_AnyCLIP):
         carried = carried_by(self, tokens)
         out = super().encode_from_tokens(tokens, return_pooled, return_dict)
         if return_dict:
-            out[KEY] = bound = carried and carried.encoded(self, out["cond"])
+            bound = None if carried is None else carried.encoded(self, out["cond"])
+            out[KEY] = bound
             if bound is not None:
                 out["cond"] = self._with_loras(out["cond"], bound, super().clone, tokens)
         elif carried is not None and carried.bindings:
