@@ -30,8 +30,8 @@ class ConceptSplitLoraLoader(io.ComfyNode):
             "ConceptSplitLoraLoader",
             "LoRA Concept Loader",
             description="Loads an ordinary LoRA for one concept of the picture, such as one of two people. It acts "
-            "only at the concept's own words and in its own region, so two LoRAs do not blend into one person. Chain one "
-            "per concept, write <concept name> in the prompt, and sample with any KSampler.",
+            "only at the concept's own words and in its own region, so two LoRAs do not blend into one person. Chain "
+            "one per concept, write <concept name> in the prompt, and sample with any KSampler.",
             search_aliases=[
                 "lora loader",
                 "two loras",
