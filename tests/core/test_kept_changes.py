@@ -150,7 +150,7 @@ def test_whatever_changes_between_passes_is_noticed(layers, seed):
         this.mask[draw.randrange(2), draw.randrange(ROWS), draw.randrange(2)] = draw.choice((0.0, 0.25, 1.0))
 
     def strengths():
-        this.strengths = (draw.choice((0.0, 1.0, -2.0)), draw.choice((0.0, 0.5)))
+        this.strengths = (draw.choice((0.0, 1.0, -2.0)), draw.choice((0.0, 0.5, 3.0)))
 
     def adapters():
         this.adapters = (draw.choice(pool), draw.choice(pool))
@@ -163,7 +163,7 @@ def test_whatever_changes_between_passes_is_noticed(layers, seed):
 
     changes = (in_place, another_text, another_mask, mask_in_place, strengths, adapters, tiled, lambda: text.clone())
     changed = 0
-    for _ in range(40):
+    for _ in range(60):
         found = draw.choice(changes)()
         text = text if found is None else found
         precise = draw.random() < 0.8
@@ -173,7 +173,7 @@ def test_whatever_changes_between_passes_is_noticed(layers, seed):
             values = run(used, this, rows)
             assert equal(values, anew(used, this, rows))
             changed += not equal(values, [layer(rows) for layer in used.values()])
-    assert len(this.kept.texts) <= 3 and changed > 5
+    assert len(this.kept.texts) <= 3 and changed > 3, changed
 
 
 def test_what_a_sampling_step_leaves_serves_a_gradient_pass():
