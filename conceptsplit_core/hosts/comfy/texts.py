@@ -61,12 +61,22 @@ class TextIndex:
             member[at, torch.searchsorted(known, prints)] = 1.0
             owners[at, torch.searchsorted(owned, prints[rows])] = mask[rows]
         # Texts of one group have the same owners. Of these that with the most owned rows is taken, then the first.
-        group = owners[..., :values].flatten(1).unique(dim=0, return_inverse=True)[1] if texts else torch.zeros(0)
+        groups: dict[tuple[float, ...], int] = {}
+        group = [groups.setdefault(tuple(one[:, :values].flatten().tolist()), len(groups)) for one in owners]
         order = sorted(range(len(texts)), key=lambda at: (-float(owners[at].sum()), at))
         worth = torch.zeros(len(texts), dtype=torch.int64)
         worth[order] = torch.arange(len(texts), 0, -1)
         rank = torch.tensor([rank for rank, _, _ in texts], dtype=torch.int64)
-        self._tables = (known, member, member.sum(dim=-1), rank, group.to(torch.int64), worth, owned, owners)
+        self._tables = (
+            known,
+            member,
+            member.sum(dim=-1),
+            rank,
+            torch.tensor(group, dtype=torch.int64),
+            worth,
+            owned,
+            owners,
+        )
         self._on: dict[torch.device, tuple[Tensor, ...]] = {}
         self._ambiguous: Tensor | None = None
 
