@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 
 from .errors import ConceptSplitError
 from .method.divergence import DIVERGENCES
+from .method.partition import REGION_RULES
+from .method.updates import UPDATE_RULES
 
 AUTO = -1
 SHARE = 0.2
+PLAN_SHARE = 0.3
 """Share of the schedule that is optimised when steps is AUTO: the paper's 10 of 50 steps."""
-STEP_RULES = ("normalised", "gradient")
+STEP_RULES = tuple(UPDATE_RULES)
 MAP_PARTS = ("auto", "all", "down")
 
 
@@ -25,7 +28,8 @@ class LodaConfig:
     loda_strength: η before the schedule. With `normalised`, the root mean square of an update in units of the latent's
         standard deviation; with `gradient`, the factor on the raw gradient (the paper's 20).
     loda_rule: 'normalised' takes the gradient without its mean over the picture and divides it by its own RMS, so one
-        setting serves every model and resolution and colours do not drift; 'gradient' is the paper's rule.
+        setting serves every model and resolution and colours do not drift; 'gradient' is the paper's rule; see
+        method/updates.py.
     divergence: how overlap is measured; 'kl' is the paper's code, which depends on the order of the words.
     threshold: t of ReLU(t − HM(D)), in the divergence's unit; 0 means the divergence's own default.
     map_smoothing: Gaussian smoothing of the maps, in map pixels.
@@ -34,9 +38,13 @@ class LodaConfig:
         third on SDXL); 'auto': 'down' where the way down has many layers of that size (SDXL), else 'all'.
     afg: fix the separation afterwards.
     afg_inside, afg_outside: logits added inside and taken outside a concept's region (paper: p = 3 and −m = 1e8).
-    afg_region: share of the pixels that is a concept's region.
+    afg_region: share of the pixels that is a concept's region, for rules that look at it.
     afg_smoothing: smoothing before the region is taken, in map pixels.
     afg_end: the share of the steps after which AFG lets go (1.0, the paper: it stays to the end).
+    plan_steps: with routed LoRAs, steps that are drawn ahead to find the concepts' places; AUTO is loda_steps, or 0.3
+        of the schedule without LODA.
+    afg_rule: how a concept's region is found, see method/partition.py; 'top' is the paper's, made disjoint.
+    area_rule: the same for the areas that routed adapters act in.
 
     The defaults are those that benchmarks/separation chose, see docs/separation.md.
     """
@@ -56,6 +64,9 @@ class LodaConfig:
     afg_region: float = 0.1
     afg_smoothing: float = 1.5
     afg_end: float = 0.7
+    plan_steps: int = AUTO
+    afg_rule: str = "top"
+    area_rule: str = "argmax"
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -70,13 +81,15 @@ class LodaConfig:
         )
         need(self.loda_iterations >= 1, f"loda_iterations is {self.loda_iterations}, use 1 or more")
         need(self.loda_strength >= 0, f"step size is {self.loda_strength}, use 0 or more")
-        need(self.loda_rule in STEP_RULES, f"step rule '{self.loda_rule}', use {' or '.join(STEP_RULES)}")
+        need(self.loda_rule in UPDATE_RULES, f"update rule '{self.loda_rule}', use {', '.join(UPDATE_RULES)}")
         need(self.divergence in DIVERGENCES, f"divergence '{self.divergence}', use {', '.join(DIVERGENCES)}")
         need(self.threshold >= 0, f"threshold is {self.threshold}, use 0 (automatic) or more")
         # The Gaussian's kernel and the padded maps grow with it; no map has more pixels a side than this.
         widest = 128
         need(0 <= self.map_smoothing <= widest, f"smoothing is {self.map_smoothing} pixels, use 0 to {widest}")
         need(0 <= self.afg_smoothing <= widest, f"AFG smoothing is {self.afg_smoothing} pixels, use 0 to {widest}")
+        for rule in (self.afg_rule, self.area_rule):
+            need(rule in REGION_RULES, f"region rule '{rule}', use {', '.join(REGION_RULES)}")
         need(0 < self.afg_region <= 1, f"AFG region share is {self.afg_region}, use more than 0 and at most 1")
         need(
             self.afg_inside >= 0 and self.afg_outside >= 0, "AFG adds inside and takes outside: use 0 or more for both"
@@ -88,23 +101,24 @@ class LodaConfig:
 
     @property
     def target(self) -> float:
-        """The threshold in force. Defaults per divergence are the same overlap: two Gaussian blobs of σ = 1/8 of the
-        picture whose centres are about 3 σ apart."""
-        return self.threshold or THRESHOLDS[self.divergence]
+        """t, the threshold in force: the divergence's own where none is set."""
+        return self.threshold or DIVERGENCES[self.divergence].threshold
 
     def for_schedule(self, total: int) -> LodaConfig:
         """The same settings with `loda_steps` as a number, for a run of `total` sampling steps."""
-        return replace(
-            self,
-            loda_steps=max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total),
-        )
+        steps = max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total)
+        plan = steps or max(1, round(PLAN_SHARE * total)) if self.plan_steps == AUTO else min(self.plan_steps, total)
+        return replace(self, loda_steps=steps, plan_steps=plan)
+
+    @property
+    def acts(self) -> bool:
+        """Whether LODA or AFG would change anything."""
+        return self.loda_steps != 0 and (self.loda_strength != 0 or self.afg)
 
     def held(self, total: int) -> int:
         """The step (0-based) of a run of `total` at which AFG lets go; `total` or more: never."""
         return round(self.afg_end * total)
 
-
-THRESHOLDS = {"jsd": 0.45, "symmetric_kl": 3.0, "bhattacharyya": 1.0, "kl": 3.0}
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
-from ..conceptsplit_core.hosts.comfy.patch import MapsHandle, with_loda
+from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, with_loda
 from ..conceptsplit_core.method.divergence import DIVERGENCES
 from ..conceptsplit_core.settings import AUTO, MAP_PARTS, STEP_RULES, LodaConfig
 from .types import AttentionMapsType, field, out, schema
@@ -222,10 +222,10 @@ def _config(loda_steps: int, loda_strength: float, afg: bool, options: dict[str,
 
 def _prepared(
     model: Any, loda_steps: int, loda_strength: float, afg: bool, options: dict[str, Any]
-) -> tuple[Any, MapsHandle]:
+) -> tuple[Any, AttentionMaps]:
     """The model that samples as the LODA inputs ask, the model itself if they ask for none, and where maps will be."""
     config = _config(loda_steps, loda_strength, afg, options)
-    maps = MapsHandle()
+    maps = AttentionMaps()
     return with_loda(model, config, maps) if config.loda_steps else model, maps
 
 

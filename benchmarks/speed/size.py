@@ -17,7 +17,7 @@ from torch import Tensor
 
 import conceptsplit_core
 from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.settings import TrainConfig
@@ -84,18 +84,18 @@ class Kept:
         )
 
 
-def adapter_rows(model: host.DiffusersModel, adapter: ValueAdapter, size: int, draws: int, seeds: int) -> Iterator[Row]:
+def adapter_rows(model: host.DiffusersModel, adapter: LowRankAdapter, size: int, draws: int, seeds: int) -> Iterator[Row]:
     """Rows of one adapter, each against the file as shipped (`size` bytes)."""
     concept = Concept(adapter.info.concept, adapter.info.class_word)
     batch = held_out_batch(model, concept, draws)
     conditioning = host.encode_text(model, f"a <{concept.name}>", [concept])
 
-    def loss(candidate: ValueAdapter | None) -> float:
+    def loss(candidate: LowRankAdapter | None) -> float:
         with host.patched(model, [(candidate, 1.0)]) as patch:
             patch.state.mask = batch.mask
             return loss_of(lambda b: host.call_unet(model, b.x_t, b.timesteps, b.context), batch)
 
-    def drawn(candidate: ValueAdapter) -> np.ndarray:
+    def drawn(candidate: LowRankAdapter) -> np.ndarray:
         adapters = {concept.name: (candidate, 1.0)}
         result = host.sample(model, [conditioning], seeds=range(seeds), adapters=adapters, steps=20, guidance=4.0)
         return result.images.astype(np.float64)
@@ -103,7 +103,7 @@ def adapter_rows(model: host.DiffusersModel, adapter: ValueAdapter, size: int, d
     before, reached, pictures = loss(None), loss(adapter), drawn(adapter)
     peer = f"as shipped, rank {adapter.info.rank}, float16"
 
-    def judged(candidate: ValueAdapter, told: str, error: float, size: int) -> Kept:
+    def judged(candidate: LowRankAdapter, told: str, error: float, size: int) -> Kept:
         gain = (before - loss(candidate)) / (before - reached)
         picture = float(np.sqrt(((drawn(candidate) - pictures) ** 2).mean())) / 255
         return Kept(size, told, error, gain, picture)
@@ -149,14 +149,14 @@ def _row(concept: Concept, kept: Kept, size: int, peer: str, more: str = "") -> 
     )
 
 
-def _rounded(adapter: ValueAdapter) -> ValueAdapter:
+def _rounded(adapter: LowRankAdapter) -> LowRankAdapter:
     """Every tensor rounded to float8 (e4m3), each with its own scale."""
 
     def rounded(tensor: Tensor) -> Tensor:
         scale = tensor.float().abs().max().clamp(min=1e-12) / 448.0
         return ((tensor.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)
 
-    return ValueAdapter(
+    return LowRankAdapter(
         adapter.info,
         {layer: rounded(tensor) for layer, tensor in adapter.down.items()},
         {layer: rounded(tensor) for layer, tensor in adapter.up.items()},

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-DIVERGENCES = ("jsd", "symmetric_kl", "bhattacharyya", "kl")
-STEP_RULES = ("normalised", "gradient")
+DIVERGENCES = ("jsd", "symmetric_kl", "bhattacharyya", "kl", "iou")
+STEP_RULES = ("normalised", "gradient", "sign")
 MAP_PARTS = ("auto", "all", "down")
 SAMPLERS = ("ddim", "euler")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -31,6 +31,9 @@ LODA_DEFAULTS: dict[str, Any] = {
     "afg_region": 0.1,
     "afg_smoothing": 1.5,
     "afg_end": 0.7,
+    "afg_rule": "top",
+    "area_rule": "argmax",
+    "plan_steps": -1,
 }
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 500,

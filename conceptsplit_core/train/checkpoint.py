@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..adapters.file import largest
-from ..adapters.value import ValueAdapter
+from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import read_header, write_whole
 from ..settings import TrainConfig
@@ -26,7 +26,7 @@ from .data import (
 CHECKPOINT_FORMAT = "conceptsplit.training"
 
 
-def _fingerprint(adapter: ValueAdapter, data: TrainData, config: TrainConfig) -> str:
+def _fingerprint(adapter: LowRankAdapter, data: TrainData, config: TrainConfig) -> str:
     """What must be the same for a checkpoint to continue this run; `steps` and `save_every` may change."""
     facts = {k: v for k, v in asdict(config).items() if k not in ("steps", "save_every")}
     digest = hashlib.sha256(json.dumps([facts, adapter.layers, adapter.info.rank, adapter.info.alpha]).encode())

@@ -177,7 +177,7 @@ def test_the_loda_gradient_is_the_slope_of_the_loss(load, family, divergence):
 def test_loda_lowers_its_loss(load, family, sampler, rule):
     model = load(family)
     config = LodaConfig(
-        loda_steps=3, loda_iterations=4, loda_rule=rule, loda_strength=0.1 if rule == "normalised" else 100.0
+        loda_steps=3, loda_iterations=4, loda_rule=rule, loda_strength=100.0 if rule == "gradient" else 0.1
     )
     result = host.sample(
         model, prompts(model, TEXT), seeds=[1, 2], steps=6, concepts=NAMES, sampler=sampler, loda=config
