@@ -59,6 +59,8 @@ class Settings:
 
 
 SETTINGS = Settings()
+# On a model this small a second thread gains nothing, and on a busy machine threads wait for each other in a spin.
+THREADS = 1
 
 
 def learn(
@@ -143,6 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     seeds = seeds_from(arguments.first_seed, arguments.seeds)
     out = Path(arguments.out).expanduser()
     began = time.perf_counter()
+    torch.set_num_threads(THREADS)
     options = argparse.Namespace(model="demo", device="cpu", precision="fp32", prediction=None, tokenizer=None)
     model = open_model(options)
     seconds: dict[str, float] = {"load": round(time.perf_counter() - began, 1)}
