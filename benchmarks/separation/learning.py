@@ -31,7 +31,7 @@ from conceptsplit_core.network.hooks import Scope
 from conceptsplit_core.network.probe import Probe
 from conceptsplit_core.network.site import AttentionSite
 from conceptsplit_core.settings import TrainConfig
-from conceptsplit_core.text.binding import Concept
+from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train.data import TrainBatch
 from conceptsplit_core.train.loop import train
 
@@ -212,7 +212,7 @@ def learn(
         seed=learning.seed, prediction_type=model.prediction_type,
     )  # fmt: skip
     levels = learning.timesteps(len(model.alphas_cumprod))
-    with hooks.learning(network, _acting(kind, recipe.scope), adapter) as publish:
+    with hooks.learning(network, kind, adapter, recipe.scope) as publish:
 
         def denoise(batch: TrainBatch) -> Tensor:
             publish(batch.mask)
@@ -223,11 +223,6 @@ def learn(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(adapter, path, dtype=None)
     return adapter
-
-
-def _acting(kind: Any, scope: Scope | None) -> Any:
-    """The kind, acting where it is told to."""
-    return kind if scope is None else replace(kind, scope=scope)
 
 
 def open_model(source: str) -> host.DiffusersModel:

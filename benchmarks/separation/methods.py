@@ -17,7 +17,7 @@ from conceptsplit_core.method.divergence import DIVERGENCES, harmonic_mean, pair
 from conceptsplit_core.method.maps import distributions
 from conceptsplit_core.network.hooks import Scope
 from conceptsplit_core.settings import LodaConfig
-from conceptsplit_core.text.binding import Concept
+from conceptsplit_core.text.concepts import Concept
 
 from .confusion import backgrounds_for
 from .metrics import Wanted

@@ -122,8 +122,7 @@ class Gated:
         put = lambda rows: torch.cat(rows).to(x.device, torch.float32)
         targets, directions = put([a.target for a in adapters]), put([a.direction for a in adapters])  # [n, d_ctx]
         places, e = (mask.rows, x[mask.rows]) if mask.rows is not None else (mask.places, x.flatten(0, 1)[mask.places])
-        weights = mask.weights if mask.rows is not None else mask.owned
-        weights = weights[..., [i for i, _ in acting]] * weights.new_tensor([m.strength for _, m in acting])
+        weights = mask.worked[..., [i for i, _ in acting]] * mask.weights.new_tensor([m.strength for _, m in acting])
         with torch.no_grad():
             sim = e.float() @ directions.t()  # [..., n]
             # Of e in the span of all i*, as a mix of them.

@@ -9,12 +9,12 @@ import torch
 from benchmarks.separation import confusion, learning, methods, report
 from benchmarks.separation.learning import RECIPES, Learning
 from benchmarks.separation.methods import Arm, Sampling
-from conceptsplit_core.adapters import AdapterInfo, LowRankAdapter
+from conceptsplit_core.adapters import KINDS, AdapterInfo, LowRankAdapter
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.network.hooks import learning as while_learning
 from conceptsplit_core.settings import LodaConfig
-from conceptsplit_core.text.binding import Concept
+from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train.data import TrainBatch
 
 pytestmark = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
@@ -141,8 +141,7 @@ def test_tara_and_lora_learn_at_other_tokens(model, learned):
         inputs = {name: x for name, x in inputs.items() if network.module(name).in_features == x.shape[-1]}
         with torch.no_grad():
             plain = {name: network.module(name)(x) for name, x in inputs.items()}
-            kind = learning._acting(learning.KINDS[recipe], RECIPES[recipe].scope)
-            with while_learning(network, kind, adapter) as publish:
+            with while_learning(network, KINDS[recipe], adapter, RECIPES[recipe].scope) as publish:
                 publish(mask)
                 changed = {name: (network.module(name)(x) != plain[name]).any(dim=-1) for name, x in inputs.items()}
         assert any("attn1" in name for name in inputs) and any("attn2.to_k" in name for name in inputs)
