@@ -188,8 +188,8 @@ class LodaConfig:
         "normalised",
         "update rule",
         "normalised: the gradient without its mean over the picture, divided by its own size, so that a strength means "
-        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20. sign: "
-        "as normalised, but every cell moves equally far.",
+        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20. "
+        "sign: as normalised, but every cell moves equally far.",
         choices=update_rules,
         advanced=True,
     )
@@ -345,7 +345,7 @@ class LodaConfig:
 
     @property
     def acts(self) -> bool:
-        """Whether LODA or AFG would change anything."""
+        """Whether LODA or AFG would change anything; suppression needs no stage of a run."""
         return self.loda_steps != 0 and (self.loda_strength != 0 or self.afg)
 
     def held(self, total: int) -> int:

@@ -131,9 +131,10 @@ class Patch:
         size = map_size(hidden.shape[1], latent)
         if size is None or mask.shape[:2] != context.shape[:2]:
             return None
-        query = _head_norm(attn.norm_q, attn.to_q(hidden), attn.heads)
-        key = _head_norm(attn.norm_k, attn.to_k(context), attn.heads)
-        maps = bound_attention(query, key, attn.heads, mask, scale=attn.scale).unflatten(-1, size)
+        with torch.no_grad():
+            query = _head_norm(attn.norm_q, attn.to_q(hidden), attn.heads)
+            key = _head_norm(attn.norm_k, attn.to_k(context), attn.heads)
+            maps = bound_attention(query, key, attn.heads, mask, scale=attn.scale).unflatten(-1, size)
         return suppression_bias(gaussian_blur(maps, SUPPRESSION_BLUR), mask, keep).to(hidden.dtype)
 
     def _bias_hook(self, name: str) -> Callable[..., Any]:
