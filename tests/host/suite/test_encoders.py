@@ -132,6 +132,9 @@ def test_bound_rows_are_the_rows_of_the_word(encoder):
         for prompt in PROMPTS:
             bound = encode(ours, prompt.format("<rex>"))
             stock, other = encode(clip, prompt.format(word))[0][0], encode(clip, prompt.format(swapped))[0][0]
+            if not stock.isfinite().all():
+                assert "(" in prompt, "only weights may give NaN, in OmniGen of 0.3.64"
+                continue
             assert torch.equal(bound[0][0], stock), "the text encodes exactly as stock"
             assert stock.shape == other.shape, "both must be as many tokens for this test to say anything"
             wanted = (stock != other).any(dim=-1)[0].nonzero().flatten().tolist()
@@ -158,8 +161,8 @@ def test_words_of_several_tokens(encoder):
                 inner = pack("conceptsplit_core.hosts.comfy.clip")._tokenizer(clip, key).tokenizer
                 decode = getattr(inner, "decode", None) or inner.tokenizer.decode
                 found = decode([ids[row][1] for row in rows if ids[row][0] == key]).strip().lower()
-                # Qwen's tokenizer has '"s' as one token: the row is the word's too.
-                assert found.strip('"') == word, (family, text, key)
+                # Qwen's tokenizer has '"s' and '(s' as one token: the row is the word's too.
+                assert found.strip('"(') == word, (family, text, key)
 
 
 def test_a_prompt_with_a_picture_is_refused_in_one_sentence():
