@@ -106,7 +106,7 @@ class LodaConfig:
 
 THRESHOLDS = {"jsd": 0.45, "symmetric_kl": 3.0, "bhattacharyya": 1.0, "kl": 3.0}
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
 
 @dataclass(frozen=True)

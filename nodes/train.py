@@ -11,12 +11,12 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..conceptsplit_core.hosts.comfy import files
-from ..conceptsplit_core.hosts.comfy.training import train_adapter
+from ..conceptsplit_core.hosts.comfy.training import lists_of, train_adapter
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
 from ..conceptsplit_core.settings import TrainConfig
 from ..conceptsplit_core.text.binding import Concept
-from ..conceptsplit_core.train.data import DEFAULT_TEMPLATES
 from ..conceptsplit_core.train.loop import TrainEvent
+from ..conceptsplit_core.train.prompts import DEFAULT_TEMPLATES
 from .types import ValueAdapterType, field, out, schema, to_image
 
 _DEFAULTS = TrainConfig()
@@ -34,6 +34,8 @@ class ConceptSplitTrain(io.ComfyNode):
             "Only the values of the class word change, so trained concepts can be combined without mixing.",
             search_aliases=["tova", "dreambooth", "lora training", "value adapter", "conceptsplit"],
             is_output_node=True,
+            # A list of pictures of any sizes is one training on all of them, not one training each.
+            is_input_list=True,
             inputs=[
                 field(
                     io.Model,
@@ -45,8 +47,9 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.Image,
                     "images",
-                    "3 to 10 pictures of the one concept, in different places and poses, all of the "
-                    "same size (512 pixels for SD1.5, 768 for SD2.1, 1024 for SDXL).",
+                    "3 to 10 pictures of the one concept, in different places and poses, as a batch or a list. A list "
+                    "of several sizes is scaled and cropped to the model's own (512 pixels for SD1.5, 768 for SD2.1, "
+                    "1024 for SDXL).",
                 ),
                 field(
                     io.String,
@@ -64,7 +67,7 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.String,
                     "file_name",
-                    "Name of the file in models/value_adapters. A file of that name is replaced when training ends.",
+                    "Name of the file in models/value_adapters. It counts up where there is one: rex, rex_2.",
                     default="rex",
                 ),
                 field(
@@ -114,8 +117,9 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.Mask,
                     "mask",
-                    "Optional: white on the concept, one mask for all pictures or one per picture. "
-                    "Use it when all pictures share a background.",
+                    "Optional: white on the concept, one mask for all pictures or one per picture. Use it when all "
+                    "pictures share a background. Load Image's MASK of a cut-out is white on the background: invert "
+                    "it.",
                     optional=True,
                 ),
                 field(
@@ -162,8 +166,7 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.Boolean,
                     "resume",
-                    "Continue a training that was stopped, or one that ended with fewer steps. All "
-                    "other settings must be as they were.",
+                    "Continue a training that was stopped. All other settings but the steps must be as they were.",
                     default=False,
                     optional=True,
                     advanced=True,
@@ -196,6 +199,7 @@ class ConceptSplitTrain(io.ComfyNode):
         )
 
     @classmethod
+    @lists_of("images", "mask")
     def execute(
         cls,
         model: Any,
@@ -220,7 +224,7 @@ class ConceptSplitTrain(io.ComfyNode):
         sample_every: int = 0,
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
-        path = files.new_path(file_name)  # a bad name is told before an hour of training, not after
+        path = files.new_path(file_name)  # a bad name is an error before an hour of training, not after
         config = TrainConfig(
             steps=steps,
             batch_size=batch_size,
@@ -260,13 +264,12 @@ class ConceptSplitTrain(io.ComfyNode):
             alpha,
             config,
             gradient_checkpointing,
-            path.with_suffix(".checkpoint"),
+            path,
             resume,
             on_event,
             sample_every,
             on_sample,
         )
-        files.save_named(result.adapter, file_name)
         if not samples:
             samples.append(np.full((64, 64, 3), 255, np.uint8))
             labels.append("sample_every is 0")

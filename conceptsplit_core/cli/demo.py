@@ -28,7 +28,7 @@ from ..method.divergence import pairwise
 from ..method.maps import distributions
 from ..settings import LodaConfig, TrainConfig
 from ..text.binding import Concept
-from ..train.data import training_facts
+from ..train.adapter import training_facts
 from ..train.loop import TrainEvent, train
 from .common import bar, machine, open_model, say, to_tensor, write_picture
 

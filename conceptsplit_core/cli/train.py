@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,26 +15,21 @@ from ..adapters.file import save_adapter
 from ..errors import ConceptSplitError
 from ..settings import TrainConfig
 from ..text.binding import Concept
-from ..train.data import DEFAULT_TEMPLATES, Process, expand_templates, training_facts
-from ..train.loop import TrainEvent, train
-from .common import (
-    PRECISION,
-    bar,
-    choose_device,
-    list_pictures,
-    open_model,
-    open_picture,
-    read_masks,
-    read_pictures,
-    say,
-    write_picture,
-)
+from ..train.adapter import training_facts
+from ..train.checkpoint import TrainingFiles, training_files
+from ..train.data import Process
+from ..train.folder import mask_files, picture_folder
+from ..train.identity import digest
+from ..train.loop import TrainResult, train
+from ..train.progress import ProgressBar
+from ..train.prompts import DEFAULT_TEMPLATES, expand_templates
+from ..train.reading import open_mask, open_picture, read_masks, read_pictures
+from .common import PRECISION, choose_device, launched, open_model, say, silent, to_tensor, write_picture
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Process]:
+def joined(device: torch.device, world: int) -> Iterator[Process]:
     """This process's part in the training that `accelerate launch` or torchrun started; alone without either."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Process()
         return
@@ -55,21 +50,36 @@ def joined(device: torch.device) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Trains and writes FILE, FILE's loss curve, and a state to resume from."""
-    concept = Concept(arguments.name, arguments.class_word)
+def adapter_path(arguments: argparse.Namespace) -> Path:
+    """Where the adapter was asked to be written.
+
+    Raises:
+        ConceptSplitError: a folder, or another ending than .safetensors.
+    """
     out = Path(arguments.out or f"{arguments.name}.safetensors").expanduser()
     if out.suffix != ".safetensors":
         raise ConceptSplitError(f"The adapter file '{out.name}' must end in .safetensors.")
     if out.is_dir():
         raise ConceptSplitError(f"'{out}' is a folder: give --out a file name.")
-    state = out.with_name(f"{out.stem}.training.safetensors")
+    return out
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains and writes FILE and its loss curve; a training that is stopped also leaves a state to resume from."""
+    concept = Concept(arguments.name, arguments.class_word)
+    out = adapter_path(arguments)
     if arguments.template:
         expand_templates(arguments.template, concept.class_word)
     # Everything about the input that can be wrong is found before a model is opened.
-    files = list_pictures(arguments.images)
+    folder = picture_folder(arguments.images)
+    files = folder.pictures
+    if folder.left_out:
+        say(f"Not used in {arguments.images}: {folder.left_out}.")
     for file in files:
         open_picture(file)
+    masks = mask_files(arguments.masks, files) if arguments.masks else []
+    for file in masks:
+        open_mask(file)
     config = TrainConfig(
         steps=arguments.steps,
         batch_size=arguments.batch,
@@ -84,59 +94,77 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
     # Also before the processes meet: one that leaves early would let the others wait.
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched().world
     if config.batch_size % world:
         raise ConceptSplitError(
             f"A batch of {config.batch_size} cannot be shared by {world} processes: use a multiple of it."
         )
-
-    with joined(choose_device(arguments.device)) as process:
+    with joined(choose_device(arguments.device), world) as process:
+        written = training_files(out, arguments.resume)
+        for note in written.notes:
+            say(note)
         model = open_model(arguments)
         from ..hosts import diffusers as host
 
-        config = TrainConfig(**{**vars(config), "prediction_type": model.prediction_type})
+        config = replace(config, prediction_type=model.prediction_type)
         size = arguments.size or (model.default_size, model.default_size)
         if size[0] % model.pixel_factor or size[1] % model.pixel_factor:
             raise ConceptSplitError(
                 f"A size of {size[1]} × {size[0]} pixels does not fit the model: use multiples of {model.pixel_factor}."
             )
         templates = tuple(arguments.template or model.templates or DEFAULT_TEMPLATES)
-        say(f"{len(files)} pictures at {size[1]} × {size[0]}, model family {model.family}, {model.prediction_type}")
-        images = read_pictures(files, size)
-        masks = read_masks(arguments.masks, files, size) if arguments.masks else None
-        data = host.training_data(model, images, concept, templates, masks)
-        adapter = host.new_adapter(model, concept, arguments.rank, arguments.alpha, arguments.seed)
+        say(f"{folder.count} at {size[1]} × {size[0]}, model family {model.family}, {model.prediction_type}")
+        images = to_tensor(read_pictures(files, size))
+        covers = torch.from_numpy(read_masks(masks, files, size)) if masks else None
+        identity = {
+            "images": digest(*(file.read_bytes() for file in files)),
+            "masks": digest(*(file.read_bytes() for file in masks)),
+            "size": digest(size),
+        }
+        data = host.training_data(model, images, concept, templates, covers, identity)
+        facts = training_facts(config, len(files), templates, size)
+        adapter = host.new_adapter(model, concept, arguments.rank, arguments.alpha, arguments.seed, facts)
+        progress = ProgressBar(config.steps, concept.name, silent())
 
-        progress = bar(config.steps, f"<{concept.name}>")
-        recent: list[float] = []
-
-        def on_event(event: TrainEvent) -> None:
-            recent.append(event.loss)
-            del recent[:-50]
-            progress.update(event.step - progress.n)
-            progress.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}", refresh=False)
+        def write(result: TrainResult) -> None:
+            if process.rank == 0:
+                _write(result, written, arguments.store)
 
         try:
             with host.training_denoiser(model, adapter, arguments.checkpointing) as denoise:
                 result = train(
-                    adapter, data, model.alphas_cumprod, denoise, config, on_event, state, arguments.resume, process
+                    adapter,
+                    data,
+                    model.alphas_cumprod,
+                    denoise,
+                    config,
+                    progress,
+                    written.state,
+                    arguments.resume,
+                    process,
+                    write,
                 )
         except KeyboardInterrupt:
             progress.close()
-            if state.exists():
-                say(f"Stopped. The same command with --resume goes on from {state.name}.")
+            if written.state.exists():
+                say(f"Stopped. The same command with --resume goes on from {written.state.name}.")
             raise
         finally:
             progress.close()
+        write(result)
         if process.rank == 0:
-            facts = training_facts(config, len(files), templates)
-            facts["size"] = [size[1], size[0]]
-            finished = result.adapter.with_info(training=facts)
-            save_adapter(finished, out, PRECISION[arguments.store])
-            curve = out.with_name(f"{out.stem}.loss.png")
-            write_picture(pictures.loss_curve(result.losses, title=f"training loss of <{concept.name}>"), curve)
-            last = result.losses[-min(50, len(result.losses)) :]
-            say(
-                f"{out} ({out.stat().st_size / 2**20:.2f} MiB) after {len(result.losses)} steps in "
-                f"{result.seconds:.0f} s, loss {sum(last) / len(last):.4f}; curve in {curve.name}"
-            )
+            written.state.unlink(missing_ok=True)
+
+
+def _write(result: TrainResult, written: TrainingFiles, store: str) -> None:
+    """The adapter with the steps it was trained for in its facts, and its loss curve."""
+    info = result.adapter.info
+    path = written.adapter
+    save_adapter(result.trained(), path, PRECISION[store])
+    curve = path.with_name(f"{path.stem}.loss.png")
+    write_picture(pictures.loss_curve(result.losses, title=f"training loss of <{info.concept}>"), curve)
+    last = result.losses[-min(50, len(result.losses)) :]
+    say(
+        f"{path} ({path.stat().st_size / 2**20:.2f} MiB) after {len(result.losses)} steps in "
+        f"{result.seconds:.0f} s, loss {sum(last) / len(last):.4f}; curve in {curve.name}"
+    )

@@ -25,7 +25,7 @@ from conceptsplit_core.method.maps import distributions, gaussian_blur, normalis
 from conceptsplit_core.method.regions import region_bias, regions, resize_regions
 from conceptsplit_core.settings import LodaConfig, TrainConfig
 from conceptsplit_core.text.binding import Concept, Specials, bind, content, find_rows, placeholders, row_mask
-from conceptsplit_core.train.data import expand_templates
+from conceptsplit_core.train.prompts import expand_templates
 
 # A busy machine is not a failure, and the same examples are drawn on every machine.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

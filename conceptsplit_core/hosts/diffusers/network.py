@@ -19,7 +19,7 @@ from ...adapters.value import ValueAdapter
 from ...errors import ConceptSplitError
 from ...method.attention import bound_attention
 from ...network.hooks import ValueState, hook_values, remove_hooks
-from .load import DiffusersModel
+from .model import DiffusersModel
 
 # --- layers ---------------------------------------------------------------------------------------------------
 

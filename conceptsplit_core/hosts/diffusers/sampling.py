@@ -23,7 +23,7 @@ from ...network.grid import aggregate, choose_layers, level_sizes
 from ...network.hooks import KeptDeltas
 from ...settings import LodaConfig
 from ...text.binding import row_mask
-from .load import DiffusersModel
+from .model import DiffusersModel
 from .network import (
     call_unet,
     layer_factors,

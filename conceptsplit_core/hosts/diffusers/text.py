@@ -10,7 +10,7 @@ from torch import Tensor
 
 # MODULE loda loda_core
 from ...text.binding import Binding, Concept, Specials, bind
-from .load import DiffusersModel, TextEncoder
+from .model import DiffusersModel, TextEncoder
 
 # --- text -----------------------------------------------------------------------------------------------------
 
