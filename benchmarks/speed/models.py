@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import load as host_load
-from conceptsplit_core.hosts.diffusers.load import TEXT_CONFIGS, UNET_CONFIGS, VAE_CONFIG
+from conceptsplit_core.hosts.diffusers import model as host_model
+from conceptsplit_core.hosts.diffusers.configs import TEXT_CONFIGS, UNET_CONFIGS, VAE_CONFIG
 from conceptsplit_core.train.data import TrainBatch
 
 FAMILIES = ("sd15", "sd21", "sdxl")
@@ -150,7 +150,7 @@ def reduced(family: str, width: int = 96, cells: int = 32) -> Built:
     text = dict(TEXT_CONFIGS["open" if family == "sd21" else "clip"])
     text["num_hidden_layers"] = max(1, text["num_hidden_layers"] * width * cells**2 // (320 * 64**2))
     encoder = CLIPTextModel(CLIPTextConfig(**text)).requires_grad_(False).eval()
-    built.model.encoders = (host_load.TextEncoder(None, encoder),)
+    built.model.encoders = (host_model.TextEncoder(None, encoder),)
     built.name = f"{family_name(family)} at {width / 320:.1f} of its width, {cells}² latent"
     return built
 

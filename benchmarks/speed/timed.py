@@ -19,7 +19,7 @@ from torch import Tensor
 
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import load as host_load
+from conceptsplit_core.hosts.diffusers import model as host_model
 from conceptsplit_core.network.hooks import KeptDeltas
 from conceptsplit_core.settings import LodaConfig, TrainConfig
 from conceptsplit_core.text.binding import Binding
@@ -485,7 +485,7 @@ def _real_rows(family: str) -> Iterator[Row]:
     yield from kind_rows(built, 5)
     built.model.vae = models.vae(torch.float32)
     encoders = models.text_encoders(family, torch.float32)
-    built.model.encoders = tuple(host_load.TextEncoder(None, encoder) for encoder in encoders)
+    built.model.encoders = tuple(host_model.TextEncoder(None, encoder) for encoder in encoders)
     yield from training_rows(built, 3, steps=1)
 
 

@@ -146,7 +146,9 @@ class KeptChanges:
     def text(self, context: Tensor, mask: TokenMask) -> KeptText:
         """The entry of this text [B, L, d] under this mask; a new one if it has not been met."""
         rows = context.flatten(0, 1)[mask.places]
-        known = next((text for text in self.texts if text.holds(rows, mask)), None) or KeptText(mask.on_cpu.clone(), rows)
+        known = next((text for text in self.texts if text.holds(rows, mask)), None) or KeptText(
+            mask.on_cpu.clone(), rows
+        )
         self.texts = [known, *(text for text in self.texts if text is not known)][: self.limit]
         return known
 
