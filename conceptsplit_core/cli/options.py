@@ -65,7 +65,7 @@ examples:
   Learn a dog from the pictures in a folder (4 to 6 are enough), on the model in sd15.safetensors:
     python -m conceptsplit_core train --images photos/rex --class-word dog --name rex --model sd15.safetensors \\
         --tokenizer ComfyUI/comfy/sd1_tokenizer --out rex.safetensors
-  Continue after Ctrl+C, or train longer with a higher --steps:
+  Continue after Ctrl+C (until then the adapter so far is in --out):
     the same command with --resume
   Less memory:
     --precision bf16 --checkpointing --batch 1
