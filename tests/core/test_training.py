@@ -55,6 +55,10 @@ def test_every_image_is_seen_once_per_epoch():
 def test_masks_weigh_the_error():
     d = data(masks=True)
     batch = make_batch(d, ALPHAS, TrainConfig(batch_size=2, background_weight=0.0), 0, Process())
+    inside = d.masks[image_order(5, 2, 0, 0)]
+    assert torch.equal(batch.weight, inside)
+    quarter = make_batch(d, ALPHAS, TrainConfig(batch_size=2, background_weight=0.25), 0, Process())
+    assert torch.equal(quarter.weight, torch.where(inside > 0, 1.0, 0.25))
     wrong = batch.target + (batch.weight == 0).float() * 5
     assert batch_loss(wrong, batch) == 0
     assert batch_loss(batch.target + (batch.weight > 0).float(), batch) > 0.99

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from . import test_prompts
 from .conftest import pack, run
 from .test_training import PlainVAE, adapters, equal, pictures, stop_after, train
+
+executor = test_prompts.executor
 
 
 @pytest.fixture
@@ -56,10 +59,10 @@ def test_case_1_pictures_of_several_sizes(sd, monkeypatch, caplog):
     masks[0][:, :, 60:] = 0.0
     with caplog.at_level(logging.WARNING, "ConceptSplit"):
         ((data, _, _, adapter),) = spied(monkeypatch, sd, images=images, mask=masks, file_name="test/sizes", steps=1)
-    assert data.latents.shape == (3, 4, 8, 8) and data.masks.shape == (3, 1, 8, 8)
+    assert data.latents.shape == (3, 4, 16, 16) and data.masks.shape == (3, 1, 16, 16)
     facts = adapter.info.training
-    assert (facts["images"], facts["width"], facts["height"]) == (3, 64, 64), "the demo model's own size"
-    assert float(data.masks[0, :, :, :5].min()) > 0.9 and float(data.masks[0, :, :, 6:].max()) < 0.1
+    assert (facts["images"], facts["width"], facts["height"]) == (3, 128, 128), "the demo model's own size"
+    assert float(data.masks[0, :, :, :10].min()) > 0.9 and float(data.masks[0, :, :, 12:].max()) < 0.1
     said = [record.getMessage() for record in caplog.records if "sizes" in record.getMessage()]
     assert len(said) == 1 and "The 3 training images have 2 sizes: all are scaled and cropped" in said[0]
 
@@ -323,3 +326,23 @@ def test_recomputation_sees_the_blocks_own_options(sd, monkeypatch):
     assert len(seen) >= 2 and all(len(passes) == 2 for passes in seen.values())
     assert all(first == second for first, second in seen.values())
     assert len({passes[0] for passes in seen.values()}) == len(seen), "no two blocks are told the same place"
+
+
+def test_case_1_a_list_through_the_hosts_executor(base, executor):
+    """RebatchImages makes a list of four pictures of one batch: one training, not four that overwrite each other."""
+    graph = {
+        1: ("ConceptSplitDemoCheckpoint", {}),
+        2: ("ConceptSplitDemoImages", {"concept": "bobo", "count": 4, "seed": 0}),
+        3: ("RebatchImages", {"images": ["2", 0], "batch_size": 1}),
+        4: (
+            "ConceptSplitTrain",
+            {
+                "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["3", 0], "concept_name": "bobo",
+                "class_word": ["2", 1], "file_name": "test/executed", "steps": 2, "batch_size": 2,
+                "learning_rate": 0.001, "rank": 2, "seed": 0, "templates": "a {}",
+            },
+        ),
+    }  # fmt: skip
+    test_prompts.execute(executor, graph)
+    (path,) = adapters(base).glob("executed*.safetensors")
+    assert pack("conceptsplit_core.adapters.file").load_adapter(path).info.training["images"] == 4
