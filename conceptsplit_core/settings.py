@@ -188,7 +188,8 @@ class LodaConfig:
         "normalised",
         "update rule",
         "normalised: the gradient without its mean over the picture, divided by its own size, so that a strength means "
-        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20.",
+        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20. "
+        "sign: as normalised, but every cell moves equally far.",
         choices=update_rules,
         advanced=True,
     )
@@ -304,7 +305,8 @@ class LodaConfig:
         "top",
         "AFG regions",
         "How a concept's region is found. top: its strongest pixels, the stronger concept where two claim one. "
-        "overlapping: the same, shared, as in the paper. argmax: every pixel to the concept that is strongest there.",
+        "overlapping: the same, shared, as in the paper. argmax: every pixel to the concept that is strongest there. "
+        "by_place: the same, but concepts of one class divide their part of the picture by place.",
         choices=region_rules,
         advanced=True,
     )
@@ -313,6 +315,17 @@ class LodaConfig:
         "LoRA regions",
         "The same for the region in which the LoRA of a concept acts.",
         choices=region_rules,
+        advanced=True,
+    )
+    suppression: float = option(
+        0.0,
+        "suppression",
+        "Share of its attention that a concept loses at every pixel where another concept's is stronger, in every step "
+        "(T2I-Zero).",
+        "Try 1 with attention fixing guidance switched off.",
+        low=0,
+        high=1,
+        step=0.1,
         advanced=True,
     )
 
@@ -332,7 +345,7 @@ class LodaConfig:
 
     @property
     def acts(self) -> bool:
-        """Whether LODA or AFG would change anything."""
+        """Whether LODA or AFG would change anything; suppression needs no stage of a run."""
         return self.loda_steps != 0 and (self.loda_strength != 0 or self.afg)
 
     def held(self, total: int) -> int:

@@ -81,7 +81,7 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
     jsd: per prompt style and step of the schedule's first half, quartiles over prompts, maps as LODA reads them.
     """
     model = bench.model
-    factors = host.layer_factors(model.unet)
+    factors = {site.name: site.downscale for site in host.network_map(model).attention}
     drawn: list[scenes.Scene] = []
     seed = 30_000_000
     while len(drawn) < pictures:
@@ -103,7 +103,7 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
     for level in (300, 500, 700, 900):
         alpha = float(model.alphas_cumprod[level])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(level))
-        with host.patched(model) as patch, patch.capturing(list(factors), mask, leave=False) as maps:
+        with host.patched(model) as patch, patch.capturing(list(factors), mask) as maps:
             host.call_unet(model, alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise, level, context)
             found = dict(maps)
         for factor in sorted(set(factors.values())):

@@ -20,7 +20,7 @@ from ..errors import ConceptSplitError
 from ..train.folder import OURS, PROGRAM
 
 if TYPE_CHECKING:
-    from ..hosts.diffusers.load import DiffusersModel
+    from ..hosts.diffusers.model import DiffusersModel
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

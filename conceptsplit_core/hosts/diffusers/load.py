@@ -26,18 +26,20 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     prediction_type: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    demo_file: str | os.PathLike[str] | None = None,
 ) -> DiffusersModel:
     """Opens `source`: the word ``demo``, a folder in diffusers format, or a .safetensors checkpoint.
 
     Args:
         prediction_type: "epsilon" or "v_prediction" to overrule what was detected.
         tokenizer: folder with CLIP's vocab.json and merges.txt; only needed for single checkpoint files.
+        demo_file: for ``demo`` another checkpoint of the demo model's format.
 
     Raises:
         ConceptSplitError: what is missing or not readable, in one sentence.
     """
     if str(source) == "demo":
-        model = _load_demo()
+        model = _load_demo(demo_file)
     else:
         path = Path(source).expanduser()
         if path.is_dir():
@@ -155,14 +157,14 @@ def _variant(folder: Path) -> str | None:
 DEMO_TEMPLATES = ("a {}", "a photo of a {}", "the {}", "a picture of a {}", "a drawing of a {}")
 
 
-def _load_demo() -> DiffusersModel:
+def _load_demo(file: str | os.PathLike[str] | None = None) -> DiffusersModel:
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     from ...demo import checkpoint
 
     try:
-        parts = checkpoint.load()
+        parts = checkpoint.load(Path(file) if file else checkpoint.DEMO_FILE)
     except (OSError, ValueError, KeyError, SafetensorError) as problem:
         raise ConceptSplitError(f"The demo model cannot be loaded: {problem}.") from None
     config = parts.config
@@ -188,6 +190,6 @@ def _load_demo() -> DiffusersModel:
         prediction_type=settings["prediction_type"],
         alphas_cumprod=alphas,
         scheduler=settings,
-        source="demo",
+        source=str(file or "demo"),
         templates=DEMO_TEMPLATES,
     )

@@ -322,6 +322,38 @@ def test_afg_biases_only_the_conditional_rows(marked):
     assert not (regions[0] & regions[1]).any() and regions.any(dim=1).all()
 
 
+def test_suppression_weakens_the_weaker_concept_at_every_pixel(marked):
+    """Against maps computed here from the queries and keys that another pack's attention override is given."""
+    model, clip = marked
+    blur = pack("conceptsplit_core.method.maps").gaussian_blur
+    seen = []
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        mask = kwargs.get("mask")
+        if mask is not None:
+            split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+            share = torch.softmax(split(q) @ split(k).mT * split(q).shape[-1] ** -0.5, dim=-1).mean(dim=1)
+            seen.append((share[:, :, [5, 8]].mT, mask))
+        return func(q, k, v, heads, *args, **kwargs)
+
+    theirs = model.clone()
+    theirs.model_options["transformer_options"]["optimized_attention_override"] = override
+    conds = encode(clip, "a photo of a dog and a cat"), encode(clip, "a dog and a cat")
+    out, _ = sample_loda(theirs, *conds, steps=2, loda_steps=0, afg=False, suppression=0.75)
+    assert len(seen) == 14, "two steps, seven cross-attention layers"
+    for share, mask in seen:
+        negative, positive = mask
+        assert not negative.any() and not positive[:, [i for i in range(77) if i not in (5, 8)]].any()
+        side = round(share.shape[-1] ** 0.5)
+        maps = blur(share[1:].unflatten(-1, (side, side)), 1.0)[0].flatten(1)
+        clear = (maps[0] - maps[1]).abs() > 1e-4 * maps.sum(dim=0)
+        assert clear.any()
+        expected = torch.where(maps.amax(dim=0)[:, None] > maps.T, torch.log(torch.tensor(0.25)), 0.0)
+        torch.testing.assert_close(positive[:, [5, 8]][clear], expected[clear])
+    plain, _ = sample_loda(theirs, *conds, steps=2, loda_steps=0, afg=False)
+    assert not torch.equal(out, plain)
+
+
 @pytest.mark.parametrize(("scheduler", "sampler"), [("normal", "euler"), ("karras", "dpmpp_2m"), ("simple", "uni_pc")])
 @pytest.mark.parametrize(("end", "held"), [(1.0, 8), (0.7, 6), (0.5, 4), (0.25, 0)])
 def test_afg_lets_go_after_its_share_of_the_steps(marked, scheduler, sampler, end, held):
