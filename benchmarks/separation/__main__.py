@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--fresh", action="store_true", help="measure anew what is kept for these arms and sets")
     made.add_argument("--report-only", action="store_true", help="draw nothing; write the report of what is kept")
     made.add_argument("--out", type=Path, help="JSON file; its name with .jpg is the picture grid")
-    made.add_argument("--page", type=Path, help="page whose tables are filled in (full run: docs/separation.md)")
+    made.add_argument("--page", type=Path, help="page whose tables are filled in (full run: docs/tables/separation.md)")
     made.add_argument("--section", help="put all tables into this one block of the page (for another model)")
     made.add_argument("--minutes", type=float, default=float("inf"), help="begin no further job after this time")
     made.add_argument("--steps", type=int, default=methods.Sampling.steps, help="DDIM steps")
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.tune:
             out = args.out or RESULTS / "separation_tuning.json"
-            page = args.page or (None if args.quick else Path("docs/separation.md"))
+            page = args.page or (None if args.quick else Path("docs/tables/separation.md"))
             tune.main(bench, loda, args, until, out, page)
         else:
             measure(bench, loda, args, until)
@@ -140,7 +140,7 @@ def measure(bench: run.Bench, loda: LodaConfig, args: argparse.Namespace, until:
     for group in groups:
         if group.name == "main":
             report.grid(bench, plan.arms_of(group, table), group.key_sets()[:4], out.with_suffix(".jpg"))
-    page = args.page or (None if args.quick else Path("docs/separation.md"))
+    page = args.page or (None if args.quick else Path("docs/tables/separation.md"))
     if page is not None:
         missing = report.fill(page, report.tables(data) if not args.section else {args.section: report.section(data)})
         if missing:

@@ -83,7 +83,7 @@ def main() -> None:
     args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     if args.out == OUT:
         facts = f"Model weights `{bench.digest}`, {', '.join(data['sets'])} alone, {args.seeds} seeds each."
-        report.fill(Path("docs/separation.md"), {"capacity": f"{facts}\n\n{shown}"})
+        report.fill(Path("docs/tables/separation.md"), {"capacity": f"{facts}\n\n{shown}"})
     print(shown)
     say(f"written to {args.out}")
 

@@ -1,4 +1,4 @@
-"""From records to the JSON file, the tables of docs/separation.md, and the picture grid."""
+"""From records to the JSON file, the tables of docs/tables/separation.md, and the picture grid."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def grounding_table(found: Mapping[str, Any]) -> str:
 
 
 def tables(data: Mapping[str, Any]) -> dict[str, str]:
-    """Markdown per marker of docs/separation.md, from the JSON file's content."""
+    """Markdown per marker of docs/tables/separation.md, from the JSON file's content."""
     out = {}
     model, seeds = data["model"], data["seeds"]
     out["facts"] = (

@@ -84,7 +84,9 @@ class Kept:
         )
 
 
-def adapter_rows(model: host.DiffusersModel, adapter: LowRankAdapter, size: int, draws: int, seeds: int) -> Iterator[Row]:
+def adapter_rows(
+    model: host.DiffusersModel, adapter: LowRankAdapter, size: int, draws: int, seeds: int
+) -> Iterator[Row]:
     """Rows of one adapter, each against the file as shipped (`size` bytes)."""
     concept = Concept(adapter.info.concept, adapter.info.class_word)
     batch = held_out_batch(model, concept, draws)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..settings import LodaConfig
 from .loda import LodaTrace, separate
-from .regions import partition, regions
+from .regions import regions
 
 
 class ReadMaps(Protocol):
@@ -107,8 +107,10 @@ class Timeline:
 
     def _take(self, maps: Tensor) -> None:
         config = self.config
-        found = regions(maps, config.afg_region, config.afg_smoothing)
-        areas = partition(maps, config.afg_smoothing) if self.routed else None
+        found = regions(maps, config.afg_region, config.afg_smoothing, config.afg_rule)
+        areas = None
+        if self.routed:
+            areas = regions(maps, config.afg_region, config.afg_smoothing, config.area_rule).to(maps.dtype)
         for channel, mask in self.given.items():
             own = F.adaptive_avg_pool2d(mask[:, None].to(maps), (maps.shape[-2], maps.shape[-1]))[:, 0]
             # What the user has drawn is the concept's and nobody else's.

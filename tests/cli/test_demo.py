@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,6 +15,7 @@ from conceptsplit_core.adapters.file import load_adapter
 from conceptsplit_core.cli import demo
 from conceptsplit_core.demo import scenes
 
+ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ("training-pictures", "concepts-alone", "composed", "attention", "separation", "bobo.loss", "dax.loss")
 
 
@@ -32,6 +37,25 @@ def test_demo_writes_what_it_promises(call, tmp_path):
     for name in ("bobo", "dax"):
         info = load_adapter(out / f"{name}.safetensors").info
         assert (info.concept, info.class_word, info.base) == (name, scenes.CONCEPTS[name].class_word, "demo")
+
+
+def test_the_demo_computes_on_one_thread_whatever_the_environment_says(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "conceptsplit_core",
+        "demo",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--seeds",
+        "1",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    machine = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["machine"]
+    assert ", 1 threads, " in machine
 
 
 def test_demo_refuses_what_it_does_not_know(refused, tmp_path):

@@ -29,9 +29,11 @@ from ...settings import LodaConfig
 from .autograd import CopyInference, FrozenControl, plain_errors
 from .call import ROWS, Reading
 from .model import KEY, adopt_parameters, compute_dtype
-from .run import Regions, Run
+from .run import Regions, Run, patch_of
 
 log = logging.getLogger("ConceptSplit")
+
+_TOO_FEW = "LODA needs two concepts in the prompt and found %s"
 
 # Samplers of which one step on its own equals that step within a run (tried on both supported hosts, see
 # tests/host). The ancestral ones need one noise source over all segments, or every step draws the same noise.
@@ -53,9 +55,14 @@ NEVER_ALONE = {"sample_unipc", "sample_unipc_bh2"}
 def sample(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
     """SAMPLER_SAMPLE: the same call with a sampler that runs our stages, or the call itself where there is no need."""
     run: Run | None = guider.model_options.get("transformer_options", {}).get(KEY)
-    if run is None or not (run.patch.loda is not None or run.concepts.routed):
+    loda = patch_of(guider.model_patcher).loda
+    if run is None:
+        if loda is not None and loda.acts:
+            log.warning("[ConceptSplit] %s: sampling without LODA.", _TOO_FEW % "none")
         return executor(guider, *args, **kwargs)
-    config = run.patch.loda or LodaConfig(loda_steps=0)
+    if loda is None and not run.concepts.routed:
+        return executor(guider, *args, **kwargs)
+    config = loda or LodaConfig(loda_steps=0)
     bound = bound_concepts(guider, run)
     stages = StagedSampler(executor.class_obj, guider, run, config, tuple(bound))
     reason = stages.unneeded()
@@ -108,13 +115,13 @@ class StagedSampler:
         """Why the sampler may run as it is: a sentence for the user, or "" where they will expect it; None if not."""
         config, names = self.config, self.run.concepts.names
         routed = self.run.concepts.routed
-        if not routed and (config.loda_steps == 0 or (config.loda_strength == 0 and not config.afg)):
+        if not routed and not config.acts:
             return ""
         if len(self.bound) < 2:
             if self.run.patch.loda is None or (routed and config.loda_steps == 0):
                 return ""
             found = f"only <{names[self.bound[0]]}>" if self.bound else "none"
-            return f"LODA needs two concepts in the prompt and found {found}"
+            return _TOO_FEW % found
         if not isinstance(self.sampler, comfy.samplers.KSAMPLER):
             return f"LODA does not know the sampler {type(self.sampler).__name__}"
         return None

@@ -77,6 +77,7 @@ def demo_graph(prompt="a circle and a square", seed=1, loda=2, **adapter):
                 "latent_image": ["5", 0],
                 "denoise": 1.0,
                 "loda_steps": loda,
+                "loda_iterations": 3,
                 "loda_strength": 0.1,
                 "afg": True,
             },
@@ -130,6 +131,7 @@ def test_train_then_apply_in_one_graph(executor, base):
                 "learning_rate": 0.001,
                 "rank": 4,
                 "seed": 0,
+                "sample_every": 0,
                 "templates": "a {}",
             },
         ),
@@ -218,7 +220,7 @@ def test_interrupt_of_a_running_prompt_and_the_next_one(executor, base):
     assert (picture(base, execute(executor, demo_graph(seed=8))) == first).all()
     (model, *_) = run("ConceptSplitDemoCheckpoint")
     assert all(torch.equal(value, kept[key]) for key, value in weights(model).items())
-    assert patch.base_family(model.model) == "demo"
+    assert patch.network_map(model.model).family == "demo"
 
 
 def test_demo_adapter_on_another_family_is_refused(loaded):
