@@ -58,13 +58,13 @@ def test_the_loss_is_the_one_diffusers_computes(load, family, zero_snr, masked):
     # The delta merged into the text instead of hooked onto the layers: B A (α / r) on the bound rows.
     rows = batch.mask[..., 0] > 0
     handles = []
-    for name, module in host.cross_attention_layers(model.unet).items():
-        matrix = adapter.up[name] @ adapter.down[name] * (2.0 / 4)
+    for name, up in adapter.up.items():
+        matrix = up @ adapter.down[name] * (2.0 / 4)
 
         def add(_, inputs, output, matrix=matrix):
             return output + (inputs[0] @ matrix.t()) * rows[..., None]
 
-        handles.append(module.to_v.register_forward_hook(add))
+        handles.append(model.unet.get_submodule(name).register_forward_hook(add))
     extra = {}
     if family == "sdxl":
         ids = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]]).expand(4, -1)
