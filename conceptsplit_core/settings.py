@@ -24,7 +24,7 @@ PLAN_SHARE = 0.3
 SEEDS = 2**64
 """Seeds are 0 to SEEDS − 1 and wrap around, as in ComfyUI."""
 MAP_PARTS = ("auto", "all", "down")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
 
 def divergences() -> tuple[str, ...]:
@@ -451,8 +451,8 @@ class TrainConfig:
     resume: bool = option(
         False,
         "resume",
-        "Continues a training that was stopped, or one that ended with fewer steps, to the same result as without the "
-        "stop. All other settings must be as they were.",
+        "Continues a training that was stopped, to the same result as without the stop. All settings but the number of "
+        "steps must be as they were.",
         advanced=True,
         continues=True,
     )

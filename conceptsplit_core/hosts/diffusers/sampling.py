@@ -22,7 +22,7 @@ from ...network.grid import aggregate, choose_layers, level_sizes
 from ...network.hooks import KeptChanges, Scope
 from ...settings import LodaConfig
 from ...text.binding import row_mask
-from .load import DiffusersModel
+from .model import DiffusersModel
 from .network import Patch, call_unet, patched
 from .pictures import decode_latents
 from .text import Conditioning, _tile, empty_conditioning
