@@ -7,33 +7,24 @@ order. Saved graphs hold values by position: a new field goes to the end of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from .errors import ConceptSplitError
 from .method.divergence import DIVERGENCES
+from .method.partition import REGION_RULES
+from .method.updates import UPDATE_RULES
 
 AUTO = -1
 SHARE = 0.2
 """Share of the schedule that is optimised when loda_steps is AUTO: the paper's 10 of 50 steps."""
 SEEDS = 2**64
 """Seeds are 0 to SEEDS − 1 and wrap around, as in ComfyUI."""
-STEP_RULES = ("normalised", "gradient")
+PLAN_SHARE = 0.3
+"""Share of the schedule that is drawn ahead to find routed concepts' places, without LODA."""
 MAP_PARTS = ("auto", "all", "down")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-THRESHOLDS = {"jsd": 0.45, "symmetric_kl": 3.0, "bhattacharyya": 1.0, "kl": 3.0}
-
-
-def divergences() -> tuple[str, ...]:
-    """Names of the registered divergences."""
-    return tuple(DIVERGENCES)
-
-
-def default_threshold(divergence: str) -> float:
-    """The divergence that counts as far enough apart, in its own unit. Defaults are the same overlap for all: two
-    Gaussian blobs of σ = 1/8 of the picture whose centres are about 3 σ apart."""
-    return THRESHOLDS[divergence]
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Option:
     label: a few words for it.  help: one sentence on what it does.  change: when to change it, and how.
     low, high: range of a number, both ends allowed.
     step: by how much a widget's arrows change it.
-    choices: allowed values, or a function that lists them.
+    choices: allowed values, or a registry whose names are allowed.
     advanced: rarely changed; nodes show it behind an options node or an unfolded section.
     shown: False for what a host sets itself.
     continues: may differ between a training and the one that resumes it.
@@ -56,7 +47,7 @@ class Option:
     low: float = 0
     high: float = 1
     step: float = 1
-    choices: tuple | Callable[[], tuple] = ()
+    choices: Collection = ()
     advanced: bool = False
     shown: bool = True
     continues: bool = False
@@ -64,8 +55,8 @@ class Option:
 
     @property
     def allowed(self) -> tuple:
-        """The choices, now."""
-        return self.choices() if callable(self.choices) else self.choices
+        """The choices; what a registry holds now."""
+        return tuple(self.choices)
 
     @property
     def text(self) -> str:
@@ -182,15 +173,16 @@ class LodaConfig:
         "normalised",
         "update rule",
         "normalised: the gradient without its mean over the picture, divided by its own size, so that a strength means "
-        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20.",
-        choices=STEP_RULES,
+        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20. "
+        "sign: the sign of the gradient without its mean, so that every cell moves alike.",
+        choices=UPDATE_RULES,
         advanced=True,
     )
     divergence: str = option(
         "jsd",
         "divergence",
         "How the overlap of two attention maps is measured; kl is the paper's and depends on the order of the words.",
-        choices=divergences,
+        choices=DIVERGENCES,
         advanced=True,
     )
     threshold: float = option(
@@ -284,6 +276,31 @@ class LodaConfig:
         step=0.01,
         advanced=True,
     )
+    plan_steps: int = option(
+        AUTO,
+        "plan steps",
+        "With routed LoRAs: steps that are drawn ahead to find the concepts' places; -1 takes as many as loda_steps, "
+        "or 0.3 of the steps without LODA.",
+        low=AUTO,
+        high=10_000,
+        advanced=True,
+    )
+    afg_rule: str = option(
+        "top",
+        "AFG rule",
+        "How regions are found. top: each concept's strongest share of the pixels, none shared. overlapping: the same, "
+        "shared, as in the paper's code. argmax: every pixel goes to the concept that is strongest there. by_place: as "
+        "argmax, and concepts with one map divide it by place.",
+        choices=REGION_RULES,
+        advanced=True,
+    )
+    area_rule: str = option(
+        "argmax",
+        "area rule",
+        "The same for the areas in which routed LoRAs act.",
+        choices=REGION_RULES,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         _check(self, "LODA")
@@ -291,14 +308,18 @@ class LodaConfig:
     @property
     def target(self) -> float:
         """t of ReLU(t − HM(D)) in force."""
-        return self.threshold or default_threshold(self.divergence)
+        return self.threshold or DIVERGENCES[self.divergence].threshold
 
     def for_schedule(self, total: int) -> LodaConfig:
         """The same settings with `loda_steps` as a number, for a run of `total` sampling steps."""
-        return replace(
-            self,
-            loda_steps=max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total),
-        )
+        steps = max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total)
+        plan = steps or max(1, round(PLAN_SHARE * total)) if self.plan_steps == AUTO else min(self.plan_steps, total)
+        return replace(self, loda_steps=steps, plan_steps=plan)
+
+    @property
+    def acts(self) -> bool:
+        """Whether LODA or AFG would change anything."""
+        return self.loda_steps != 0 and (self.loda_strength != 0 or self.afg)
 
     def held(self, total: int) -> int:
         """The step (0-based) of a run of `total` at which AFG lets go; `total` or more: never."""

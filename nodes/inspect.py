@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..conceptsplit_core.hosts.comfy.patch import MapsHandle
+from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps
 from ..conceptsplit_core.pictures import notice_sheet, separation_curve, trace_curve, trace_sheets
 from .types import AttentionMapsType, field, out, schema, to_image
 
@@ -41,7 +41,7 @@ class ConceptSplitPreview(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, attention_maps: MapsHandle, images: Any) -> io.NodeOutput:
+    def execute(cls, attention_maps: AttentionMaps, images: Any) -> io.NodeOutput:
         pictures = images.cpu().numpy()
         trace = attention_maps.trace
         if trace is None or trace.before is None:

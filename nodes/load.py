@@ -7,13 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..conceptsplit_core.adapters.value import ValueAdapter
+from ..conceptsplit_core.adapters.low_rank import LowRankAdapter
 from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.clip import with_concepts
 from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
 from ..conceptsplit_core.settings import LoaderConfig, from_values
-from ..conceptsplit_core.text.binding import Concept
+from ..conceptsplit_core.text.concepts import Concept, marked_concepts
 from .types import ValueAdapterType, field, out, schema, setting_fields
 
 _MODEL = "The model to teach the concept to. Loaders chain: connect one loader's outputs to the next loader's inputs."
@@ -51,7 +51,7 @@ def _outputs() -> list[Any]:
 
 
 def _apply(
-    model: Any, clip: Any, adapter: ValueAdapter, concept_name: str, class_word: str, given: dict[str, Any]
+    model: Any, clip: Any, adapter: LowRankAdapter, concept_name: str, class_word: str, given: dict[str, Any]
 ) -> io.NodeOutput:
     config = from_values(LoaderConfig, given)
     name = concept_name.strip().strip("<>") or adapter.info.concept
@@ -60,8 +60,9 @@ def _apply(
         raise ConceptSplitError(
             f"The value adapter '{name}' stores no class word: write it into class_word, e.g. 'dog'."
         )
-    knowing = with_concepts(clip, [Concept(name, word)])
-    loaded = LoadedAdapter(name, adapter, config.strength, config.start_percent, config.end_percent)
+    concept = Concept(name, word)
+    knowing = with_concepts(clip, [concept])
+    loaded = LoadedAdapter(concept.name, adapter, config.strength, config.start_percent, config.end_percent)
     return io.NodeOutput(with_adapter(model, loaded), knowing)
 
 
@@ -134,7 +135,7 @@ class ConceptSplitApply(io.ComfyNode):
         cls,
         model: Any,
         clip: Any,
-        value_adapter: ValueAdapter,
+        value_adapter: LowRankAdapter,
         concept_name: str = "",
         class_word: str = "",
         **given: Any,
@@ -176,7 +177,7 @@ class ConceptSplitSave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, value_adapter: ValueAdapter, file_name: str, reduce_rank: int = 0) -> io.NodeOutput:
+    def execute(cls, value_adapter: LowRankAdapter, file_name: str, reduce_rank: int = 0) -> io.NodeOutput:
         return io.NodeOutput(files.save_reduced(value_adapter, file_name, reduce_rank))
 
 
@@ -205,18 +206,7 @@ class ConceptSplitMarkWords(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, words: str) -> io.NodeOutput:
-        return io.NodeOutput(with_concepts(clip, _marked(words)))
-
-
-def _marked(words: str) -> list[Concept]:
-    concepts = []
-    for part in (part.strip() for part in words.split(",")):
-        if part:
-            name, colon, word = part.partition(":")
-            concepts.append(Concept(name.strip(), word.strip()) if colon else Concept(part.replace(" ", "_"), part))
-    if not concepts:
-        raise ConceptSplitError("There is no word to mark: write at least one, such as 'cat, dog'.")
-    return concepts
+        return io.NodeOutput(with_concepts(clip, marked_concepts(words)))
 
 
 NODES = [ConceptSplitLoader, ConceptSplitApply, ConceptSplitSave, ConceptSplitMarkWords]

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
-from ..conceptsplit_core.hosts.comfy.patch import MapsHandle, with_loda
+from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, with_loda
 from ..conceptsplit_core.settings import LodaConfig, SampleConfig, from_values
 from .types import AttentionMapsType, LodaOptionsType, field, out, schema, setting_field, setting_fields
 
@@ -34,11 +34,10 @@ def _loda_fields() -> list[Any]:
     ]
 
 
-def _prepared(model: Any, options: LodaConfig | None, given: dict[str, Any]) -> tuple[Any, MapsHandle]:
-    """The model that samples as the LODA inputs ask, the model itself if they ask for none, and where maps will be."""
-    config = from_values(LodaConfig, given, options)
-    maps = MapsHandle()
-    return with_loda(model, config, maps) if config.loda_steps else model, maps
+def _prepared(model: Any, options: LodaConfig | None, given: dict[str, Any]) -> tuple[Any, AttentionMaps]:
+    """The model that samples as the LODA inputs ask, and where maps will be."""
+    maps = AttentionMaps()
+    return with_loda(model, from_values(LodaConfig, given, options), maps), maps
 
 
 class ConceptSplitLodaOptions(io.ComfyNode):

@@ -1,6 +1,6 @@
 """How a concept is learned: kinds of adapters, their hooks on the UNet, and training.
 
-Every kind is a `ValueAdapter` of the core, trained by the core's loop on the same pictures, prompts, timesteps and
+Every kind is a `LowRankAdapter` of the core, trained by the core's loop on the same pictures, prompts, timesteps and
 noise. Kinds differ in the projections they change (layer names get a suffix such as ``/to_k``), in whether the change
 is made at the concept's own text rows only or everywhere, and in what else the training looks at.
 
@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conceptsplit_core.adapters.base import AdapterInfo
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.demo import checkpoint, scenes
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
@@ -136,7 +136,7 @@ def _sees_text(name: str) -> bool:
 def attached(
     model: host.DiffusersModel,
     kind: Kind,
-    parts: Sequence[tuple[ValueAdapter | None, float]],
+    parts: Sequence[tuple[LowRankAdapter | None, float]],
     mask: Tensor | None,
     both_branches: bool = False,
 ) -> Iterator[ValueState]:
@@ -177,7 +177,7 @@ def attached(
         state.clear()
 
 
-def _everywhere(name: str, parts: Sequence[tuple[ValueAdapter | None, float]]) -> Any:
+def _everywhere(name: str, parts: Sequence[tuple[LowRankAdapter | None, float]]) -> Any:
     """A LoRA: the delta at every row of every branch. Summing deltas is merging the weights."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -191,14 +191,14 @@ def _everywhere(name: str, parts: Sequence[tuple[ValueAdapter | None, float]]) -
     return hook
 
 
-class GatedAdapter(ValueAdapter):
+class GatedAdapter(LowRankAdapter):
     """Perfusion's: `up` of a value layer is o* [d_v, 1] and learns; `down` is C⁻¹ i* [1, d_ctx] and does not."""
 
     def parameters(self) -> list[Tensor]:
         return [self.up[layer] for layer in sorted(self.up) if layer != _TARGET]
 
 
-def _gated(name: str, parts: Sequence[tuple[ValueAdapter | None, float]]) -> Any:
+def _gated(name: str, parts: Sequence[tuple[LowRankAdapter | None, float]]) -> Any:
     used = [(adapter, strength) for adapter, strength in parts if adapter is not None and strength != 0]
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ class _WithLoss(torch.autograd.Function):
         return gradients[0], gradients[0].new_ones(())
 
 
-def key_change(adapter: ValueAdapter, batch: TrainBatch) -> Tensor:
+def key_change(adapter: LowRankAdapter, batch: TrainBatch) -> Tensor:
     """TARA's token alignment loss where the concept's token is the class word: mean |new key − old key| there."""
     rows = batch.context[batch.mask[..., 0] > 0]
     changes = []
@@ -327,7 +327,7 @@ def subject_masks(model: host.DiffusersModel, images: Tensor, concept: Concept, 
 def learn(
     model: host.DiffusersModel, name: str, kind_name: str, learning: Learning, cache: Path,
     on_event: Any = None,
-) -> ValueAdapter:  # fmt: skip
+) -> LowRankAdapter:  # fmt: skip
     """The adapter of one concept, from the cache if it was learned before on this very model.
 
     on_event: called with the core's TrainEvent after each step; may raise to stop.
@@ -352,9 +352,9 @@ def learn(
     data = host.training_data(model, images, concept, model.templates or ("a {}",), given)
     if kind.gated:
         rows = torch.stack([prompt.context[list(prompt.rows)].mean(dim=0) for prompt in data.prompts]).float()
-        adapter: ValueAdapter = _gated_adapter(model, kind, info, rows)
+        adapter: LowRankAdapter = _gated_adapter(model, kind, info, rows)
     else:
-        adapter = ValueAdapter.create(shapes, info, learning.seed)
+        adapter = LowRankAdapter.create(shapes, info, learning.seed)
     config = TrainConfig(
         steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate * kind.rate,
         seed=learning.seed, prediction_type=model.prediction_type,
@@ -378,12 +378,12 @@ def learn(
     return adapter
 
 
-def _read(path: Path) -> ValueAdapter:
+def _read(path: Path) -> LowRankAdapter:
     with safe_open(str(path), framework="pt") as file:
         info = AdapterInfo(**json.loads(file.metadata()["info"]))
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
     sides = {side: {k.split("|")[0]: v for k, v in tensors.items() if k.endswith(side)} for side in ("down", "up")}
-    return ValueAdapter(info, sides["down"], sides["up"])
+    return LowRankAdapter(info, sides["down"], sides["up"])
 
 
 def open_model(source: str) -> host.DiffusersModel:
@@ -413,9 +413,9 @@ def fingerprint(model: host.DiffusersModel, pictures: bool = True) -> str:
     return digest.hexdigest()[:12]
 
 
-def as_product(adapter: ValueAdapter) -> ValueAdapter:
+def as_product(adapter: LowRankAdapter) -> LowRankAdapter:
     """A value adapter of this laboratory under the product's layer names."""
-    return ValueAdapter(
+    return LowRankAdapter(
         adapter.info,
         {k.removesuffix("/to_v"): v for k, v in adapter.down.items()},
         {k.removesuffix("/to_v"): v for k, v in adapter.up.items()},

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import harmonic_mean, pairwise
@@ -171,10 +171,10 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_best_of_3": Arm(best_of=3, loda=off),
         "tova_more_steps": Arm(more_steps=2.0),
         # Beyond the paper.
-        "tova_loda_sign": Arm(loda=off, variant="sign"),
+        "tova_loda_sign": Arm(loda=replace(off, loda_rule="sign")),
         "tova_loda_raw": Arm(loda=replace(off, loda_rule="gradient", loda_strength=20.0)),
-        "tova_loda_iou": Arm(loda=replace(off, threshold=variants.IOU_THRESHOLD), variant="iou"),
-        "tova_loda_afg_overlapping": Arm(loda=on, variant="overlapping"),
+        "tova_loda_iou": Arm(loda=replace(off, divergence="iou", threshold=0.0)),
+        "tova_loda_afg_overlapping": Arm(loda=replace(on, afg_rule="overlapping")),
         "tova_loda_afg_from_20": Arm(loda=on, start=0.2),
         "tova_loda_afg_to_70": Arm(loda=on, end=0.7),
         "tova_masked": Arm("value_masked"),
@@ -207,7 +207,7 @@ def draw(
     arm: Arm,
     names: Sequence[str],
     seeds: Sequence[int],
-    learned: Mapping[str, ValueAdapter],
+    learned: Mapping[str, LowRankAdapter],
     sampling: Sampling,
     texts: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, list[dict[str, float]]]:

@@ -11,7 +11,7 @@ with the encoder left as it is, which also shows what a better base model change
     python -m benchmarks.separation --model out/plain-text/plain_text.safetensors --workers 2 ...
 
 The first run draws the training scenes (some minutes) unless --latents names a folder with those of the same
-autoencoder (the `latents` stage of conceptsplit_core.demo.train). Stopped at any time, the same command goes on from
+autoencoder (the `latents` stage of tools.demo_model). Stopped at any time, the same command goes on from
 its last state, which is kept every 150 s; when the steps are done it writes the checkpoint.
 """
 
@@ -27,12 +27,17 @@ from typing import Any
 import torch
 
 from conceptsplit_core.demo import checkpoint
-from conceptsplit_core.demo import train as demo_train
+from tools.demo_model.autoencoder import build_vae
+from tools.demo_model.export import export
+from tools.demo_model.latents import draw_latents
+from tools.demo_model.pretraining import train_unet
+from tools.demo_model.states import read, save
+from tools.demo_model.unet import Model, Words
 
 NAME = "state"
 
 
-class PlainModel(demo_train.Model):
+class PlainModel(Model):
     """The demo model with an encoder that mixes no context. Its state dict is the demo model's."""
 
     def __init__(self, vocabulary: int) -> None:
@@ -53,14 +58,14 @@ def start(out: Path, source: Path, rate: float, grounding: float, seed: int, mix
     parts = checkpoint.load(source)
     trained = parts.config["training"]["vae"]
     if not (out / "vae.safetensors").exists():
-        vae = demo_train.build_vae().state_dict()
+        vae = build_vae().state_dict()
         vae = {k: v.float() for k, v in parts.vae.items() if k in vae}
-        demo_train._save({"model": vae, "step": trained["steps"], "decoder_steps": trained["decoder_steps"]},
+        save({"model": vae, "step": trained["steps"], "decoder_steps": trained["decoder_steps"]},
                          out / "vae.safetensors")  # fmt: skip
     if (out / f"{NAME}.safetensors").exists():
         return
-    words = demo_train.Words()
-    model = (demo_train.Model if mixing else PlainModel)(words.vocabulary)
+    words = Words()
+    model = (Model if mixing else PlainModel)(words.vocabulary)
     prefix = "text_model." if hasattr(model.text_encoder, "text_model") else ""
     model.unet.load_state_dict(parts.unet)
     encoder = parts.text_encoder if mixing else without_mixing(parts.text_encoder)
@@ -75,12 +80,12 @@ def start(out: Path, source: Path, rate: float, grounding: float, seed: int, mix
         "seconds": 0.0, "grounding": grounding, "seed": seed, "batch": 0, "rate": rate,
         "scale": float(parts.config["scaling_factor"]),
     }  # fmt: skip
-    demo_train._save(state, out / f"{NAME}.safetensors")
+    save(state, out / f"{NAME}.safetensors")
 
 
 def same_encoder(folder: Path, source: Path) -> bool:
     """Whether a folder's autoencoder encodes as the checkpoint's does (which is stored in half precision)."""
-    theirs = demo_train._read(folder / "vae.safetensors")["model"]
+    theirs = read(folder / "vae.safetensors")["model"]
     ours = checkpoint.load(source).vae
     return all(
         torch.allclose(v.float(), theirs[k].float(), atol=2e-3, rtol=2e-3)
@@ -107,18 +112,7 @@ def latents(out: Path, scenes: int, workers: int, seed: int) -> None:
 
 def _draw(out: Path, part: int, parts: int, count: int, seed: int) -> None:
     torch.set_num_threads(1)
-    demo_train.draw_latents(out, part, parts, count, seed)
-
-
-def _train(rank: int, mixing: bool, *run: Any) -> None:
-    torch.set_num_threads(1)
-    was = demo_train.Model
-    if not mixing:
-        demo_train.Model = PlainModel  # type: ignore[misc]
-    try:
-        demo_train.train_unet(rank, *run)
-    finally:
-        demo_train.Model = was  # type: ignore[misc]
+    draw_latents(out, part, parts, count, seed)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,14 +130,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=6000, help="scenes to draw without --latents")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=8e-4, help="constant for half the steps, then falling to 2 %%")
-    parser.add_argument("--batch", type=int, default=16, help="per worker")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of one step")
     parser.add_argument("--grounding", type=float, default=0.02)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop training after this time; go on later")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that draw scenes, and threads of the training"
+    )
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
     began = time.time()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.workers)
     args.out.mkdir(parents=True, exist_ok=True)
     start(args.out, args.model, args.rate, args.grounding, args.seed, args.mixing)
     if args.latents is not None:
@@ -156,21 +152,19 @@ def main(argv: list[str] | None = None) -> None:
     elif len(list(args.out.glob("latents-*.safetensors"))) == 0:
         latents(args.out, args.scenes, args.workers, 1_000_000 + args.seed)
         print(f"{args.scenes} scenes drawn in {time.time() - began:.0f} s", flush=True)
-    (args.out / f"{NAME}.meeting").unlink(missing_ok=True)
     minutes = args.minutes - (time.time() - began) / 60
-    run = (args.out, NAME, args.steps, args.steps // 2, args.batch, args.rate, args.grounding, args.seed, minutes)
-    if args.workers > 1:
-        torch.multiprocessing.spawn(_train, (args.mixing, args.workers, *run), nprocs=args.workers)
-    else:
-        _train(0, args.mixing, 1, *run)
-    step = int(demo_train._read(args.out / f"{NAME}.safetensors")["step"])
+    train_unet(
+        args.out, NAME, args.steps, decay_from=args.steps // 2, batch=args.batch, rate=args.rate,
+        grounding=args.grounding, seed=args.seed, minutes=minutes, build=Model if args.mixing else PlainModel,
+    )  # fmt: skip
+    step = int(read(args.out / f"{NAME}.safetensors")["step"])
     target = args.target or args.out / ("further.safetensors" if args.mixing else "plain_text.safetensors")
     note = f"Trained {step} of {args.steps} further steps from {args.model.name}"
     if args.mixing:
         note += "."
     else:
         note += " with an encoder whose rows do not see each other: its self-attention's output projections are zero."
-    demo_train.export(args.out, NAME, target, note)
+    export(args.out, NAME, target, note)
     print(f"{step} of {args.steps} steps, {time.time() - began:.0f} s")
 
 

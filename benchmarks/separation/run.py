@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.demo.scenes import BACKGROUNDS
 from conceptsplit_core.hosts import diffusers as host
 
@@ -62,9 +62,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.digest = learning.fingerprint(self.model)
-        self._learned: dict[tuple[str, str], ValueAdapter] = {}
+        self._learned: dict[tuple[str, str], LowRankAdapter] = {}
 
-    def learned(self, names: Sequence[str], kind: str) -> dict[str, ValueAdapter]:
+    def learned(self, names: Sequence[str], kind: str) -> dict[str, LowRankAdapter]:
         """Adapters of a kind for the concepts, trained when they are first asked for."""
 
         def ask(event: Any) -> None:

@@ -1,7 +1,7 @@
 """Ideas of other papers that the core does not have, made for one run at a time on the living model.
 
-An idea enters the core only by winning here. Until then it is put in place for the length of a `with` block: by hooks,
-by changed text rows, or by exchanging one function of the core's LODA module, which is put back in every case.
+Other losses, update rules and region rules are entries of the core's registries. What is left here is put in place for
+the length of a `with` block, by hooks, or changes the prompt's rows.
 """
 
 from __future__ import annotations
@@ -16,55 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import sampling as host_sample
-from conceptsplit_core.method import loda as loda_core
 from conceptsplit_core.method.attention import attend
-from conceptsplit_core.method.divergence import harmonic_mean
-from conceptsplit_core.method.maps import distributions, gaussian_blur, normalise
+from conceptsplit_core.method.maps import gaussian_blur
+from conceptsplit_core.method.regions import suppression_bias
 from conceptsplit_core.network.hooks import remove_hooks
-from conceptsplit_core.settings import LodaConfig
 
 SHARPNESS = 20.0
 """Exponent on cosine similarity in `corrected`."""
-
-
-def sign_update(gradient: Tensor, loss: Tensor, eta: float, config: LodaConfig) -> Tensor:
-    """The core's normalised rule with the gradient's sign in place of its RMS scaling: every cell moves by η."""
-    active = (loss > 0).view(-1, *[1] * (gradient.ndim - 1))
-    gradient = gradient - gradient.mean(dim=(-2, -1), keepdim=True)
-    reach = (loss / config.target).clamp(max=1.0).sqrt().view_as(active).to(gradient)
-    return torch.where(active, eta * reach * gradient.sign(), torch.zeros_like(gradient))
-
-
-def iou_loss(maps: Tensor, divergence: str, threshold: float, sigma: float) -> tuple[Tensor, Tensor]:
-    """DisenDiff's overlap in place of a divergence: ReLU(t − HM(1 − Σ min(P, Q) / Σ max(P, Q))) over pairs.
-
-    Same arguments and results as the core's `separation_loss`; `divergence` is not looked at.
-    """
-    p = distributions(maps, sigma)
-    n = p.shape[1]
-    values = torch.stack(
-        [
-            1.0 - torch.minimum(p[:, i], p[:, j]).sum(dim=(-2, -1)) / torch.maximum(p[:, i], p[:, j]).sum(dim=(-2, -1))
-            for i in range(n)
-            for j in range(i + 1, n)
-        ],
-        dim=1,
-    )
-    return F.relu(threshold - harmonic_mean(values)), values
-
-
-IOU_THRESHOLD = 0.9
-"""Two Gaussian blobs of σ = 1/8 of the picture 3 σ apart have this 1 − IoU, as the core's own thresholds have it."""
-
-
-def overlapping_regions(maps: Tensor, fraction: float, sigma: float) -> Tensor:
-    """AFG's regions as the paper's code has them: a pixel may belong to several concepts."""
-    smooth = normalise(gaussian_blur(maps, sigma)).flatten(2)
-    count = max(1, round(fraction * smooth.shape[-1]))
-    claim = torch.zeros_like(smooth, dtype=torch.bool).scatter(-1, smooth.topk(count, dim=-1).indices, True)
-    claim &= (maps.flatten(2).sum(dim=-1) > 0).unsqueeze(-1)
-    return claim.reshape(maps.shape)
 
 
 def corrected(cond: host.Conditioning) -> host.Conditioning:
@@ -107,10 +65,8 @@ def suppressing(model: host.DiffusersModel, mask: Tensor, sigma: float = 1.0, ke
         values = F.pad(own, (0, width - n)).repeat(1, 1, attn.heads)
         maps = attend(q, k, values, attn.heads, scale=attn.scale)
         maps = maps.unflatten(-1, (attn.heads, width)).mean(dim=-2)[..., :n].transpose(1, 2)
-        smooth = gaussian_blur(maps.unflatten(-1, (side, side)), sigma).flatten(2)  # [B, n, Lq]
-        loses = (smooth < smooth.amax(dim=1, keepdim=True)).to(own.dtype)
-        shut = torch.log(torch.tensor(max(keep, 1e-9)))
-        bias = torch.einsum("bnp,bln->bpl", loses, (own != 0).to(own.dtype)) * shut
+        smooth = gaussian_blur(maps.unflatten(-1, (side, side)), sigma)
+        bias = suppression_bias(smooth, own, keep)
         return args, {**kwargs, "attention_mask": bias.to(hidden.dtype)}
 
     layers: dict[str, nn.Module] = host.cross_attention_layers(model.unet)
@@ -121,13 +77,7 @@ def suppressing(model: host.DiffusersModel, mask: Tensor, sigma: float = 1.0, ke
         remove_hooks(handles)
 
 
-EXCHANGED: dict[str, tuple[tuple[Any, str], Any]] = {
-    "sign": ((loda_core, "_update"), sign_update),
-    "iou": ((loda_core, "separation_loss"), iou_loss),
-    "overlapping": ((host_sample, "find_regions"), overlapping_regions),
-}
-TEXT = ("similarities",)
-NAMES = ("", *EXCHANGED, *TEXT, "suppression")
+NAMES = ("", "similarities", "suppression")
 
 
 @contextmanager
@@ -135,15 +85,7 @@ def varied(model: host.DiffusersModel, name: str, mask: Tensor) -> Iterator[None
     """The variant `name` in place while the block runs; "" is none. mask: see `suppressing`."""
     if name not in NAMES:
         raise ValueError(f"unknown variant {name!r}; known: {', '.join(NAMES[1:])}")
-    if name in EXCHANGED:
-        function, other = EXCHANGED[name]
-        was = getattr(*function)
-        setattr(*function, other)
-        try:
-            yield
-        finally:
-            setattr(*function, was)
-    elif name == "suppression":
+    if name == "suppression":
         with suppressing(model, mask):
             yield
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.settings import LodaConfig
 
@@ -61,7 +61,7 @@ def rows(families: tuple[str, ...] = models.FAMILIES) -> Iterator[Row]:
             yield from training_rows(built, family, answers)
 
 
-def _adapters(built: models.Built, count: int) -> list[tuple[ValueAdapter | None, float]]:
+def _adapters(built: models.Built, count: int) -> list[tuple[LowRankAdapter | None, float]]:
     return [(models.adapter(built.model, f"c{i}", RANK), 1.0) for i in range(count)]
 
 

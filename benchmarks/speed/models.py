@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conceptsplit_core.adapters.base import AdapterInfo
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers import load as host_load
 from conceptsplit_core.hosts.diffusers.load import TEXT_CONFIGS, UNET_CONFIGS, VAE_CONFIG
@@ -182,13 +182,13 @@ def row_mask(concepts: int, batch: int = 1) -> Tensor:
     return mask
 
 
-def adapter(model: host.DiffusersModel, name: str, rank: int, seed: int = 0) -> ValueAdapter:
+def adapter(model: host.DiffusersModel, name: str, rank: int, seed: int = 0) -> LowRankAdapter:
     """A value adapter on every layer, with both factors random: one that is all zero could be skipped."""
     shapes = host.layer_shapes(model.unet)
     info = AdapterInfo(
         name, "dog", base=model.family, context_dim=next(iter(shapes.values()))[0], rank=rank, alpha=float(rank)
     )
-    made = ValueAdapter.create(shapes, info, seed)
+    made = LowRankAdapter.create(shapes, info, seed)
     for layer, up in made.up.items():
         made.up[layer] = torch.randn_like(up) * 0.01
     return made

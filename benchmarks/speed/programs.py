@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers import sampling as host_sample
 from conceptsplit_core.method.loda import LodaTrace, separate
@@ -42,7 +42,7 @@ def wanted_layers(built: Built, config: LodaConfig) -> tuple[list[str], tuple[in
 
 @contextmanager
 def sampling(
-    built: Built, adapters: Sequence[tuple[ValueAdapter | None, float]], kept: KeptDeltas | None = None
+    built: Built, adapters: Sequence[tuple[LowRankAdapter | None, float]], kept: KeptDeltas | None = None
 ) -> Iterator[host.Patch]:
     """The model as `host.sample` has it during a run; with `kept` of an earlier block, in a later step of that run."""
     with host.patched(built.model, adapters) as patch:
@@ -102,7 +102,7 @@ def train_step(
 
 @contextmanager
 def our_training(
-    built: Built, adapter: ValueAdapter, checkpointing: bool = False
+    built: Built, adapter: LowRankAdapter, checkpointing: bool = False
 ) -> Iterator[tuple[Callable[[TrainBatch], Tensor], list[Tensor]]]:
     """`denoise` and what learns, for `train_step`."""
     parameters = adapter.parameters()

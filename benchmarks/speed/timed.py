@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers import load as host_load
 from conceptsplit_core.network.hooks import KeptDeltas
@@ -211,7 +211,7 @@ def sampling_rows(
 
 
 def deltas_row(
-    built: models.Built, adapters: Sequence[tuple[ValueAdapter | None, float]], step: float, rounds: int
+    built: models.Built, adapters: Sequence[tuple[LowRankAdapter | None, float]], step: float, rounds: int
 ) -> Row:
     """The value projections alone, which is where deltas are added: the difference that value adapters make, without
     the noise of a whole step.
@@ -326,7 +326,7 @@ def compiled_rows(built: models.Built, rounds: int) -> Iterator[Row]:
 
 def _inside(
     built: models.Built,
-    adapters: Sequence[tuple[ValueAdapter | None, float]],
+    adapters: Sequence[tuple[LowRankAdapter | None, float]],
     program: Callable[[host.Patch], object],
     bias: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], float]:
@@ -344,7 +344,7 @@ def _inside(
 
 
 def _update_share(
-    built: models.Built, adapters: Sequence[tuple[ValueAdapter | None, float]], config: LodaConfig
+    built: models.Built, adapters: Sequence[tuple[LowRankAdapter | None, float]], config: LodaConfig
 ) -> float:
     """Operations of one update, as a share of a guided step's."""
     with measured() as call:
@@ -355,7 +355,7 @@ def _update_share(
 
 
 def _picture_of_parts(
-    built: models.Built, adapters: Sequence[tuple[ValueAdapter | None, float]], family: str, rounds: int
+    built: models.Built, adapters: Sequence[tuple[LowRankAdapter | None, float]], family: str, rounds: int
 ) -> Row:
     """10 LODA steps of 50 + AFG against 50 plain steps, each part of a picture timed in turn with the others."""
     mask = models.row_mask(len(adapters))
@@ -584,7 +584,7 @@ def demo_rows(quick: bool) -> Iterator[Row]:
 
     peaks: list[int] = []
 
-    def learned(count: int) -> tuple[ValueAdapter, float, float]:
+    def learned(count: int) -> tuple[LowRankAdapter, float, float]:
         """A value adapter after `count` steps, the seconds they took, and its loss on held-out pictures."""
         adapter = host.new_adapter(model, concept, RANK, 0.0, 0)
         began = time.process_time()

@@ -1,17 +1,23 @@
 """What a user has: adapters of every kind, and their files."""
 
-from .base import BASES, AdapterInfo, family
+from .base import BASES, KINDS, Adapter, AdapterInfo, Kind, Member, family, kind_of, register
 from .file import adapter_bytes, canonical_key, load_adapter, parse_adapter, save_adapter
-from .value import ValueAdapter
+from .low_rank import LowRankAdapter
 
 __all__ = [
     "BASES",
+    "KINDS",
+    "Adapter",
     "AdapterInfo",
-    "ValueAdapter",
+    "Kind",
+    "LowRankAdapter",
+    "Member",
     "adapter_bytes",
     "canonical_key",
     "family",
+    "kind_of",
     "load_adapter",
     "parse_adapter",
+    "register",
     "save_adapter",
 ]

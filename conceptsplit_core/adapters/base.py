@@ -1,14 +1,28 @@
-"""What every adapter says about itself, and the base families it may belong to."""
+"""What every adapter says about itself, and what a kind of adapter has to do.
+
+A new kind is one file that registers one `Kind`; hosts, training, files and the laboratory find it in `KINDS`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from .. import __version__
+from ..errors import ConceptSplitError
+from ..method.tova import TokenMask
+from ..network.hooks import Member, Scope
+from ..network.site import Site
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BASES = {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "demo": "the ConceptSplit demo model", "unknown": "unknown"}
+
+# (places, what is added there): tokens [p] with [p, d], or batch rows [b] with [b, T, d] or [b, d, h, w].
+Added = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,94 @@ class AdapterInfo:
     training: dict[str, Any] = field(default_factory=dict)
     library_version: str = __version__
     format_version: int = FORMAT_VERSION
+    kind: str = "value"
+
+
+class Adapter(Protocol):
+    """What hosts and hooks need of an adapter, whatever its kind."""
+
+    info: AdapterInfo
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Canonical names of the modules it changes."""
+        ...
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, int]], base: str = "unknown") -> None:
+        """Refuses an adapter that is not made for the model whose sites have these shapes."""
+        ...
+
+
+class Kind(Protocol):
+    """A kind of adapter; stateless."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def scope(self) -> Scope: ...
+
+    def changes(self, site: Site) -> bool:
+        """Whether an adapter of this kind that is trained here has parameters for `site`."""
+        ...
+
+    def create(self, shapes: Mapping[str, tuple[int, int]], info: AdapterInfo, seed: int) -> Any:
+        """An untrained adapter for sites of these shapes (d_in, d_out)."""
+        ...
+
+    def change(
+        self, members: Sequence[Member], site: Site, layer: nn.Module, x: Tensor, out: Tensor, mask: TokenMask
+    ) -> Added | None:
+        """What `members` together add to a layer's output; None leaves the output as it is, to the bit.
+
+        Args:
+            x: what the layer read, [B, T, d_in] or [B, d_in, h, w].
+            out: what it gave, [B, T, d_out] or [B, d_out, h', w'].
+            mask: [B, T, n], channel i for member i; for a convolution T = h' · w'.
+        """
+        ...
+
+    def tensors(self, adapter: Any) -> dict[str, Tensor]:
+        """What a file stores, by name below `unet.`."""
+        ...
+
+    def read(self, tensors: Mapping[str, Tensor], info: AdapterInfo) -> Any:
+        """The adapter behind `tensors`."""
+        ...
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def register(kind: Kind) -> Kind:
+    """Makes a kind known to files, hosts and training under its name."""
+    KINDS[kind.name] = kind
+    return kind
+
+
+def kind_of(adapter: Any) -> Kind:
+    """The kind of an adapter.
+
+    Raises:
+        ConceptSplitError: nobody has registered it.
+    """
+    name = adapter.info.kind
+    if name not in KINDS:
+        raise ConceptSplitError(
+            f"The adapter '{adapter.info.concept}' is of kind '{name}', which this version does not know (it knows "
+            f"{', '.join(KINDS)}): update the node pack."
+        )
+    return KINDS[name]
 
 
 def family(context_dim: int, demo: bool = False) -> str:
     """Base family by the width of the text rows: 768 SD1.5, 1024 SD2.1, 2048 SDXL."""
     return "demo" if demo else {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(context_dim, "unknown")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp8 and integer storage computes in another precision; adapters then work in float32."""
+    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else torch.float32

@@ -1,11 +1,4 @@
-"""Value adapters: parameters, deltas, names and files.
-
-A value adapter is, for every cross-attention layer, a low-rank pair A [r, d_ctx], B [d_v, r] on the value
-projection (paper, token-wise value adaptation): A_C(c) = s · (α/r) · B A c.
-
-Layers are named as diffusers names them, without a suffix, for instance
-``down_blocks.0.attentions.0.transformer_blocks.0.attn2``, so that a file means the same in every host.
-"""
+"""Adapter files: one safetensors file per concept, in the names of diffusers, so that files travel."""
 
 from __future__ import annotations
 
@@ -26,36 +19,35 @@ from torch import Tensor
 from .. import __version__
 from ..errors import ConceptSplitError
 from ..files import read_header, write_whole
-from .base import FORMAT_VERSION, AdapterInfo, family
-from .value import ValueAdapter
+from ..network.site import Site
+from .base import FORMAT_VERSION, KINDS, AdapterInfo, family, kind_of
+from .low_rank import LowRank
 
 FORMAT = "conceptsplit.value_adapter"
 MAX_BYTES = 512 * 1024 * 1024
 MAX_VALUE = 65504.0  # float16's largest; trained values stay below 10, a flipped exponent bit makes 1e38
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
-# Every spelling of a value adapter's keys that is in use: this project's and diffusers' own
-# (`.lora_A.weight`), peft with an adapter name, kohya-like down/up, and the paper's trainer, whose wrapped layers
-# put `original_linear` into the name.
+# Every spelling of a low-rank pair's key that is in use: this project's and diffusers' own (`.lora_A.weight`), peft
+# with an adapter name, down/up, and the paper's trainer, whose wrapped layers put `original_linear` into the name.
 _KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?:unet\.)?(?P<layer>(?:down_blocks|up_blocks|mid_block)\.[\w.]*?attn2)"
-    r"\.(?:processor\.)?to_v(?:_lora)?(?:\.original_linear)?"
-    r"\.(?:lora\.)?(?P<side>lora_A|lora_B|down|up|lora_down|lora_up)(?:\.[\w-]+)?\.weight$"
+    r"^(?:base_model\.model\.)?(?:unet\.)?(?P<layer>(?:down_blocks|up_blocks|mid_block)\.[\w.]*?attn[12])"
+    r"\.(?:processor\.)?(?P<projection>to_q|to_k|to_v|to_out)(?:\.0)?(?:_lora)?(?:\.original_linear)?"
+    r"(?:\.(?:lora\.)?(?P<side>lora_A|lora_B|down|up|lora_down|lora_up)(?:\.[\w-]+)?\.weight|\.(?P<alpha>alpha))$"
 )
+_DOWN = ("lora_A", "down", "lora_down")
 
 
 def canonical_key(key: str) -> tuple[str, str] | None:
-    """(layer, 'down' or 'up') of a tensor name, or None when it is not part of a value adapter."""
+    """(projection, 'lora_A', 'lora_B' or 'alpha') of a tensor name, or None when it is no part of a low-rank pair."""
     match = _KEY.match(key)
     if match is None:
         return None
-    side = "down" if match["side"] in ("lora_A", "down", "lora_down") else "up"
-    return match["layer"], side
+    site = f"{match['layer']}.{match['projection']}" + (".0" if match["projection"] == "to_out" else "")
+    return site, "alpha" if match["alpha"] else "lora_A" if match["side"] in _DOWN else "lora_B"
 
 
-def save_adapter(
-    adapter: ValueAdapter, path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16
-) -> None:
+def save_adapter(adapter: Any, path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
     """Writes one safetensors file, whole or not at all.
 
     Args:
@@ -68,19 +60,18 @@ def save_adapter(
     write_whole(path, adapter_bytes(adapter, dtype))
 
 
-def adapter_bytes(adapter: ValueAdapter, dtype: torch.dtype | None = torch.float16) -> bytes:
+def adapter_bytes(adapter: Any, dtype: torch.dtype | None = torch.float16) -> bytes:
     """The file's content as `save_adapter` writes it."""
     tensors: dict[str, Tensor] = {}
-    for layer in sorted(adapter.down):
-        for side, tensor in (("lora_A", adapter.down[layer]), ("lora_B", adapter.up[layer])):
-            stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-            if not largest(stored) <= MAX_VALUE:
-                raise ConceptSplitError(
-                    f"Value adapter '{adapter.info.concept}' holds values that are not finite or far too large in "
-                    f"{layer}: train it again with a lower learning rate."
-                )
-            tensors[f"unet.{layer}.to_v.{side}.weight"] = stored
-    info = asdict(adapter.info)
+    for name, tensor in kind_of(adapter).tensors(adapter).items():
+        stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if not largest(stored) <= MAX_VALUE:
+            raise ConceptSplitError(
+                f"The adapter '{adapter.info.concept}' holds values that are not finite or far too large in "
+                f"{name}: train it again with a lower learning rate."
+            )
+        tensors[f"unet.{name}"] = stored
+    info = asdict(adapter.info) | {"format_version": FORMAT_VERSION}
     metadata = {"format": FORMAT, **{k: v if isinstance(v, str) else json.dumps(v) for k, v in info.items()}}
     return save_tensors(tensors, metadata=metadata)
 
@@ -122,7 +113,7 @@ def _info(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def load_adapter(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> ValueAdapter:
+def load_adapter(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Any:
     """Reads a value adapter from a safetensors file of this project, of diffusers or of the paper's trainer.
 
     Sizes are checked before anything is allocated; tensors that are not value projections are an error, because a
@@ -145,11 +136,28 @@ def load_adapter(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Va
         data = source.read_bytes()
     except OSError as error:
         raise ConceptSplitError(f"Cannot read {source}: {error.strerror or error}.") from error
-    return parse_adapter(data, name)
+    return parse_adapter(data, name, _config_beside(source))
 
 
-def parse_adapter(data: bytes, name: str = "the file") -> ValueAdapter:
-    """`load_adapter` for bytes in memory; `name` is how messages call them."""
+def _config_beside(source: Path) -> dict[str, Any] | None:
+    """What peft has written beside a file that bears peft's own name."""
+    beside = source.with_name("adapter_config.json")
+    if source.stem != "adapter_model" and not source.stem.startswith("pytorch_lora"):
+        return None
+    try:
+        found = json.loads(beside.read_bytes()[: 2**20])
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any] | None = None) -> Any:
+    """`load_adapter` for bytes in memory.
+
+    Args:
+        name: how messages call them.
+        config: what an `adapter_config.json` of peft says.
+    """
     header = read_header(data, name)
     metadata = header.get("__metadata__") or {}
     if not isinstance(metadata, dict):
@@ -173,33 +181,28 @@ def parse_adapter(data: bytes, name: str = "the file") -> ValueAdapter:
             "another format; download or train it again."
         ) from error
 
-    down: dict[str, Tensor] = {}
-    up: dict[str, Tensor] = {}
+    kind = found.get("kind", "value")
+    if kind not in KINDS:
+        raise ConceptSplitError(
+            f"{name} is an adapter of kind {kind[:60]!r}; this ConceptSplit {__version__} knows {', '.join(KINDS)}: "
+            "update the node pack."
+        )
     for key, tensor in tensors.items():
-        parsed = canonical_key(key)
-        if parsed is None:
-            raise ConceptSplitError(
-                f"{name} contains {key[:100]!r}, which is not a value projection (attn2.to_v) of a UNet: it is "
-                "another kind of adapter; load it with the node made for it."
-            )
         if tensor.dtype not in _DTYPES:
-            raise ConceptSplitError(f"{name} stores {key[:100]!r} as {tensor.dtype}; value adapters are float16 to 64.")
+            raise ConceptSplitError(f"{name} stores {key[:100]!r} as {tensor.dtype}; adapters are float16 to float64.")
         if not (reach := largest(tensor)) <= MAX_VALUE:
             raise ConceptSplitError(
                 f"{name} holds values that are not finite or far too large ({reach:.3g}) in {key[:100]!r}: it is "
                 "damaged; download or train it again."
             )
-        layer, side = parsed
-        table = down if side == "down" else up
-        if layer in table:
-            raise ConceptSplitError(f"{name} holds layer {layer} twice under different names: the file is damaged.")
-        table[layer] = tensor
-    if not down:
-        raise ConceptSplitError(f"{name} holds no value adapter (no attn2.to_v tensors): choose an adapter file.")
+    pairs, alphas = _pairs(tensors, kind, name) if isinstance(KINDS[kind], LowRank) else (tensors, {})
+    pairs = {key.removeprefix("unet."): tensor for key, tensor in pairs.items()}
 
-    first = next(iter(down.values()))
-    context_dim = found.get("context_dim") or (first.shape[1] if first.ndim == 2 else 0)
-    rank = found.get("rank") or max((t.shape[0] for t in down.values() if t.ndim == 2), default=0)
+    first = next((t for key, t in pairs.items() if key.endswith(".lora_A.weight")), None)
+    context_dim = found.get("context_dim") or (first.shape[1] if first is not None and first.ndim == 2 else 0)
+    rank = found.get("rank") or max(
+        (t.shape[0] for key, t in pairs.items() if key.endswith(".lora_A.weight") and t.ndim == 2), default=1
+    )
     stem = re.sub(r"[^\w.\-]", "_", Path(name).stem).strip("_.-") or "concept"
     info = AdapterInfo(
         concept=found.get("concept") or stem,
@@ -207,13 +210,68 @@ def parse_adapter(data: bytes, name: str = "the file") -> ValueAdapter:
         base=found.get("base") or family(context_dim),
         context_dim=context_dim,
         rank=rank,
-        # A file that does not say otherwise was trained with alpha = rank, as peft and the paper's trainer do.
-        alpha=float(found.get("alpha") or rank),
+        # A file that does not say otherwise was trained with alpha = rank, as the paper's trainer does.
+        alpha=float(found.get("alpha") or _alpha(metadata, config, rank, name) or rank),
         prediction_type=found.get("prediction_type", "epsilon"),
         training=found.get("training", {}),
         library_version=found.get("library_version", ""),
         format_version=version,
+        kind=kind,
     )
     if not 0 < info.rank <= 65536 or not abs(info.alpha) < 1e6:
         raise ConceptSplitError(f"{name} says rank {info.rank} and alpha {info.alpha}, which is not possible.")
-    return ValueAdapter(info, down, up)
+    for site, alpha in alphas.items():
+        # Scales of single layers go into B, so that the file's α/r holds for all of them.
+        if f"{site}.lora_B.weight" in pairs:
+            own = float(alpha) / pairs[f"{site}.lora_A.weight"].shape[0]
+            pairs[f"{site}.lora_B.weight"] = pairs[f"{site}.lora_B.weight"] * (own * info.rank / info.alpha)
+    return KINDS[kind].read(pairs, info)
+
+
+def _pairs(tensors: Mapping[str, Tensor], kind: str, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Low-rank pairs under this project's own names, and the scales of single layers.
+
+    Raises:
+        ConceptSplitError: a tensor that `kind` has no place for, or one that is there twice.
+    """
+    pairs: dict[str, Tensor] = {}
+    alphas: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        parsed = canonical_key(key)
+        if parsed is None or not KINDS[kind].changes(Site(parsed[0], "", "text")):
+            lora = re.search(r"lora|hada_|lokr_|dora", key) is not None
+            raise ConceptSplitError(
+                f"{name} contains {key[:100]!r}, which is not a value projection (attn2.to_v) of a UNet: it is "
+                + (
+                    "a LoRA; load it with LoRA Concept Loader."
+                    if lora
+                    else "another kind of file; load it with the node made for it."
+                )
+            )
+        site, side = parsed
+        table, place = (alphas, site) if side == "alpha" else (pairs, f"{site}.{side}.weight")
+        if place in table:
+            raise ConceptSplitError(f"{name} holds layer {site} twice under different names: the file is damaged.")
+        table[place] = tensor
+    if not pairs:
+        raise ConceptSplitError(f"{name} holds no value adapter (no attn2.to_v tensors): choose an adapter file.")
+    return pairs, alphas
+
+
+def _alpha(metadata: Mapping[str, Any], config: Mapping[str, Any] | None, rank: int, name: str) -> float | None:
+    """α as peft writes it: into the header (`lora_adapter_metadata`) or an `adapter_config.json` beside the file."""
+    facts: dict[str, Any] = dict(config or {})
+    text = metadata.get("lora_adapter_metadata")
+    if isinstance(text, str):
+        try:
+            told = json.loads(text)
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            raise ConceptSplitError(f"{name} says lora_adapter_metadata = {text[:40]!r}, which is not possible.")
+        facts |= {key.removeprefix("unet."): value for key, value in told.items()}
+    alpha = facts.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e6:
+        return None
+    # Rank-stabilised LoRA scales by α/√r.
+    return float(alpha) * rank**0.5 if facts.get("use_rslora") else float(alpha)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .. import __version__, pictures
 from ..adapters.file import save_adapter
-from ..adapters.value import ValueAdapter
+from ..adapters.low_rank import LowRankAdapter
 from ..demo import scenes
 from ..errors import ConceptSplitError
 from ..files import write_whole
@@ -63,7 +63,7 @@ SETTINGS = Settings()
 
 def learn(
     model: host.DiffusersModel, name: str, settings: Settings, progress: Any = None
-) -> tuple[ValueAdapter, list[float], list[NDArray[np.uint8]]]:
+) -> tuple[LowRankAdapter, list[float], list[NDArray[np.uint8]]]:
     """Trains one built-in concept; gives the adapter, its losses and the pictures it learned from."""
     concept = Concept(name, scenes.CONCEPTS[name].class_word)
     drawn = scenes.draw_concept(name, settings.pictures, settings.picture_seed)
@@ -101,7 +101,7 @@ def joint_prompt(names: tuple[str, ...], end: str = "") -> str:
 
 def compose(
     model: host.DiffusersModel,
-    adapters: dict[str, ValueAdapter],
+    adapters: dict[str, LowRankAdapter],
     names: tuple[str, ...],
     seeds: list[int],
     settings: Settings,
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = open_model(options)
     seconds: dict[str, float] = {"load": round(time.perf_counter() - began, 1)}
 
-    adapters: dict[str, ValueAdapter] = {}
+    adapters: dict[str, LowRankAdapter] = {}
     losses: dict[str, list[float]] = {}
     tiles: list[NDArray[np.uint8]] = []
     labels: list[str] = []

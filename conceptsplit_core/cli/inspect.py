@@ -48,9 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
             save_adapter(smaller, target)
             print(f"  written to {target}")
     if arguments.model:
-        from ..hosts.diffusers.network import layer_shapes
+        from ..hosts.diffusers import network_map
         from .common import open_model
 
         model = open_model(arguments)
-        adapter.check_fits(layer_shapes(model.unet), model.family)
+        network = network_map(model)
+        adapter.check_fits(network.shapes(one for one in adapter.sites if one in network.sites), network.family)
         print(f"  fits the model {arguments.model}")

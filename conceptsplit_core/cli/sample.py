@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from .. import __version__, pictures
 from ..adapters.file import load_adapter
-from ..adapters.value import ValueAdapter
+from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..settings import LoaderConfig, LodaConfig, from_values, seeds
-from ..text.binding import Concept
+from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def parse_adapter_option(text: str) -> tuple[str | None, Path, float]:
 
 def load_concepts(
     adapters: list[str], class_words: list[str], words: str
-) -> tuple[list[Concept], dict[str, tuple[ValueAdapter, float]]]:
+) -> tuple[list[Concept], dict[str, tuple[LowRankAdapter, float]]]:
     """Concepts of the options --adapter, --class-word and --words, and the adapters by concept name."""
     given: dict[str, str] = {}
     for text in class_words:
@@ -51,11 +51,11 @@ def load_concepts(
             raise ConceptSplitError(f"--class-word {text} is not understood: write NAME=WORD, for instance rex=dog.")
         given[name.strip()] = word.strip()
     concepts: list[Concept] = []
-    loaded: dict[str, tuple[ValueAdapter, float]] = {}
+    loaded: dict[str, tuple[LowRankAdapter, float]] = {}
     for text in adapters:
         other, path, strength = parse_adapter_option(text)
         adapter = load_adapter(path)
-        name = other or adapter.info.concept
+        name = concept_name(other or adapter.info.concept)
         if name in loaded:
             raise ConceptSplitError(f"Two adapters are named '{name}': rename one with --adapter NAME={path.name}.")
         word = given.pop(name, adapter.info.class_word)
@@ -69,7 +69,7 @@ def load_concepts(
         raise ConceptSplitError(f"--class-word names '{next(iter(given))}', which no --adapter provides.")
     for word in (part.strip() for part in words.split(",")):
         if word:
-            name = re.sub(r"[^\w.\-]", "-", word)
+            name = word_name(word)
             if name in {concept.name for concept in concepts}:
                 name += "-word"
             concepts.append(Concept(name, word))

@@ -83,7 +83,7 @@ def joined(device: torch.device) -> Iterator[Process]:
 def run(arguments: argparse.Namespace) -> None:
     """Trains and writes FILE, FILE's loss curve, and a state to resume from."""
     concept = Concept(arguments.name, arguments.class_word)
-    out = Path(arguments.out or f"{arguments.name}.safetensors").expanduser()
+    out = Path(arguments.out or f"{concept.name}.safetensors").expanduser()
     if out.suffix != ".safetensors":
         raise ConceptSplitError(f"The adapter file '{out.name}' must end in .safetensors.")
     if out.is_dir():

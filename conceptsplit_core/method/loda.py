@@ -1,16 +1,16 @@
-"""LODA: latent optimisation for disentangled attention, and AFG: attention fixing guidance.
+"""LODA, latent optimisation for disentangled attention, stage 1 (ConceptSplit, arXiv 2510.04668, section on LODA).
 
-Stage 1 moves the latent in the first sampling steps until the concepts' attention maps stop overlapping.
-Stage 2 takes the maps once, keeps each concept's strongest pixels as its region and biases the logits of its rows
-towards that region for most of the run.
+In the first sampling steps the latent is moved until the concepts' attention maps stop overlapping:
+x ← x − η_k ∇L, L = ReLU(t − HM(D)), η_k = η √(linspace(1, 0.5, K)_k). Stage 2, AFG, is in `regions`.
 
-The latent is optimised in the model's own input coordinates, x / √(σ² + 1), which have unit variance at every noise
+The latent is optimised in the model's own input coordinates, x · unit(σ), which have about unit variance at every noise
 level. A host whose samplers work on x = x₀ + σ·ε is therefore optimised exactly as one that works on the
 variance-preserving latent of the paper.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +20,18 @@ from torch import Tensor
 
 from ..settings import AUTO, LodaConfig
 from .maps import separation_loss
+from .updates import UPDATE_RULES
+
+log = logging.getLogger("ConceptSplit")
+
+
+def unit_variance(sigma: float) -> float:
+    """1 / √(σ² + 1): what brings x = x₀ + σ·ε to unit variance, for models that predict ε or v."""
+    return (sigma**2 + 1.0) ** -0.5
 
 
 def step_sizes(config: LodaConfig) -> list[float]:
-    """η_k = loda_strength · √(linspace(1, 0.5, steps)_k)  (paper, LODA's schedule).
+    """η_k = η · √(linspace(1, 0.5, K)_k), η = `loda_strength`, K = `loda_steps`  (ConceptSplit, LODA's schedule).
 
     Raises:
         ValueError: steps is AUTO; `for_schedule` says how many that is.
@@ -42,6 +50,8 @@ class LodaTrace:
     losses, divergences: one entry per evaluation, (sampling step, [B]) and (sampling step, [B, pairs]).
     before, after: maps [B, n, h, w] at the first evaluation and after the last optimised step.
     regions: AFG's regions [B, n, h, w], bool.
+    areas: where routed adapters act [B, n, h, w], 0…1.
+    skipped: updates that an image did not get, because its loss or its gradient was not finite.
     """
 
     concepts: tuple[str, ...] = ()
@@ -50,6 +60,7 @@ class LodaTrace:
     before: Tensor | None = None
     after: Tensor | None = None
     regions: Tensor | None = None
+    areas: Tensor | None = None
     forwards: int = 0
     backwards: int = 0
     skipped: int = 0
@@ -84,13 +95,14 @@ def separate(
     config: LodaConfig,
     trace: LodaTrace,
     denoise_mask: Tensor | None = None,
-    check: Callable[[], None] | None = None,
+    check: Callable[[], None] = lambda: None,
     loss_scale: float = 1.0,
+    unit: Callable[[float], float] = unit_variance,
 ) -> Tensor:
-    """LODA stage 1 at the start of one sampling step (paper, LODA): x ← x − η_k ∇ loss, each image by its own loss.
+    """LODA at the start of one sampling step: x ← x − η_k ∇L, up to `loda_iterations` times, each image by its own L.
 
     Args:
-        x: latents x₀ + σ·ε, [B, C, H, W] (or [B, C, 1, H, W]); may be an inference tensor.
+        x: latents [B, C, H, W] (or [B, C, 1, H, W]) in the sampler's coordinates; may be an inference tensor.
         sigma: this step's noise level.
         step: k, 0-based; at or beyond `config.loda_steps` x is returned as it is.
         maps_of: maps [B, n, h, w] of x; differentiable when gradients are enabled. It gets tensors made outside
@@ -99,6 +111,8 @@ def separate(
         denoise_mask: 1 where the picture may change, broadcastable to x; the update is multiplied by it.
         check: called before every pass; raises to interrupt.
         loss_scale: multiplies the loss before the backward pass, so that gradients survive half precision.
+        unit: factor that brings x at noise level σ to unit variance; 1 / √(σ² + 1) for models that predict ε or v,
+            1 for flow models.
 
     Returns:
         The new latent, detached; the very same tensor if nothing had to change. One forward pass serves as the test
@@ -107,51 +121,57 @@ def separate(
     if config.loda_strength == 0 or (config.loda_steps != AUTO and step >= config.loda_steps):
         return x
     eta = step_sizes(config)[step]
-    current, moved = x, False
+    widen = 1.0 / unit(float(torch.as_tensor(sigma).flatten()[0]))
     for _ in range(config.loda_iterations):
-        if check is not None:
-            check()
         with torch.inference_mode(False), torch.enable_grad():
             # clone(): outside inference mode a clone of an inference tensor is an ordinary one.
-            base = current.detach().clone()
-            level = torch.as_tensor(sigma, device=base.device, dtype=torch.float64).detach().clone()
-            widen = float((level.flatten()[0] ** 2 + 1.0) ** 0.5)
+            base = x.detach().clone()
             leaf = (base / widen).requires_grad_(True)
-            maps = maps_of(leaf * widen)
-            loss, values = separation_loss(maps, config.divergence, config.target, config.map_smoothing)
-            trace.forwards += 1
-            trace.record(step, maps, loss, values)
-            if not bool((loss.detach() > 0).any()):
+            check()
+            loss = _evaluate(maps_of(leaf * widen), step, config, trace)
+            active = loss.detach() > 0  # not where it is NaN
+            if not bool(active.any()):
                 break
-            if check is not None:
-                check()
-            (gradient,) = torch.autograd.grad(loss.sum() * loss_scale, leaf)
-            trace.backwards += 1
-        gradient = gradient.detach().to(torch.float32 if leaf.dtype != torch.float64 else torch.float64) / loss_scale
-        finite = torch.isfinite(gradient).flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            # Half precision can overflow in the backward pass; leaving that image as it is keeps it a picture.
-            trace.skipped += int((~finite).sum())
-            gradient = torch.where(finite.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0)
-        update = _update(gradient, loss.detach(), eta, config)
-        update = update * widen
+            check()
+            gradient = _gradient(loss, active, leaf, loss_scale, trace)
+        update = eta * _direction(gradient, loss.detach(), active, config) * widen
         if denoise_mask is not None:
             update = update * denoise_mask.to(update)
-        current = base - update.to(base.dtype)
-        moved = True
-    return current if moved else x
+        x = base - update.to(base.dtype)
+    return x
 
 
-def _update(gradient: Tensor, loss: Tensor, eta: float, config: LodaConfig) -> Tensor:
-    """η times the direction of descent, per image; exactly zero for images whose loss is zero."""
-    active = (loss > 0).view(-1, *[1] * (gradient.ndim - 1))
-    if config.loda_rule == "normalised":
-        # Attention separates by what differs between places. The gradient's mean over the picture only shifts its
-        # overall colour: on the demo model it drove backgrounds to black and white, and without it maps came as far
-        # apart.
-        gradient = gradient - gradient.mean(dim=(-2, -1), keepdim=True)
-        rms = gradient.flatten(1).pow(2).mean(dim=1).sqrt().view_as(active)
-        # Full steps while far away, smaller ones on arrival: the loss itself says how far.
-        reach = (loss / config.target).clamp(max=1.0).sqrt().view_as(active).to(gradient)
-        gradient = torch.where(rms > 0, gradient / rms.clamp(min=torch.finfo(gradient.dtype).tiny), 0.0) * reach
-    return torch.where(active, eta * gradient, torch.zeros_like(gradient))
+def _evaluate(maps: Tensor, step: int, config: LodaConfig, trace: LodaTrace) -> Tensor:
+    """L [B] of maps [B, n, h, w], noted in the trace."""
+    loss, values = separation_loss(maps, config.divergence, config.target, config.map_smoothing)
+    trace.forwards += 1
+    trace.record(step, maps, loss, values)
+    broken = int((~torch.isfinite(loss)).sum())
+    if broken:
+        if not trace.skipped:
+            log.warning(
+                "The attention maps of %d of %d images are not finite at LODA step %d, so their latents stay as they "
+                "are: lower the adapters' strength or run the model in float32.",
+                broken, len(loss), step + 1,
+            )  # fmt: skip
+        trace.skipped += broken
+    return loss
+
+
+def _gradient(loss: Tensor, active: Tensor, leaf: Tensor, loss_scale: float, trace: LodaTrace) -> Tensor:
+    """∇L of each active image, in fp32 (fp64 stays fp64); zero for an image whose gradient is not finite."""
+    (gradient,) = torch.autograd.grad(loss.where(active, 0.0).sum() * loss_scale, leaf)
+    trace.backwards += 1
+    gradient = gradient.detach().to(torch.promote_types(leaf.dtype, torch.float32)) / loss_scale
+    finite = torch.isfinite(gradient).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        # Half precision can overflow in the backward pass; leaving that image as it is keeps it a picture.
+        trace.skipped += int((active & ~finite).sum())
+        gradient = gradient.where(finite.view(-1, *[1] * (gradient.ndim - 1)), 0.0)
+    return gradient
+
+
+def _direction(gradient: Tensor, loss: Tensor, active: Tensor, config: LodaConfig) -> Tensor:
+    """The rule's step per unit of η; exactly zero for images that have nothing to gain."""
+    found = UPDATE_RULES[config.loda_rule](gradient, loss, config.target)
+    return found.where(active.view(-1, *[1] * (gradient.ndim - 1)), 0.0)

@@ -1,6 +1,7 @@
-"""Attention maps of concepts: aggregate, smooth, normalise, and how far apart they are.
+"""Attention maps of concepts: smooth, normalise, and LODA's objective on them.
 
 Maps are [B, n, h, w]: batch, concepts, height and width of the attention layers they come from.
+Source: ConceptSplit (arXiv 2510.04668), section on LODA.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .divergence import EPS, harmonic_mean, pairwise
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
-    """Smooths [B, n, h, w] by a Gaussian of standard deviation `sigma` in map pixels; the size stays.
+    """G_σ ∗ M: smooths [B, n, h, w] by a Gaussian of standard deviation `sigma` in map pixels; the size stays.
 
     Borders replicate, so a map of one pixel or one row is fine and a constant map stays constant.
     """
@@ -31,27 +32,27 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
 
 
 def normalise(maps: Tensor) -> Tensor:
-    """Maps as probability distributions over pixels; a map of zeros becomes uniform."""
+    """P = M / ΣM: maps as probability distributions over pixels; a map of zeros becomes uniform."""
     shifted = maps.clamp(min=0) + EPS
     return shifted / shifted.sum(dim=(-2, -1), keepdim=True)
 
 
 def distributions(maps: Tensor, sigma: float) -> Tensor:
-    """Smoothed and normalised maps: what divergences compare."""
+    """P of smoothed maps: what divergences compare and regions are taken from."""
     return normalise(gaussian_blur(maps, sigma))
 
 
 def separation_loss(maps: Tensor, divergence: str, threshold: float, sigma: float) -> tuple[Tensor, Tensor]:
-    """ReLU(t − HM(D)) of each image, and its divergences (paper, LODA's objective).
+    """L = ReLU(t − HM(D)) of each image, and D (ConceptSplit, LODA's objective).
 
     Args:
         maps: [B, n, h, w], n ≥ 2.
-        divergence: a key of DIVERGENCES.
+        divergence: a name in `divergence.DIVERGENCES`.
         threshold: t, in the divergence's unit; once every pair is about this far apart the loss is zero.
         sigma: Gaussian smoothing in map pixels.
 
     Returns:
-        loss [B] and divergences [B, pairs].
+        loss [B] and divergences [B, pairs] (a set-wise divergence: [B, m]).
     """
     values = pairwise(distributions(maps, sigma), divergence)
     return F.relu(threshold - harmonic_mean(values)), values

@@ -1,39 +1,43 @@
-"""AFG's regions: each concept's strongest pixels, and the logit bias they become."""
+"""LODA's stage 2, AFG (attention fixing guidance): each concept's region, and the logit bias that regions become.
+
+The maps are taken once, after stage 1, and give each concept a region; from then on its rows gain logits inside it and
+lose logits outside (ConceptSplit, arXiv 2510.04668, section on LODA; its published code lacks this file, this reading
+follows its call sites).
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .maps import gaussian_blur, normalise
+from .maps import distributions
+from .partition import REGION_RULES
 
 
-def regions(maps: Tensor, fraction: float, sigma: float) -> Tensor:
-    """Each concept's region (paper, AFG): its strongest `fraction` of pixels after smoothing, disjoint.
-
-    Where two concepts claim a pixel the one with more of its own distribution there keeps it. A concept whose map is
-    zero (not bound in that image) has no region.
+def regions(maps: Tensor, fraction: float, sigma: float, rule: str = "top") -> Tensor:
+    """Each concept's region by a rule of `partition.REGION_RULES`, from smoothed maps.
 
     Args:
         maps: conditional maps [B, n, h, w].
+        fraction: share of the pixels that a region has, for rules that look at it.
+        sigma: Gaussian smoothing in map pixels.
 
     Returns:
-        bool [B, n, h, w].
+        bool [B, n, h, w]; a concept whose map is zero (not bound in that image) or not finite has no region.
     """
-    smooth = normalise(gaussian_blur(maps, sigma))
-    b, n, h, w = maps.shape
-    flat = smooth.reshape(b, n, h * w)
-    count = max(1, round(fraction * h * w))
-    claim = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, flat.topk(count, dim=-1).indices, True)
-    claim &= (maps.flatten(2).sum(dim=-1) > 0).unsqueeze(-1)
-    strength = torch.where(claim, flat, torch.zeros_like(flat))
-    winner = F.one_hot(strength.argmax(dim=1), n).movedim(-1, 1).bool()
-    return (claim & winner).reshape(b, n, h, w)
+    total = maps.sum(dim=(-2, -1), keepdim=True)
+    p = distributions(maps, sigma).where((total > 0) & torch.isfinite(total), 0.0)
+    return REGION_RULES[rule](p, fraction)
 
 
 def resize_regions(region: Tensor, size: tuple[int, int]) -> Tensor:
-    """Regions [B, n, h, w] at another layer's size, still disjoint; a concept keeps every cell it holds most of."""
+    """Regions [B, n, h, w] at another layer's size, still disjoint; a concept keeps every cell it holds most of.
+
+    Cells that no concept holds stay nobody's. Where regions overlap, equal shares of a cell go to the first concept.
+    """
     if tuple(region.shape[-2:]) == tuple(size):
         return region
     h, w = region.shape[-2:]
@@ -45,7 +49,8 @@ def resize_regions(region: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: float, negative: float) -> Tensor:
-    """AFG's logit bias for one layer: `positive` on a concept's rows inside its region, `negative` outside.
+    """AFG's logit bias for one layer: `positive` (the paper's p) on a concept's rows inside its region, `negative` (the
+    paper's m) outside.
 
     Args:
         region: bool [B, n, h, w]; an empty region (a concept that lost every pixel, or is not bound in this image)
@@ -59,4 +64,34 @@ def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: f
     fitted = resize_regions(region, size).flatten(2)  # [B, n, hw]
     has = region.flatten(2).any(dim=-1, keepdim=True) & fitted.any(dim=-1, keepdim=True)
     per_concept = torch.where(fitted, positive, negative) * has  # [B, n, hw]
-    return torch.einsum("bnp,bln->bpl", per_concept.float(), (mask != 0).float())
+    return _on_rows(per_concept.float(), mask)
+
+
+def suppression_bias(maps: Tensor, mask: Tensor, keep: float = 0.0) -> Tensor:
+    """Cross-token non-maximum suppression (T2I-Zero, arXiv 2310.07419): at each pixel only the concept with the
+    strongest map keeps its attention; the rows of the others lose all but a share of theirs there.
+
+    Args:
+        maps: [B, n, h, w] of this very layer and pass, smoothed by the caller (T2I-Zero: σ = 1).
+        mask: row mask [B, L, n].
+        keep: the share of its weight that a suppressed row keeps before the softmax is normalised again, 0 to 1.
+
+    Returns:
+        [B, h·w, L] in fp32: ln(keep), at least ln(10⁻⁹), on the rows of the weaker concepts, else 0.
+    """
+    weaker = (maps < maps.amax(dim=1, keepdim=True)).flatten(2)
+    return _on_rows(weaker.float() * math.log(max(keep, 1e-9)), mask)
+
+
+def resize_areas(areas: Tensor, size: tuple[int, int]) -> Tensor:
+    """Areas [B, n, h, w] in 0…1 at another size; what was a partition stays one."""
+    if tuple(areas.shape[-2:]) == tuple(size):
+        return areas
+    if size[0] >= areas.shape[-2] and size[1] >= areas.shape[-1]:
+        return F.interpolate(areas, size=size, mode="nearest-exact")
+    return F.adaptive_avg_pool2d(areas, size)
+
+
+def _on_rows(per_concept: Tensor, mask: Tensor) -> Tensor:
+    """A number per concept and pixel [B, n, hw] on the concept's rows: [B, hw, L]."""
+    return torch.einsum("bnp,bln->bpl", per_concept, (mask != 0).to(per_concept))

@@ -1,64 +1,139 @@
-"""Value adapters on living PyTorch modules, the same way in every host: forward hooks on ``attn2.to_v``.
+"""Adapters on living PyTorch modules, the same way in every host and for every kind: forward hooks.
 
-The hook adds to the *output* of the value projection, so LoRA (merged or bypass), quantised and offloaded weights
-of that layer keep their meaning and the layer's parameters are never touched.
+A hook adds to a layer's *output*, so LoRA (merged or bypass), quantised and offloaded weights of that layer keep their
+meaning, and its parameters are never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..method.tova import BoundRows, Delta, add_rows, bound_rows, row_deltas
+from ..method.tova import TokenMask, add_at
+from .site import NetworkMap, Site
 
-# Where rows change [p] in the B · L rows of a text, and what is added there [p, d_v].
-Added = tuple[Tensor, Tensor]
+# (places, what is added there), see `method.tova.add_at`; None adds nothing.
+Added = tuple[Tensor, Tensor] | None
 
 
-class LayerDeltas(Protocol):
-    """What a hook needs of an adapter: its (A, B, scale) for one layer, or None."""
+Scope = Literal["rows", "region", "image", "everywhere"]
+"""Where a concept's adapter acts:
+rows        at its own text rows, and at no pixel
+region      at its own text rows, and at the pixels of its region
+image       at its own text rows, and at every pixel of both guidance branches
+everywhere  at all text rows and pixels of both guidance branches, which is merging the weights"""
 
-    def delta(self, layer: str, device: torch.device, dtype: torch.dtype) -> Delta | None: ...
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter that acts in a forward pass, and how strongly."""
+
+    adapter: Any
+    strength: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adapters of one kind that act in the same place, and their channels of every mask.
+
+    kind: an `adapters.Kind`.
+    """
+
+    kind: Any
+    members: tuple[Member, ...]
+    channels: tuple[int, ...]
+    scope: Scope
+
+
+@dataclass
+class PassPlan:
+    """What adapters do in one forward pass. Made for the pass, dropped after it.
+
+    groups: the adapters that act.
+    rows: the row mask of a text [B, L, d] as a layer reads it; None where it cannot be told.
+    pixels: the mask of the pixels of a layer's output [B, T, d] or [B, d, h, w]; None where nobody acts.
+    kept: changes of earlier passes of the same run; None works each out anew, as training must.
+    """
+
+    groups: tuple[Group, ...] = ()
+    rows: Callable[[Tensor], TokenMask | None] = lambda text: None
+    pixels: Callable[[Tensor], TokenMask | None] = lambda out: None
+    kept: KeptChanges | None = None
+    _text: tuple[Tensor, Tensor, KeptText] | None = None
+
+    def mask(self, scope: Scope, site: Site, x: Tensor, out: Tensor) -> TokenMask | None:
+        """Which tokens of a layer belong to whom, for adapters of that scope."""
+        if scope == "everywhere" or (scope == "image" and site.reads == "image"):
+            return everything(out, self.channels)
+        if site.reads == "text":
+            return self.rows(x)
+        return self.pixels(out) if site.reads == "image" and scope == "region" else None
+
+    @property
+    def channels(self) -> int:
+        return 1 + max(channel for group in self.groups for channel in group.channels)
+
+    def change(self, group: Group, site: Site, layer: nn.Module, x: Tensor, out: Tensor) -> Added:
+        mask = self.mask(group.scope, site, x, out)
+        if mask is None:
+            return None
+        text = None if site.reads != "text" or mask.rows is not None else self._kept(x, mask)
+        key = (site.name, group, out.device, out.dtype)
+        if text is not None and key in text.found:
+            return text.found[key]
+        found = group.kind.change(group.members, site, layer, x, out, mask.select(group.channels))
+        if found is not None:
+            found = (found[0], found[1].to(out.dtype))
+        if text is not None and (found is None or not found[1].requires_grad):
+            text.found[key] = found
+        return found
+
+    def _kept(self, x: Tensor, mask: TokenMask) -> KeptText | None:
+        if self.kept is None or x.requires_grad or torch.compiler.is_compiling():
+            return None
+        if self._text is None or self._text[0] is not x or self._text[1] is not mask.weights:
+            self._text = (x, mask.weights, self.kept.text(x, mask))
+        return self._text[2]
+
+
+def everything(out: Tensor, channels: int) -> TokenMask:
+    """The mask under which each of `channels` concepts owns every token of a layer's output."""
+    tokens = {2: (), 3: out.shape[1:2], 4: (out[0, 0].numel(),)}[out.ndim]  # an embedding has no tokens
+    weights = torch.ones(out.shape[0], *tokens, channels, device=out.device)
+    return TokenMask(weights, torch.arange(out.shape[0], device=out.device))
 
 
 @dataclass(eq=False)
 class KeptText:
-    """A text whose row deltas are kept: what they follow from, and those worked out so far.
+    """A text by the rows that have an owner, and what each layer adds to it.
 
-    mask: [B, L, n]; places: its nonzero rows among the B · L [P]; rows: the text there [P, d_ctx].
-    found: by layer, device and dtype of its values.
+    mask: its row mask on the CPU; rows: its owned rows [p, d].
     """
 
-    shape: torch.Size
-    adapters: tuple[LayerDeltas | None, ...]
-    strengths: tuple[float, ...]
     mask: Tensor
-    places: Tensor
     rows: Tensor
-    found: dict[tuple[str, torch.device, torch.dtype], Added | None] = field(default_factory=dict)
+    found: dict[Any, Added] = field(default_factory=dict)
 
-    def holds(self, context: Tensor, mask: Tensor) -> bool:
-        """Whether `context` under `mask` is this text in all that its deltas follow from."""
+    def holds(self, rows: Tensor, mask: TokenMask) -> bool:
         return (
-            context.shape == self.shape
-            and context.dtype == self.rows.dtype
-            and context.device == self.rows.device
-            and mask.dtype == self.mask.dtype
-            and torch.equal(mask, self.mask)
-            and torch.equal(context.flatten(0, 1)[self.places], self.rows)
+            rows.shape == self.rows.shape
+            and rows.dtype == self.rows.dtype
+            and rows.device == self.rows.device
+            and torch.equal(mask.on_cpu, self.mask)
+            and torch.equal(rows, self.rows)
         )
 
 
-class KeptDeltas:
-    """Row deltas of one sampling run. They follow from the text, its mask and the adapters, which most runs keep over
-    all steps: each layer works its own out once per text, not once per step, and a step is left with one addition.
+class KeptChanges:
+    """What layers that read text add, over the passes of one run: it follows from the text, its mask and the adapters,
+    which most runs keep over all steps. A step is then left with one addition per layer.
 
-    Texts are told apart by their content, since a host makes a new tensor for each call; the comparison is made once
-    per pass. For adapters that do not change while it lives: not for training.
+    Texts are compared by content, once per pass, since a host makes a new tensor for each call.
 
     Args:
         texts: how many are kept, the last ones met: one or two in most runs, more where regions have prompts.
@@ -68,147 +143,96 @@ class KeptDeltas:
         self.limit = texts
         self.texts: list[KeptText] = []
 
-    def text(
-        self, context: Tensor, mask: Tensor, adapters: tuple[LayerDeltas | None, ...], strengths: tuple[float, ...]
-    ) -> KeptText:
-        """The entry of this text [B, L, d_ctx] under this mask [B, L, n]; a new one if it has not been met."""
-        for known in self.texts:
-            if known.adapters == adapters and known.strengths == strengths and known.holds(context, mask):
-                break
-        else:
-            places = (mask != 0).any(dim=-1).flatten().nonzero().flatten()
-            rows = context.flatten(0, 1)[places]
-            known = KeptText(context.shape, adapters, strengths, mask.clone(), places, rows)
+    def text(self, context: Tensor, mask: TokenMask) -> KeptText:
+        """The entry of this text [B, L, d] under this mask; a new one if it has not been met."""
+        rows = context.flatten(0, 1)[mask.places]
+        known = next((text for text in self.texts if text.holds(rows, mask)), None) or KeptText(mask.on_cpu, rows)
         self.texts = [known, *(text for text in self.texts if text is not known)][: self.limit]
         return known
 
 
-@dataclass
-class ValueState:
-    """What one forward pass of a patched model sees. Published before the pass, cleared after it.
+class Hooks:
+    """The hooks of one run on a network, put in and taken out in one place.
 
-    mask: [B, L, n] row mask of this very batch, or None (no binding: the hooks do nothing).
-    adapters: n entries aligned with the mask's channels; None is a concept without an adapter.
-    strengths: n factors s; 0 is exactly the base model.
-    kept: deltas of the run that this pass belongs to; None works them out anew in each pass, as training must.
+    `plan` is what the pass that is running shall do; None, between passes, does nothing.
     """
 
-    mask: Tensor | None = None
-    adapters: tuple[LayerDeltas | None, ...] = ()
-    strengths: tuple[float, ...] = ()
-    kept: KeptDeltas | None = None
-    used: set[str] = field(default_factory=set)
-    _rows: tuple[Tensor, tuple[int, int], Tensor, list[BoundRows | None]] | None = None
-    _text: tuple[tuple[Any, ...], KeptText] | None = None
+    def __init__(self) -> None:
+        self.plan: PassPlan | None = None
+        self._root: nn.Module | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def clear(self) -> None:
-        """Ends the pass: no mask, nothing remembered of it."""
-        self.mask = None
-        self._rows = self._text = None
+    def install(self, network: NetworkMap, groups: Sequence[Group]) -> None:
+        """Registers one hook on each module that an adapter of `groups` changes, in the order of the groups. A second
+        call for the same denoiser does nothing; for another one, as hosts exchange them, the hooks move."""
+        root = network.root()
+        if self._root is root:
+            return
+        self._clear()
+        self._root = root
+        by_site: dict[str, list[int]] = {}
+        for index, group in enumerate(groups):
+            for member in group.members:
+                for name in member.adapter.sites:
+                    if name in network.sites and index not in by_site.setdefault(name, []):
+                        by_site[name].append(index)
+        for name, indices in by_site.items():
+            hook = self._hook(network.sites[name], tuple(indices))
+            self._handles.append(network.module(name).register_forward_hook(hook))
 
-    def rows_for(self, context: Tensor) -> tuple[Tensor, list[BoundRows | None]] | None:
-        """Mask and bound rows fitted to a context [B, L, ·]; worked out once for all layers of a pass."""
-        shape = (context.shape[0], context.shape[1])
-        if self.mask is None:
-            return None
-        if self._rows is None or self._rows[0] is not self.mask or self._rows[1] != shape:
-            fitted = match_mask(self.mask, *shape)
-            if fitted is None:
+    def _hook(self, site: Site, indices: tuple[int, ...]) -> Callable[..., Tensor | None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            plan = self.plan
+            if plan is None or not plan.groups:
                 return None
-            fitted = fitted.to(context.device)
-            self._rows = (self.mask, shape, fitted, bound_rows(fitted))
-        return self._rows[2], self._rows[3]
-
-    def added(self, layer: str, context: Tensor, device: torch.device, dtype: torch.dtype) -> Added | None:
-        """The rows that `layer` adds to its values [B, L, d_v], for the text [B, L, d_ctx] it reads.
-
-        Returns:
-            As `row_deltas`, in `dtype`; None when the values stay as they are.
-        """
-        fitted = self.rows_for(context)
-        if fitted is None:
-            return None
-        mask, rows = fitted
-        text = self._kept_text(context, mask)
-        key = (layer, device, dtype)
-        if text is not None and key in text.found:
-            return text.found[key]
-        # fp8 or integer storage still computes in the output's dtype; adapters follow that.
-        deltas = _deltas(self, layer, device, _compute_dtype(dtype))
-        found = row_deltas(context, mask, deltas, rows)
-        if found is not None:
-            found = (found[0], found[1].to(dtype))
-        # What learns changes from pass to pass, and its gradient belongs to one of them.
-        if text is not None and not any(
-            delta is not None and (delta[0].requires_grad or delta[1].requires_grad) for delta in deltas
-        ):
-            text.found[key] = found
-        return found
-
-    def _kept_text(self, context: Tensor, mask: Tensor) -> KeptText | None:
-        if self.kept is None or context.requires_grad or torch.compiler.is_compiling():
-            return None
-        # Inference tensors do not count their changes; hosts that sample with them have a state for each call.
-        version = None if context.is_inference() else context._version
-        now = (context, mask, version, self.adapters, self.strengths)
-        if self._text is None or not _same_objects(self._text[0], now):
-            self._text = (now, self.kept.text(context, mask, self.adapters, self.strengths))
-        return self._text[1]
-
-
-def _same_objects(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two layers read the very same text under the same mask and adapters: then nothing has to be compared."""
-    return one[0] is other[0] and one[1] is other[1] and one[2:] == other[2:]
-
-
-def _deltas(state: ValueState, layer: str, device: torch.device, dtype: torch.dtype) -> list[Delta | None]:
-    found: list[Delta | None] = []
-    for adapter, strength in zip(state.adapters, state.strengths, strict=True):
-        delta = None if adapter is None or strength == 0.0 else adapter.delta(layer, device, dtype)
-        found.append(None if delta is None else (delta[0], delta[1], delta[2] * strength))
-    return found
-
-
-def match_mask(mask: Tensor, rows: int, length: int) -> Tensor | None:
-    """The mask fitted to a context [rows, length, ·] that the host may have repeated, or None if it cannot fit.
-
-    Hosts tile contexts of unequal length to a common multiple, and some packs run a block on part of the batch
-    with extra rows of their own; a mask that does not fit must not land on the wrong rows.
-    """
-    if mask.shape[0] == 1 and rows > 1:
-        mask = mask.expand(rows, -1, -1)
-    if mask.shape[0] != rows:
-        return None
-    if mask.shape[1] == length:
-        return mask
-    if length % mask.shape[1] == 0:
-        return mask.repeat(1, length // mask.shape[1], 1)
-    return None
-
-
-def hook_values(to_v: Mapping[str, nn.Module], state: ValueState) -> list[torch.utils.hooks.RemovableHandle]:
-    """Registers one forward hook per value projection; `to_v` maps canonical layer names to modules."""
-
-    def make(layer: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if state.mask is None or not state.adapters:
-                return None
-            found = state.added(layer, inputs[0], output.device, output.dtype)
-            if found is None:
-                return None
-            state.used.add(layer)
-            return add_rows(output, *found)
+            new = output
+            for index in indices:
+                found = plan.change(plan.groups[index], site, layer, inputs[0], output)
+                if found is not None:
+                    new = add_at(new, *found)
+            return new if new is not output else None
 
         return hook
 
-    return [module.register_forward_hook(make(layer)) for layer, module in to_v.items()]
+    def remove(self) -> None:
+        """Takes the hooks off again; harmless when they are gone already."""
+        self.plan = None
+        self._clear()
+
+    def _clear(self) -> None:
+        remove_hooks(self._handles)
+        self._handles, self._root = [], None
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else torch.float32
+@contextmanager
+def learning(network: NetworkMap, kind: Any, adapter: Any) -> Iterator[Callable[[Tensor | None], None]]:
+    """`adapter` on the modules of a network while it learns.
+
+    Gives a function that publishes the row mask [B, L, 1] of the passes to come, None for passes without the adapter.
+    It stays published until the next: with checkpointing the backward pass runs the layers again. Pixels are all the
+    concept's.
+    """
+    hooks = Hooks()
+    groups = (Group(kind, (Member(adapter, 1.0),), (0,), kind.scope),)
+
+    def publish(mask: Tensor | None) -> None:
+        if mask is None:
+            hooks.plan = None
+            return
+        rows = TokenMask(mask)
+
+        def of_text(text: Tensor) -> TokenMask | None:
+            return rows if mask.shape[:2] == text.shape[:2] else None
+
+        hooks.plan = PassPlan(groups, of_text, lambda out: everything(out, 1))
+
+    try:
+        hooks.install(network, groups)
+        yield publish
+    finally:
+        hooks.remove()
 
 
 def remove_hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
-    """Takes hooks off again; harmless when they are gone already."""
     for handle in handles:
         handle.remove()

@@ -14,7 +14,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..adapters.file import largest
-from ..adapters.value import ValueAdapter
+from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import read_header, write_whole
 from ..settings import TrainConfig
@@ -25,7 +25,7 @@ from .data import (
 CHECKPOINT_FORMAT = "conceptsplit.training"
 
 
-def _fingerprint(adapter: ValueAdapter, data: TrainData, config: TrainConfig) -> str:
+def _fingerprint(adapter: LowRankAdapter, data: TrainData, config: TrainConfig) -> str:
     """What must be the same for a checkpoint to continue this run."""
     digest = hashlib.sha256(
         json.dumps([config.lasting, adapter.layers, adapter.info.rank, adapter.info.alpha]).encode()

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.value import ValueAdapter
+from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..settings import TrainConfig
 from .checkpoint import _check_room, _fingerprint, _load_checkpoint, _save_checkpoint
@@ -39,12 +39,12 @@ class TrainEvent:
     steps: int
     loss: float
     seconds: float
-    adapter: ValueAdapter
+    adapter: LowRankAdapter
 
 
 @dataclass
 class TrainResult:
-    adapter: ValueAdapter
+    adapter: LowRankAdapter
     losses: list[float]
     seconds: float
 
@@ -59,7 +59,7 @@ def batch_loss(prediction: Tensor, batch: TrainBatch) -> Tensor:
 
 
 def train(
-    adapter: ValueAdapter,
+    adapter: LowRankAdapter,
     data: TrainData,
     alphas_cumprod: Tensor,
     denoise: Callable[[TrainBatch], Tensor],
@@ -72,7 +72,7 @@ def train(
     """Trains `adapter` in place (paper, token-wise value adaptation; only A and B learn).
 
     Args:
-        adapter: fp32, from `ValueAdapter.create`; its tensors get gradients during the call.
+        adapter: fp32, from `LowRankAdapter.create`; its tensors get gradients during the call.
         alphas_cumprod: ᾱ of every timestep [T].
         denoise: runs the host's UNet on a TrainBatch and returns its prediction [b, C, h, w]; the host's value hooks
             must read this very adapter, and add it only where ``batch.mask`` says.

@@ -4,21 +4,19 @@ import pytest
 import torch
 
 from benchmarks.separation import learning, plain_text
-from conceptsplit_core.demo import train as demo_train
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.hosts import diffusers as host
+from tools.demo_model.states import read, save
 
 pytestmark = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
 
 
 def test_training_goes_on_and_the_encoder_mixes_nothing(tmp_path):
-    was = demo_train.Model
     options = ["--out", str(tmp_path), "--scenes", "8", "--workers", "1", "--batch", "2", "--steps"]
     plain_text.main([*options, "1"])
-    first = demo_train._read(tmp_path / "state.safetensors")
+    first = read(tmp_path / "state.safetensors")
     plain_text.main([*options, "2"])  # goes on: the scenes are there, step 1 is not done again
-    state = demo_train._read(tmp_path / "state.safetensors")
-    assert demo_train.Model is was
+    state = read(tmp_path / "state.safetensors")
     assert (first["step"], state["step"]) == (1, 2)
     key = "unet.conv_out.weight"
     assert not torch.equal(first["model"][key], state["model"][key])
@@ -49,8 +47,8 @@ def test_the_control_goes_on_with_the_encoder_as_it_is(tmp_path):
 def test_scenes_of_another_autoencoder_are_refused(tmp_path):
     plain_text.start(tmp_path, DEMO_FILE, 1e-3, 0.0, 1)
     assert plain_text.same_encoder(tmp_path, DEMO_FILE)
-    saved = demo_train._read(tmp_path / "vae.safetensors")
+    saved = read(tmp_path / "vae.safetensors")
     saved["model"]["encoder.layers.0.weight"] += 0.1
-    demo_train._save(saved, tmp_path / "vae.safetensors")
+    save(saved, tmp_path / "vae.safetensors")
     with pytest.raises(SystemExit, match="another autoencoder"):
         plain_text.main(["--out", str(tmp_path / "new"), "--latents", str(tmp_path)])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 from conceptsplit_core import adapters
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.file import canonical_key, load_adapter, parse_adapter, save_adapter
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 
 LAYERS = {
@@ -24,7 +24,7 @@ LAYERS = {
 
 def make(rank=3, seed=0, **info):
     facts = {"concept": "rex", "class_word": "dog", "base": "sd15", "context_dim": 8, "rank": rank, "alpha": 2.0 * rank}
-    adapter = ValueAdapter.create(LAYERS, AdapterInfo(**{**facts, **info}), seed)
+    adapter = LowRankAdapter.create(LAYERS, AdapterInfo(**{**facts, **info}), seed)
     for n, up in enumerate(adapter.up.values()):
         up.normal_(generator=torch.Generator().manual_seed(seed + n + 1))
     return adapter
@@ -39,7 +39,7 @@ def one_sentence(error):
 
 def test_create_is_gaussian_a_zero_b_and_seeded():
     info = AdapterInfo("x", "dog", rank=4, alpha=4.0)
-    one, two, other = (ValueAdapter.create(LAYERS, info, s) for s in (1, 1, 2))
+    one, two, other = (LowRankAdapter.create(LAYERS, info, s) for s in (1, 1, 2))
     for layer in LAYERS:
         assert torch.equal(one.down[layer], two.down[layer])
         assert not torch.equal(one.down[layer], other.down[layer])

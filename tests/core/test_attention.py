@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from conceptsplit_core.adapters.base import AdapterInfo
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.method.attention import attend, bound_attention
 from conceptsplit_core.method.tova import apply_value_delta, bound_rows, value_delta
 from conceptsplit_core.network.hooks import ValueState, hook_values, match_mask, remove_hooks
@@ -138,7 +138,7 @@ def test_attend_with_zero_bias_equals_without():
 
 
 def adapter_for(layers, seed=0, rank=2):
-    adapter = ValueAdapter.create(layers, AdapterInfo("x", "dog", rank=rank, alpha=float(rank)), seed)
+    adapter = LowRankAdapter.create(layers, AdapterInfo("x", "dog", rank=rank, alpha=float(rank)), seed)
     for up in adapter.up.values():
         up.normal_(generator=torch.Generator().manual_seed(seed + 1))
     return adapter

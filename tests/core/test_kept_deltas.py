@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conceptsplit_core.adapters.base import AdapterInfo
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.network.hooks import KeptDeltas, ValueState, hook_values, remove_hooks
 
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -22,7 +22,7 @@ class Counted:
 
     def __init__(self, seed: int, layers: tuple[str, ...] = (DOWN, MID)):
         g = torch.Generator().manual_seed(seed)
-        self.adapter = ValueAdapter.create(
+        self.adapter = LowRankAdapter.create(
             dict.fromkeys(layers, (WIDTH, 6)), AdapterInfo("x", "dog", rank=2, alpha=2.0), seed
         )
         for up in self.adapter.up.values():

@@ -1,3 +1,6 @@
+import logging
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +8,9 @@ from torch import nn
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.loda import LodaTrace, separate, step_sizes
 from conceptsplit_core.method.maps import separation_loss
-from conceptsplit_core.method.regions import region_bias, regions, resize_regions
+from conceptsplit_core.method.partition import REGION_RULES
+from conceptsplit_core.method.regions import region_bias, regions, resize_regions, suppression_bias
+from conceptsplit_core.method.updates import UPDATE_RULES, update_rule
 from conceptsplit_core.settings import LodaConfig
 
 
@@ -31,8 +36,8 @@ def loss_of(x, config):
     return separation_loss(TinyMaps()(x), config.divergence, config.target, config.map_smoothing)[0]
 
 
-@pytest.mark.parametrize("rule,size", [("normalised", 0.1), ("gradient", 20.0)])
-@pytest.mark.parametrize("divergence", ["jsd", "symmetric_kl", "bhattacharyya", "kl"])
+@pytest.mark.parametrize("rule,size", [("normalised", 0.1), ("gradient", 20.0), ("sign", 0.1)])
+@pytest.mark.parametrize("divergence", ["jsd", "symmetric_kl", "bhattacharyya", "kl", "iou"])
 def test_update_lowers_each_images_loss(rule, size, divergence):
     config = LodaConfig(loda_steps=5, loda_iterations=1, loda_strength=size, loda_rule=rule, divergence=divergence)
     x = latent()
@@ -59,6 +64,43 @@ def test_update_is_the_gradient_in_the_models_input_coordinates():
     (gradient,) = torch.autograd.grad(loss_of(leaf * wide, config).sum(), leaf)
     expected = (x / wide - 7.0 * gradient) * wide
     torch.testing.assert_close(separate(x, sigma, 0, TinyMaps(), config, LodaTrace()), expected)
+
+
+def test_a_host_says_how_its_latents_come_to_unit_variance():
+    """Flow models read x itself: unit 1. The default would take a step √10 times as large at σ = 3."""
+    config = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=7.0, loda_rule="gradient")
+    x = latent(1)
+    leaf = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss_of(leaf, config).sum(), leaf)
+    asked = []
+    moved = separate(x, 3.0, 0, TinyMaps(), config, LodaTrace(), unit=lambda sigma: asked.append(sigma) or 1.0)
+    torch.testing.assert_close(moved, x - 7.0 * gradient)
+    assert asked == [3.0]
+
+
+def test_sign_rule_moves_every_cell_by_eta_times_the_way_to_go():
+    gradient = torch.tensor([[[3.0, -1e-6], [0.5, 1.0]]]).repeat(2, 1, 1, 1)  # its mean is above 1
+    loss, threshold = torch.tensor([0.1, 9.0]), 0.4
+    out = UPDATE_RULES["sign"](gradient, loss, threshold)
+    signs = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
+    torch.testing.assert_close(out, torch.stack([0.5 * signs, signs])[:, None])
+
+
+def test_an_update_rule_is_one_registered_function():
+    @update_rule("quarter")
+    def quarter(gradient, loss, threshold):
+        return 0.25 * gradient
+
+    try:
+        with pytest.raises(ValueError, match="there is an update rule 'quarter' already"):
+            update_rule("quarter")
+        x, moved = latent(1), {}
+        for rule in ("gradient", "quarter"):
+            config = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=7.0, loda_rule=rule)
+            moved[rule] = separate(x, 1.0, 0, TinyMaps(), config, LodaTrace()) - x
+        torch.testing.assert_close(moved["quarter"], 0.25 * moved["gradient"])
+    finally:
+        del UPDATE_RULES["quarter"]
 
 
 def test_normalised_update_keeps_each_channels_mean_and_has_the_size_asked_for():
@@ -166,15 +208,62 @@ def test_a_gradient_that_overflows_leaves_that_image_alone():
     assert trace.skipped == 1
 
 
-def test_interrupt_is_asked_before_every_pass():
+@pytest.mark.parametrize("asked,forwards", [(1, 0), (2, 1)])
+def test_interrupt_is_asked_before_every_pass(asked, forwards):
+    """The first question stands before the forward pass, the second before the backward pass."""
+
     class Stop(Exception):
         pass
 
     def check():
-        raise Stop
+        check.asked += 1
+        if check.asked == asked:
+            raise Stop
 
+    check.asked, trace = 0, LodaTrace()
     with pytest.raises(Stop):
-        separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(loda_steps=1), LodaTrace(), check=check)
+        separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(loda_steps=1), trace, check=check)
+    assert (trace.forwards, trace.backwards) == (forwards, 0)
+
+
+def test_maps_that_are_not_finite_are_warned_about_and_skipped(caplog):
+    """Image 1 of three has NaN maps: it stays as it is and counts as skipped, the others are separated."""
+    tiny, trace, x = TinyMaps(), LodaTrace(), latent(3)
+    broken = torch.tensor([0.0, float("nan"), 0.0], dtype=torch.float64).view(3, 1, 1, 1)
+    config = LodaConfig(loda_steps=2, loda_iterations=3)
+    with caplog.at_level(logging.WARNING, "ConceptSplit"):
+        out = separate(x, 1.0, 0, lambda x: tiny(x) + broken, config, trace)
+        separate(out, 1.0, 1, lambda x: tiny(x) + broken, config, trace)
+    assert torch.equal(out[1], x[1]) and torch.isfinite(out).all()
+    torch.testing.assert_close(out[::2], separate(x[::2], 1.0, 0, TinyMaps(), config, LodaTrace()))
+    assert (trace.forwards, trace.backwards, trace.skipped) == (6, 6, 6)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("The attention maps of 1 of 3 images are not finite at LODA step 1, so their latents stay")
+
+
+def test_a_batch_of_maps_that_are_not_finite_is_not_apart(caplog):
+    trace, x = LodaTrace(), latent(2)
+    assert separate(x, 1.0, 0, lambda x: TinyMaps()(x) * float("inf"), LodaConfig(loda_steps=1), trace) is x
+    assert (trace.forwards, trace.backwards, trace.skipped) == (1, 0, 2)
+    assert "2 of 2 images are not finite" in caplog.text
+
+
+def test_a_scaled_loss_keeps_gradients_that_half_precision_would_lose():
+    """A model that takes the gradient through float16, where anything below 3e-8 is zero."""
+    config = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=3.0)
+    faint = lambda x: TinyMaps()(x.half().double() * 1e-6 + x.detach())
+    x = latent(1)
+    right = separate(x, 1.0, 0, lambda x: TinyMaps()(x * 1e-6 + x.detach()), config, LodaTrace()) - x
+    lost = separate(x, 1.0, 0, faint, config, LodaTrace()) - x
+    kept = separate(x, 1.0, 0, faint, config, LodaTrace(), loss_scale=1024.0) - x
+    cosine = lambda a, b: float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    assert cosine(kept, right) > 0.98 > 0.5 > cosine(lost, right)
+    # The scale is taken out again: the paper's rule, which keeps the gradient's size, moves as far.
+    plain = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=20.0, loda_rule="gradient")
+    torch.testing.assert_close(
+        separate(x, 1.0, 0, TinyMaps(), plain, LodaTrace(), loss_scale=1024.0),
+        separate(x, 1.0, 0, TinyMaps(), plain, LodaTrace()),
+    )
 
 
 def test_trace_holds_plain_numbers():
@@ -195,6 +284,7 @@ def test_trace_holds_plain_numbers():
         {"divergence": "x"},
         {"afg_region": 0.0},
         {"loda_rule": "adam"},
+        {"afg_rule": "watershed"},
         {"afg_outside": -1.0},
         {"map_downscale": 3},
         {"map_part": "up"},
@@ -218,6 +308,72 @@ def test_regions_are_disjoint_and_the_stronger_wins():
     assert not (found[0, 0] & found[0, 1]).any()
     assert found[0, 0, 0, 0]
     assert found[0, 1, 1, 1]
+
+
+def test_overlapping_regions_keep_what_disjoint_ones_give_away():
+    maps = torch.rand(2, 3, 9, 14, generator=torch.Generator().manual_seed(0))
+    claimed = regions(maps, 0.25, 1.0, "overlapping")
+    assert claimed.flatten(2).sum(dim=-1).eq(round(0.25 * 9 * 14)).all()
+    disjoint = regions(maps, 0.25, 1.0, "top")
+    assert not (disjoint & ~claimed).any()
+    assert torch.equal(disjoint.any(dim=1), claimed.any(dim=1))
+    assert claimed.sum(dim=1).max() > 1 == disjoint.sum(dim=1).max()
+
+
+@pytest.mark.parametrize("rule", ["argmax", "by_place"])
+def test_a_partition_gives_every_pixel_to_the_largest_map(rule):
+    maps = torch.zeros(2, 3, 5, 7)
+    maps[0, 0, :, :2], maps[0, 1, :, 2:], maps[0, 2, 4, 6] = 9.0, 1.0, 3.0  # of their sums: 1/10, 1/25, 1
+    maps[1, 1] = 0.2  # the others are not bound in image 1
+    found = regions(maps, 0.1, 0.0, rule)
+    expected = torch.zeros(3, 5, 7, dtype=torch.bool)
+    expected[0, :, :2], expected[1, :, 2:] = True, True
+    expected[1, 4, 6], expected[2, 4, 6] = False, True
+    assert torch.equal(found[0], expected)
+    assert found[1, 1].all() and not found[1, [0, 2]].any()
+
+
+def blob(x, y, side=(12, 20), sigma=1.5):
+    down, right = torch.arange(float(side[0]))[:, None], torch.arange(float(side[1]))[None]
+    return torch.exp(-((right - x) ** 2 + (down - y) ** 2) / (2 * sigma**2))
+
+
+@pytest.mark.parametrize(
+    "places",  # in reading order
+    [[(4, 6), (14, 4)], [(9, 2), (10, 9)], [(3, 5), (9, 6), (16, 5)], [(4, 2), (15, 3), (5, 9), (12, 9)]],
+)
+def test_concepts_that_share_a_map_divide_it_by_place_in_reading_order(places):
+    """Their maps differ as little as those of two words with one meaning do; the second concept is another thing."""
+    shared = sum(weight * blob(*at) for weight, at in zip((1.0, 0.6, 0.8, 0.7), places, strict=False))
+    maps = [shared * 0.01, blob(18, 11, sigma=1.0)] + [shared + 1e-3 * i for i in range(1, len(places))]
+    found = regions(torch.stack(maps)[None], 0.1, 1.0, "by_place")[0]
+    assert found.sum(dim=0).eq(1).all()
+    assert found[1, 11, 18]
+    for region, (x, y) in zip(found[[0, *range(2, len(maps))]], places, strict=True):
+        assert region[max(y - 1, 0) : y + 2, x - 1 : x + 2].all(), (x, y)
+
+
+def test_maps_of_different_concepts_are_not_taken_for_one():
+    maps = torch.stack([blob(5, 5), blob(7, 5)])[None]
+    assert torch.equal(regions(maps, 0.1, 1.0, "by_place"), regions(maps, 0.1, 1.0, "argmax"))
+
+
+@pytest.mark.parametrize("side", [(1, 2), (3, 1), (6, 8)])
+def test_a_flat_shared_map_is_cut_across_its_longer_side(side):
+    found = regions(torch.ones(1, 2, *side), 0.1, 1.0, "by_place")[0]
+    h, w = side
+    first = torch.zeros(side, dtype=torch.bool)
+    first[: h if w >= h else math.ceil(h / 2), : w // 2 if w >= h else w] = True
+    assert torch.equal(found[0], first) and torch.equal(found[1], ~first)
+
+
+@pytest.mark.parametrize("rule", REGION_RULES)
+def test_a_concept_without_a_finite_map_has_no_region(rule):
+    maps = torch.rand(1, 4, 5, 8, generator=torch.Generator().manual_seed(3))
+    maps[0, 1], maps[0, 2, 0, 3] = 0.0, float("nan")
+    found = regions(maps, 0.2, 1.0, rule)[0]
+    assert not found[[1, 2]].any()
+    assert found[0].any() and found[3].any()
 
 
 def test_region_is_the_asked_share():
@@ -258,3 +414,24 @@ def test_resized_regions_stay_disjoint_and_present(size):
     assert out.shape == (1, 2, *size)
     assert not (out[:, 0] & out[:, 1]).any()
     assert out.any()
+
+
+def test_a_cell_that_no_concept_had_stays_nobodys():
+    region = torch.zeros(1, 2, 16, 12, dtype=torch.bool)
+    region[0, 0, 2:6, 8:12], region[0, 1, 10:14, :6] = True, True
+    out = resize_regions(region, (8, 6))
+    expected = torch.zeros(1, 2, 8, 6, dtype=torch.bool)
+    expected[0, 0, 1:3, 4:6], expected[0, 1, 5:7, :3] = True, True
+    assert torch.equal(out, expected)
+
+
+def test_suppressed_rows_keep_their_share_where_another_concept_is_stronger():
+    maps = torch.tensor([[[[0.5, 0.1, 0.3]], [[0.2, 0.4, 0.3]]], [[[0.0, 0.0, 0.0]], [[0.9, 0.1, 0.2]]]])
+    mask = torch.zeros(2, 6, 2)
+    mask[0, [1, 2], 0] = mask[0, 4, 1] = mask[1, 3, 1] = 1.0  # image 1 binds one concept
+    bias = suppression_bias(maps, mask, 0.25)
+    expected = torch.zeros(2, 3, 6)
+    expected[0, 1, [1, 2]] = expected[0, 0, 4] = math.log(0.25)  # a tie suppresses nobody
+    torch.testing.assert_close(bias, expected)
+    none_left = torch.softmax(suppression_bias(maps, mask), dim=-1)[0]
+    assert none_left[1, [1, 2]].max() < 1e-8 and none_left[1, 4] == pytest.approx(1 / 4)

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.method.divergence import DIVERGENCES, harmonic_mean, pairwise
+from conceptsplit_core.method.divergence import DIVERGENCES, divergence, harmonic_mean, pairwise
 from conceptsplit_core.method.maps import gaussian_blur, normalise, separation_loss
 from conceptsplit_core.network.grid import aggregate, choose_downscale, choose_layers, find_size, level_sizes, map_size
 
-SYMMETRIC = ("jsd", "symmetric_kl", "bhattacharyya")
+SYMMETRIC = ("jsd", "symmetric_kl", "bhattacharyya", "iou")
 
 
 def blob(x, y, sigma=2.0, side=16, power=1.0):
@@ -44,6 +44,42 @@ def test_jsd_of_disjoint_maps_is_ln_2():
     maps = torch.zeros(1, 2, 4, 4)
     maps[0, 0, 0], maps[0, 1, 3] = 1, 1
     torch.testing.assert_close(pairwise(normalise(maps), "jsd"), torch.log(torch.tensor([[2.0]])), atol=1e-4, rtol=0)
+
+
+def test_iou_is_the_overlap_that_disendiff_names():
+    p = torch.tensor([[[0.5, 0.25, 0.25]], [[0.0, 0.5, 0.5]], [[1.0, 0.0, 0.0]]])[None]
+    # (min, max) of the pairs: (0 + ¼ + ¼, ½ + ½ + ½), (½, 1 + ¼ + ¼), (0, 2)
+    torch.testing.assert_close(pairwise(p, "iou"), torch.tensor([[1 - 0.5 / 1.5, 1 - 0.5 / 1.5, 1.0]]))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_thresholds_are_the_same_overlap_in_every_unit(name):
+    """Two blobs of σ = 1/8 of the picture reach it when they are between 2.4 and 2.9 σ apart."""
+    two = lambda apart: torch.stack([blob(20, 32, 8.0, 64), blob(20 + 8 * apart, 32, 8.0, 64)])[None]
+    values = [float(pairwise(normalise(two(apart)), name)) for apart in (2.4, 2.9)]
+    assert values[0] < DIVERGENCES[name].threshold < values[1]
+
+
+def test_a_divergence_of_the_whole_set_sees_all_maps_at_once():
+    @divergence("entropy_gap", threshold=0.5, set_wise=True)
+    def entropy_gap(p):
+        """Entropy of the mean map less the mean of the entropies, per image, as a share of ln n."""
+        entropy = lambda d: -(d * d.clamp(min=1e-12).log()).sum(dim=(-2, -1))
+        gap = entropy(p.mean(dim=1)) - entropy(p).mean(dim=1)
+        return (gap / torch.log(torch.tensor(float(p.shape[1])))).unsqueeze(1)
+
+    try:
+        apart, same = torch.zeros(3, 4, 5, dtype=torch.float64), torch.ones(3, 4, 5, dtype=torch.float64)
+        apart[0, 0, 1] = apart[1, 2, 2] = apart[2, 3, 4] = 1.0
+        loss, values = separation_loss(torch.stack([apart, same]), "entropy_gap", 0.5, 0.0)
+        torch.testing.assert_close(values, torch.tensor([[1.0], [0.0]], dtype=torch.float64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(loss, torch.tensor([0.0, 0.5], dtype=torch.float64), atol=1e-5, rtol=0)
+        with pytest.raises(ValueError, match="there is a divergence 'entropy_gap' already"):
+            divergence("entropy_gap", threshold=1.0)
+        with pytest.raises(ValueError, match="the threshold of 'flat' is 0"):
+            divergence("flat", threshold=0)
+    finally:
+        del DIVERGENCES["entropy_gap"]
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 9, 24])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conceptsplit_core.adapters.base import AdapterInfo
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.diffusion import targets
 from conceptsplit_core.method.tova import value_delta
@@ -17,7 +17,7 @@ ALPHAS = torch.cumprod(1 - torch.linspace(1e-3, 0.02, 50), 0)
 
 
 def new_adapter(seed=0):
-    return ValueAdapter.create({LAYER: (6, 4)}, AdapterInfo("rex", "dog", rank=2, alpha=2.0), seed)
+    return LowRankAdapter.create({LAYER: (6, 4)}, AdapterInfo("rex", "dog", rank=2, alpha=2.0), seed)
 
 
 def data(n=5, masks=False, rows=((2,), (3, 4))):

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conceptsplit_core.demo import checkpoint, lexicon, scenes
+from conceptsplit_core.demo import checkpoint, scenes
+from tools.demo_model import lexicon
 
 
 @pytest.fixture(scope="module")

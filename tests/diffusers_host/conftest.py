@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
 
 from conceptsplit_core.adapters.base import AdapterInfo  # noqa: E402
-from conceptsplit_core.adapters.value import ValueAdapter  # noqa: E402
+from conceptsplit_core.adapters.low_rank import LowRankAdapter  # noqa: E402
 from conceptsplit_core.hosts import diffusers as host  # noqa: E402
 
 # The models are tiny: threads only get in each other's way.
@@ -60,12 +60,12 @@ def load(folder: Callable[[str], Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def adapter_for() -> Callable[..., ValueAdapter]:
+def adapter_for() -> Callable[..., LowRankAdapter]:
     """A random adapter for a model; its delta is about as large as the values themselves."""
 
-    def make(model: Any, name: str = "rex", word: str = "dog", rank: int = 4, seed: int = 0) -> ValueAdapter:
+    def make(model: Any, name: str = "rex", word: str = "dog", rank: int = 4, seed: int = 0) -> LowRankAdapter:
         info = AdapterInfo(concept=name, class_word=word, base=model.family, rank=rank, alpha=float(rank))
-        adapter = ValueAdapter.create(host.layer_shapes(model.unet), info, seed)
+        adapter = LowRankAdapter.create(host.layer_shapes(model.unet), info, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         for layer, up in adapter.up.items():
             adapter.up[layer] = torch.randn(up.shape, generator=generator) * 0.1

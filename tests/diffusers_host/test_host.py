@@ -8,7 +8,7 @@ from tiny import REX, bound, every_family, inputs, stock_pipeline
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.adapters.base import AdapterInfo
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers import load as diffusers_load
 from conceptsplit_core.hosts.diffusers import network as host_network
@@ -104,7 +104,7 @@ def test_a_silent_adapter_is_bit_equal_to_the_base_model(load, adapter_for, fami
     x, t = inputs(model)
     adapter = adapter_for(model)
     if how == "zero up weights":
-        adapter = ValueAdapter.create(host.layer_shapes(model.unet), adapter.info, 0)
+        adapter = LowRankAdapter.create(host.layer_shapes(model.unet), adapter.info, 0)
     with torch.no_grad():
         plain = host.call_unet(model, x, t, cond.context, cond.pooled)
         chosen = (None if how == "no adapter" else adapter, 0.0 if how == "strength 0" else 1.0)

@@ -27,7 +27,7 @@ import torch
 
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.tova import value_delta
 from conceptsplit_core.settings import TrainConfig
@@ -234,12 +234,12 @@ def large_file_memory() -> dict[str, float]:
             ("many layers", {f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2": (2048, 1280)
                              for i in range(70)}, 128),
         ):  # fmt: skip
-            adapter = ValueAdapter.create(layers, AdapterInfo("rex", "dog", "sdxl", 2048, rank, 1.0), 0)
+            adapter = LowRankAdapter.create(layers, AdapterInfo("rex", "dog", "sdxl", 2048, rank, 1.0), 0)
             path = folder / "large.safetensors"
             path.write_bytes(adapter_bytes(adapter))
             size = path.stat().st_size
             del adapter
-            kept: list[ValueAdapter] = []
+            kept: list[LowRankAdapter] = []
             grown = watch.peak_bytes(lambda path=path, kept=kept: kept.append(load_adapter(path)))
             if grown is not None:
                 found[f"{name}, {size / 2**20:.0f} MiB"] = round(grown / size, 2)
@@ -264,7 +264,7 @@ class SmallTraining:
         self.alphas = torch.cumprod(1 - torch.linspace(1e-3, 0.02, 50), 0)
 
     def run(self, steps: int, checkpoint: Path, resume: bool) -> Any:
-        adapter = ValueAdapter.create({LAYER: (6, 4)}, AdapterInfo("rex", "dog", rank=2, alpha=2.0), 0)
+        adapter = LowRankAdapter.create({LAYER: (6, 4)}, AdapterInfo("rex", "dog", rank=2, alpha=2.0), 0)
 
         def denoise(batch: Any) -> torch.Tensor:
             value = batch.context @ self.base.t()

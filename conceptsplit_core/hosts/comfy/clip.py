@@ -16,14 +16,15 @@ import comfy.sd
 import torch
 
 from ...errors import ConceptSplitError
-from ...text.binding import Binding, BoundPrompt, Concept, Specials, bind
-from .encoded import remembered
+from ...text.binding import Binding, BoundPrompt, bind
+from ...text.concepts import Concept, shown
+from ...text.layout import SpecialTokens, TextLayout, layout_of
 from .model import KEY
 from .texts import TextBook
 
 log = logging.getLogger("ConceptSplit")
 
-_BOOK = "conceptsplit_texts"
+_TEXTS = "conceptsplit_texts"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class BoundText:
     """What a conditioning carries: the text as encoded, and which of its rows belong to whom.
 
     rows: how many rows the text has, so that rows which others put behind it are noticed.
-    book: the other texts of the same encoder, by which those rows may be recognised.
+    book: the other texts of the same encoder that are in use, by which those rows may be recognised.
     """
 
     text: str
@@ -49,12 +50,12 @@ class BoundChunks(list):
         """Chunks of a second prompt bring its bindings along (text nodes with a BREAK join prompts so)."""
         other = more.prompt if isinstance(more, BoundChunks) else None
         if self.prompt is not None and other is not None and other.bindings:
-            offset = sum(len(chunk) for chunk in self)
-            owned = {binding.concept: binding.rows for binding in self.prompt.bindings}
+            offset = _length(self)
+            owned = {(binding.concept, binding.weight): binding.rows for binding in self.prompt.bindings}
             for binding in other.bindings:
-                rows = tuple(offset + row for row in binding.rows)
-                owned[binding.concept] = owned.get(binding.concept, ()) + rows
-            bindings = tuple(Binding(name, rows) for name, rows in owned.items())
+                key = binding.concept, binding.weight
+                owned[key] = owned.get(key, ()) + tuple(offset + row for row in binding.rows)
+            bindings = tuple(Binding(name, rows, weight) for (name, weight), rows in owned.items())
             self.prompt = replace(self.prompt, text=f"{self.prompt.text} {other.text}", bindings=bindings)
         super().extend(more)
 
@@ -73,48 +74,44 @@ class ConceptCLIP(_AnyCLIP):
     conceptsplit_concepts: tuple[Concept, ...] = ()
 
     def clone(self, *args: Any, **kwargs: Any) -> comfy.sd.CLIP:
-        return _adopt(super().clone(*args, **kwargs), self.conceptsplit_concepts)
+        return _with_class(super().clone(*args, **kwargs), self.conceptsplit_concepts)
 
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
         stock = super().tokenize
-        parts = stock("", **kwargs)
-        if not isinstance(parts, dict) or not isinstance(text, str):
+        if not isinstance(text, str) or not isinstance(parts := stock("", **kwargs), dict):
             return stock(text, return_word_ids, **kwargs)
-        stock = functools.partial(_read, stock)
-        plain = {**kwargs, "disable_weights": True}
-        bound = {
-            part: bind(
-                text,
-                self.conceptsplit_concepts,
-                functools.partial(_token_ids, stock, part, kwargs),
-                functools.partial(_token_ids, stock, part, plain),
-                _specials(self.tokenizer, part),
-            )
-            for part in parts
-        }
-        first = next(iter(bound.values()))
+        layout = _layout(self, parts)
+        bound = {}
+        for part in layout.parts:
+            tokenizer = _tokenizer(self, part)
+            tokenize = functools.partial(_token_ids, stock, part, kwargs)
+            vocabulary = getattr(tokenizer, "inv_vocab", {}).values()
+            bound[part] = bind(text, self.conceptsplit_concepts, tokenize, _special_tokens(tokenizer), vocabulary)
+        first = bound[layout.parts[0]]
         if first.bindings:  # a prompt that mentions no concept at all (most negatives) is not worth a warning
             for warning in first.warnings:
                 log.warning("[ConceptSplit] %s", warning)
         tokens = stock(first.text, return_word_ids, **kwargs)
         for part, prompt in bound.items():
             chunks = BoundChunks(tokens[part])
+            if prompt.bindings and any(isinstance(entry[0], dict) for chunk in chunks for entry in chunk):
+                raise ConceptSplitError(
+                    f'Prompt "{shown(text)}" holds a picture, which takes an unknown number of the {layout.name} text '
+                    "encoder's rows: encode a prompt with concepts without pictures."
+                )
             chunks.prompt = prompt
             tokens[part] = chunks
         return tokens
 
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
-        carried = carried_by(tokens)
-        encode = functools.partial(super().encode_from_tokens, tokens, return_pooled, return_dict)
-        out = remembered(self, tokens, return_pooled, encode) if return_dict else encode()
+        carried = carried_by(self, tokens)
+        out = super().encode_from_tokens(tokens, return_pooled, return_dict)
         if return_dict:
-            # A tensor object of its own, which lives as long as somebody uses this very conditioning.
-            out["cond"] = out["cond"].view(out["cond"].shape)
-            out[KEY] = _as_encoded(self, carried, out["cond"])
+            out[KEY] = carried and carried.encoded(self, out["cond"])
         elif carried is not None and carried.bindings:
             log.warning(
                 '[ConceptSplit] A text node drops the bindings of prompt "%s": encode it with CLIP Text Encode.',
-                carried.text[:80],
+                shown(carried.text),
             )
         return out
 
@@ -122,7 +119,8 @@ class ConceptCLIP(_AnyCLIP):
         out = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
         for entry in out:
             if KEY not in entry[1]:
-                entry[1][KEY] = _as_encoded(self, carried_by(tokens), entry[0])
+                carried = carried_by(self, tokens)
+                entry[1][KEY] = carried and carried.encoded(self, entry[0])
         return out
 
 
@@ -130,10 +128,11 @@ def with_concepts(clip: comfy.sd.CLIP, concepts: Sequence[Concept]) -> comfy.sd.
     """A clone of `clip` that also knows `concepts`; the given CLIP stays as it is.
 
     Raises:
-        ConceptSplitError: no CLIP, or a name that is taken already.
+        ConceptSplitError: no CLIP, a text encoder whose rows are not known, or a name that is taken already.
     """
     if clip is None:
         raise ConceptSplitError("There is no CLIP: connect the CLIP of the checkpoint loader.")
+    _layout(clip, clip.tokenize(""))
     known = concepts_of(clip)
     for concept in concepts:
         if concept.name in {other.name for other in known}:
@@ -142,7 +141,7 @@ def with_concepts(clip: comfy.sd.CLIP, concepts: Sequence[Concept]) -> comfy.sd.
                 "name."
             )
         known = (*known, concept)
-    return _adopt(clip.clone(), known)
+    return _with_class(clip.clone(), known)
 
 
 def concepts_of(clip: comfy.sd.CLIP) -> tuple[Concept, ...]:
@@ -150,49 +149,78 @@ def concepts_of(clip: comfy.sd.CLIP) -> tuple[Concept, ...]:
     return getattr(clip, "conceptsplit_concepts", ())
 
 
-def carried_by(tokens: Any) -> BoundText | None:
-    """The binding that `tokens` carry, or None when they do not come from one of our CLIPs.
+@dataclass(frozen=True)
+class CarriedText:
+    """What tokens carry: the text, its bindings by positions in all of its `tokens` ids, and how they become rows."""
+
+    text: str
+    bindings: tuple[Binding, ...]
+    tokens: int
+    layout: TextLayout
+
+    def encoded(self, clip: Any, text: torch.Tensor) -> BoundText:
+        """The same for the rows [1, L, d] that the encoder has really given, entered into its texts in use.
+
+        Raises:
+            ConceptSplitError: something is bound, and the rows are not those of the tokens.
+        """
+        rows, bindings = text.shape[1], self.bindings
+        if rows == 2 * self.tokens and _doubled(text):
+            # NegPip: every row twice, first for the keys, then for the values.
+            bindings = tuple(
+                replace(one, rows=tuple(place for row in one.rows for place in (2 * row, 2 * row + 1)))
+                for one in bindings
+            )
+        else:
+            bindings = tuple(replace(one, rows=self.layout.rows(one.rows, self.tokens, rows)) for one in bindings)
+        # On the encoder, because only its own texts can stand beside each other in one run, and every CLIP made of it,
+        # whatever concepts it knows, has to find them.
+        texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, TextBook())
+        texts.add(text, bindings)
+        return BoundText(self.text, bindings, rows, texts)
+
+
+def carried_by(clip: Any, tokens: Any) -> CarriedText | None:
+    """What `tokens` carry, or None when they do not come from one of our CLIPs.
 
     Raises:
         ConceptSplitError: two encoders were given different texts, so that no row means the same word in both.
     """
     if not isinstance(tokens, dict):
         return None
-    prompts = [chunks.prompt for chunks in tokens.values() if isinstance(chunks, BoundChunks) and chunks.prompt]
+    prompts = {part: one.prompt for part, one in tokens.items() if isinstance(one, BoundChunks) and one.prompt}
     if not prompts:
         return None
-    if any(prompt.bindings != prompts[0].bindings for prompt in prompts):
-        raise ConceptSplitError(
-            f'The two texts of an SDXL prompt ("{prompts[0].text[:60]}" and "{prompts[1].text[:60]}") place a concept '
-            "at different words: write the same text in text_l and text_g."
-        )
-    rows = max(sum(len(chunk) for chunk in chunks) for chunks in tokens.values() if isinstance(chunks, BoundChunks))
-    return BoundText(prompts[0].text, prompts[0].bindings, rows)
+    layout = _layout(clip, tokens)
+    lengths = {part: _length(tokens[part]) for part in layout.parts}
+    bindings: list[Binding] = []
+    for group in layout.groups:
+        if not prompts.keys() & set(group):
+            continue  # a text node has put tokens of its own in their place
+        parts = [part for part in group if part in prompts]
+        first, *others = [prompts[part] for part in parts]
+        for other in others:
+            if other.bindings != first.bindings:
+                raise ConceptSplitError(
+                    f'The two texts of one prompt ("{shown(first.text)}" and "{shown(other.text)}") place a concept at '
+                    "different words: write the same text in text_l and text_g."
+                )
+        offset = layout.offset(parts[0], lengths)
+        bindings += [replace(one, rows=tuple(offset + row for row in one.rows)) for one in first.bindings]
+    text = next(iter(prompts.values())).text
+    return CarriedText(text, _joined(bindings), layout.length(lengths), layout)
 
 
-def _as_encoded(clip: Any, carried: BoundText | None, encoded: torch.Tensor) -> BoundText | None:
-    """`carried` for the rows that the encoder has really given, entered into the encoder's book of texts."""
-    if carried is None:
-        return None
-    rows, bindings = encoded.shape[1], carried.bindings
-    if rows == 2 * carried.rows and _doubled(encoded):
-        # NegPip: every row twice, first for the keys, then for the values.
-        bindings = tuple(
-            Binding(one.concept, tuple(place for row in one.rows for place in (2 * row, 2 * row + 1)))
-            for one in bindings
-        )
-    elif rows > carried.rows and bindings:
-        log.warning(
-            '[ConceptSplit] The text encoder makes %d rows of the %d tokens of prompt "%s", another node has changed '
-            "it: the concepts of this prompt have no effect.",
-            rows,
-            carried.rows,
-            carried.text[:80],
-        )
-        bindings = ()
-    book = clip.cond_stage_model.__dict__.setdefault(_BOOK, TextBook())
-    book.add(encoded, bindings)
-    return BoundText(carried.text, bindings, rows, book)
+def _joined(bindings: Sequence[Binding]) -> tuple[Binding, ...]:
+    """One binding per concept and weight."""
+    owned: dict[tuple[str, float], tuple[int, ...]] = {}
+    for one in bindings:
+        owned[one.concept, one.weight] = owned.get((one.concept, one.weight), ()) + one.rows
+    return tuple(Binding(name, rows, weight) for (name, weight), rows in owned.items())
+
+
+def _length(chunks: Sequence[Sequence[Any]]) -> int:
+    return sum(len(chunk) for chunk in chunks)
 
 
 def _doubled(encoded: torch.Tensor) -> bool:
@@ -206,36 +234,56 @@ def _concept_class(base: Any) -> Any:
     return base if issubclass(base, ConceptCLIP) else type("ConceptCLIP", (ConceptCLIP, base), {})
 
 
-def _adopt(clip: comfy.sd.CLIP, concepts: tuple[Concept, ...]) -> comfy.sd.CLIP:
-    # Changing the class of this one object keeps everything other packs have put on it.
+def _with_class(clip: comfy.sd.CLIP, concepts: tuple[Concept, ...]) -> comfy.sd.CLIP:
+    # The host has no hook around tokenize, encode and clone, and other packs subclass CLIP and put attributes on it.
+    # Changing the class of this one object keeps all of that; a wrapper object would be no CLIP to them, and methods
+    # set on the object would be lost in the host's own clone().
     base: Any = type(clip)
     clip.__class__ = _concept_class(base)
     clip.conceptsplit_concepts = concepts
     return clip
 
 
-def _read(stock: Callable, text: str, *args: Any, **options: Any) -> Any:
-    """`stock(text)`; what a host's tokenizer dies of, such as "embedding:" without a name, is told in a sentence."""
-    try:
-        return stock(text, *args, **options)
-    except Exception as error:
-        shown = " ".join(text.split())[:120]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
-        raise ConceptSplitError(
-            f'The text encoder cannot read the prompt "{shown}" ({reason}): change what is odd in it.'
-        ) from error
+def _layout(clip: Any, tokens: Any) -> TextLayout:
+    """How the text encoder lays out its rows, without the text models it has been loaded without."""
+    classes = [base.__name__ for base in type(clip.tokenizer).__mro__ if base is not object]
+    layout = layout_of(classes, list(tokens) if isinstance(tokens, dict) else [])
+    models = vars(clip.cond_stage_model)
+    models = {**models, **models.get("_modules", {})}
+    return layout.without(
+        {part for part in layout.parts if any(models.get(name, 0) is None for name in (f"clip_{part}", part))}
+    )
 
 
 def _token_ids(stock: Callable, part: str, options: Mapping[str, Any], text: str) -> list[list[int]]:
-    """Token ids of `text` for one encoder, chunk by chunk. An embedding's vector takes one row and is no word: -1."""
-    chunks = stock(text, **options)[part]
+    """Token ids of `text` for one encoder, chunk by chunk. An embedding's vector takes one row and is no word: -1.
+
+    Raises:
+        ConceptSplitError: what the host's tokenizer dies of, such as "embedding:" without a name.
+    """
+    try:
+        chunks = stock(text, **options)[part]
+    except (IndexError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        raise ConceptSplitError(
+            f'The text encoder cannot read the prompt "{shown(text)}" ({reason}): change what is odd in it.'
+        ) from error
     return [[entry[0] if isinstance(entry[0], int) else -1 for entry in chunk] for chunk in chunks]
 
 
-def _specials(tokenizer: Any, part: str) -> Specials:
-    """The ids that frame a chunk in encoder `part` ('l', 'g', 'h'); CLIP's own when the tokenizer does not say."""
-    for name in (f"clip_{part}", getattr(tokenizer, "clip", ""), part):
-        inner = getattr(tokenizer, name, None) if name else None
+def _tokenizer(clip: Any, part: str) -> Any:
+    """The host's tokenizer of one part ('l', 't5xxl', 'qwen3_4b' …), or None."""
+    for name in (f"clip_{part}", part, getattr(clip.tokenizer, "clip", None)):
+        inner = getattr(clip.tokenizer, name, None) if name else None
         if inner is not None and hasattr(inner, "end_token"):
-            return Specials(getattr(inner, "start_token", None), inner.end_token, getattr(inner, "pad_token", None))
-    return Specials()
+            return inner
+    return None
+
+
+def _special_tokens(tokenizer: Any) -> SpecialTokens:
+    """The ids that frame a chunk; CLIP's own when the tokenizer does not say."""
+    if tokenizer is None:
+        return SpecialTokens()
+    return SpecialTokens(
+        getattr(tokenizer, "start_token", None), tokenizer.end_token, getattr(tokenizer, "pad_token", None)
+    )

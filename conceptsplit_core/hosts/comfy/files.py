@@ -11,7 +11,7 @@ import folder_paths
 import torch
 
 from ...adapters.file import load_adapter, save_adapter
-from ...adapters.value import ValueAdapter
+from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
 
 log = logging.getLogger("ConceptSplit")
@@ -78,20 +78,20 @@ def new_path(name: str) -> Path:
     return path
 
 
-def load_named(name: str) -> ValueAdapter:
+def load_named(name: str) -> LowRankAdapter:
     """The adapter behind a name from the UI, made of ordinary tensors that outlive the host's inference mode."""
     with torch.inference_mode(False):
         return load_adapter(adapter_path(name))
 
 
-def save_named(adapter: ValueAdapter, name: str) -> Path:
+def save_named(adapter: LowRankAdapter, name: str) -> Path:
     """Writes the adapter, whole or not at all; the UI lists it on its next refresh."""
     path = new_path(name)
     save_adapter(adapter, path)
     return path
 
 
-def save_reduced(adapter: ValueAdapter, name: str, rank: int) -> ValueAdapter:
+def save_reduced(adapter: LowRankAdapter, name: str, rank: int) -> LowRankAdapter:
     """Writes the adapter truncated to `rank` (0 keeps it), tells the error, and returns what was written."""
     if rank > 0:
         adapter, error = adapter.truncated(rank)

@@ -1,9 +1,9 @@
-"""What a ComfyUI MODEL is: its cross-attention layers by name, its family, its tensors."""
+"""What a ComfyUI MODEL is: its network by name, its family, its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import replace
 
 import comfy.model_base
 import comfy.model_patcher
@@ -13,91 +13,34 @@ from torch import nn
 
 from ...adapters.base import family
 from ...errors import ConceptSplitError
+from ...network.families.unet import unet_map
+from ...network.site import NetworkMap
 
 KEY = "conceptsplit"
-_SUFFIX = ".to_v.weight"
 
 
-def layer_paths(model: comfy.model_base.BaseModel) -> dict[str, str]:
-    """Canonical (diffusers) layer name to the host's module path, for every cross-attention layer of the UNet.
-
-    Args:
-        model: a BaseModel (``patcher.model``).
+def network_map(model: comfy.model_base.BaseModel) -> NetworkMap:
+    """What the core needs to know of a BaseModel (``patcher.model``).
 
     Raises:
         ConceptSplitError: the model is not a UNet with cross-attention (Flux, SD3 and other transformers).
     """
-    unet_config = model.model_config.unet_config
-    names: dict[str, str] = {}
-    if "num_res_blocks" in unet_config and "transformer_depth" in unet_config:
-        for key, path in comfy.utils.unet_to_diffusers(unet_config).items():
-            if key.endswith(".attn2" + _SUFFIX):
-                names[key.removesuffix(_SUFFIX)] = path.removesuffix(_SUFFIX)
-    if not names:
-        raise ConceptSplitError(
-            f"This model ({type(model).__name__}) has no UNet with cross-attention: ConceptSplit works on SD1.5, SD2.x "
-            "and SDXL checkpoints."
-        )
-    return names
-
-
-def layer_modules(model: comfy.model_base.BaseModel, paths: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Canonical layer name to its living attn2 module, looked up now: hosts swap modules between runs.
-
-    Args:
-        paths: `layer_paths(model)` when the caller has it already.
-    """
-    found = layer_paths(model) if paths is None else paths
-    return {name: _find(model.diffusion_model, path) for name, path in found.items()}
-
-
-def _find(root: nn.Module, path: str) -> Any:
-    """The module at `path`, also where another pack has put a part of it into a module of its own."""
-    node: Any = root
-    for part in path.split("."):
-        inner = getattr(node, part, None)
-        if inner is None:
-            inner = next((getattr(module, part) for module in node.modules() if hasattr(module, part)), None)
-        if inner is None:
-            raise ConceptSplitError(
-                f"Another node has replaced a part of this model ({path} is not there): value adapters and LODA need "
-                "the model's own attention layers; remove that node."
-            )
-        node = inner
-    return node
-
-
-def layer_shapes(model: comfy.model_base.BaseModel) -> dict[str, tuple[int, int]]:
-    """Canonical layer name to (d_ctx, d_v), read from the modules so that quantised storage does not matter."""
-    return {name: (attn2.to_v.in_features, attn2.to_v.out_features) for name, attn2 in layer_modules(model).items()}
-
-
-def layer_downscale(name: str, levels: int) -> int:
-    """How many times smaller than the latent a layer's maps are, per side, read from its canonical name."""
-    block, _, rest = name.partition(".")
-    if block == "mid_block":
-        return 2 ** (levels - 1)
-    index = int(rest.partition(".")[0])
-    return 2 ** (index if block == "down_blocks" else levels - 1 - index)
-
-
-def downscales(model: comfy.model_base.BaseModel) -> dict[str, int]:
-    """Canonical layer name to its downscale factor, in the order the UNet runs them."""
-    levels = len(model.model_config.unet_config["channel_mult"])
-    names = sorted(layer_paths(model), key=_run_order)
-    return {name: layer_downscale(name, levels) for name in names}
-
-
-def _run_order(name: str) -> tuple[int, list[int]]:
-    stage = ("down_blocks", "mid_block", "up_blocks").index(name.partition(".")[0])
-    return stage, [int(part) for part in name.split(".") if part.isdigit()]
-
-
-def base_family(model: comfy.model_base.BaseModel) -> str:
-    """'sd15', 'sd21', 'sdxl', 'demo' or 'unknown'."""
-    shapes = layer_shapes(model)
-    width = next(iter(shapes.values()))[0]
-    return family(width, demo=bool(model.model_config.__dict__.get("conceptsplit_demo", False)))
+    config = model.model_config.unet_config
+    paths: dict[str, str] = {}
+    if "num_res_blocks" in config and "transformer_depth" in config:
+        table = comfy.utils.unet_to_diffusers(config)
+        paths = {
+            k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in table.items() if k.endswith(".weight")
+        }
+    network = unet_map(
+        paths,
+        len(config.get("channel_mult", ())),
+        "",
+        lambda: model.diffusion_model,
+        f"This model ({type(model).__name__})",
+    )
+    demo = bool(model.model_config.__dict__.get("conceptsplit_demo", False))
+    return replace(network, family=family(network.context_dim, demo))
 
 
 def prediction_type(model_sampling: object) -> str:

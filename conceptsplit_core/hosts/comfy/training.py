@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...adapters.base import AdapterInfo
-from ...adapters.value import ValueAdapter
+from ...adapters.base import AdapterInfo, kind_of
+from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
-from ...network.hooks import ValueState, hook_values, remove_hooks
+from ...network.hooks import learning
 from ...settings import TrainConfig
 from ...text.binding import Concept
 from ...train.data import Prompt, TrainBatch, TrainData, expand_templates, training_facts
@@ -32,10 +32,8 @@ from .clip import with_concepts
 from .model import (
     KEY,
     adopt_parameters,
-    base_family,
     compute_dtype,
-    layer_modules,
-    layer_shapes,
+    network_map,
     prediction_type,
     whole,
 )
@@ -206,7 +204,8 @@ def train_adapter(
     if model is None or vae is None:
         raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
     model = whole(model)
-    shapes = layer_shapes(model.model)
+    network = network_map(model.model)
+    shapes = network.value_shapes
     sampling = model.get_model_object("model_sampling")
     kind = prediction_type(sampling)
     images = check_images(images)
@@ -218,7 +217,7 @@ def train_adapter(
     info = AdapterInfo(
         concept.name,
         concept.class_word,
-        base_family(model.model),
+        network.family,
         next(iter(shapes.values()))[0],
         config.rank,
         config.alpha or config.rank,
@@ -243,7 +242,7 @@ def train_adapter(
     adopt_parameters(model.model)
     config = replace(config, loss_scale=1024.0 if compute_dtype(model.model) == torch.float16 else 1.0)
     with torch.inference_mode(False):
-        adapter = ValueAdapter.create(shapes, info, config.seed).to(device)
+        adapter = LowRankAdapter.create(shapes, info, config.seed).to(device)
         data = TrainData(latents.to(device), prompts, None if masks is None else masks.to(device))
 
     def watched(event: TrainEvent) -> None:
@@ -268,7 +267,7 @@ def draw(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
     vae: comfy.sd.VAE,
-    adapter: ValueAdapter,
+    adapter: LowRankAdapter,
     concept: Concept,
     template: str,
     like: Tensor,
@@ -301,7 +300,7 @@ def draw(
 
 @contextmanager
 def objective(
-    model: Any, adapter: ValueAdapter, gradient_checkpointing: bool = False
+    model: Any, adapter: LowRankAdapter, gradient_checkpointing: bool = False
 ) -> Iterator[tuple[Callable[[TrainBatch], Tensor], Callable[[], AbstractContextManager[None]]]]:
     """The UNet of a loaded BaseModel as a function of a TrainBatch, with `adapter` on its value projections.
 
@@ -310,49 +309,40 @@ def objective(
     """
     unet = model.diffusion_model
     dtype = compute_dtype(model)
-    state = ValueState(None, (adapter,), (1.0,))
-    handles: list[Any] = []
     wrapped: list[Any] = []
 
     def attention(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         # The host's faster kernels (sage, flash, sub-quadratic) do not all differentiate.
         return host_attention.attention_pytorch(*args, **kwargs)
 
-    def denoise(batch: TrainBatch) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        state.mask = batch.mask
-        options = {"optimized_attention_override": attention}
-        try:
-            return unet(
-                batch.x_t.to(dtype),
-                batch.timesteps.float(),
-                context=batch.context.to(dtype),
-                y=batch.extra["y"].to(dtype) if "y" in batch.extra else None,
-                transformer_options=options,
-            ).float()
-        finally:
-            # The mask is not cleared: with checkpointing the backward pass runs the layers again.
-            state.used.clear()
-
-    @contextmanager
-    def pause() -> Iterator[None]:
-        state.clear()
-        yield
-
     try:
-        modules = layer_modules(model)
-        handles += hook_values({name: attn2.to_v for name, attn2 in modules.items()}, state)
-        if gradient_checkpointing:
-            for module in unet.modules():
-                if isinstance(module, host_attention.BasicTransformerBlock):
-                    module.forward = _checkpointed(module.forward)
-                    wrapped.append(module)
-        yield denoise, pause
+        with learning(network_map(model), kind_of(adapter), adapter) as publish:
+            if gradient_checkpointing:
+                for module in unet.modules():
+                    if isinstance(module, host_attention.BasicTransformerBlock):
+                        module.forward = _checkpointed(module.forward)
+                        wrapped.append(module)
+
+            def denoise(batch: TrainBatch) -> Tensor:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                publish(batch.mask)
+                return unet(
+                    batch.x_t.to(dtype),
+                    batch.timesteps.float(),
+                    context=batch.context.to(dtype),
+                    y=batch.extra["y"].to(dtype) if "y" in batch.extra else None,
+                    transformer_options={"optimized_attention_override": attention},
+                ).float()
+
+            @contextmanager
+            def pause() -> Iterator[None]:
+                publish(None)
+                yield
+
+            yield denoise, pause
     finally:
-        remove_hooks(handles)
         for module in wrapped:
             del module.forward
-        state.clear()
 
 
 def _checkpointed(forward: Callable) -> Callable:

@@ -8,7 +8,7 @@ sampling  drawing    training  learning
 """
 
 from .load import DiffusersModel, family_of, load_model
-from .network import call_unet, cross_attention_layers, layer_factors, layer_shapes, patched
+from .network import call_unet, network_map, patched
 from .pictures import decode_latents, encode_images
 from .sampling import SAMPLERS, SampleResult, noise, sample
 from .text import Conditioning, empty_conditioning, encode_text
@@ -20,15 +20,13 @@ __all__ = [
     "DiffusersModel",
     "SampleResult",
     "call_unet",
-    "cross_attention_layers",
     "decode_latents",
     "empty_conditioning",
     "encode_images",
     "encode_text",
     "family_of",
-    "layer_factors",
-    "layer_shapes",
     "load_model",
+    "network_map",
     "new_adapter",
     "noise",
     "patched",

@@ -1,4 +1,4 @@
-"""Layers of a diffusers UNet, the hooks on them, and one call of it.
+"""A diffusers UNet as the core sees it, the hooks on it, and one call of it.
 
 Everything is done with PyTorch hooks that live inside a `with patched(...)` block, so that no parameter is written,
 no attention processor is replaced, and the model is the same object, bit for bit, when the block ends.
@@ -6,129 +6,128 @@ no attention processor is replaced, and the model is the same object, bit for bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# MODULE loda loda_core
-from ...adapters.value import ValueAdapter
+from ...adapters.base import kind_of
 from ...errors import ConceptSplitError
 from ...method.attention import bound_attention
-from ...network.hooks import ValueState, hook_values, remove_hooks
+from ...method.regions import resize_areas
+from ...method.tova import TokenMask
+from ...network.families.unet import unet_map
+from ...network.grid import map_size
+from ...network.hooks import Group, Hooks, KeptChanges, Member, PassPlan, Scope, everything, remove_hooks
+from ...network.probe import Probe
+from ...network.site import AttentionSite, NetworkMap
 from .load import DiffusersModel
 
-# --- layers ---------------------------------------------------------------------------------------------------
 
-
-def cross_attention_layers(unet: nn.Module) -> dict[str, Any]:
-    """Canonical layer name to its diffusers `Attention` module, in the order a forward pass visits them.
+def network_map(model: DiffusersModel) -> NetworkMap:
+    """What the core needs to know of a model's UNet.
 
     Raises:
         ConceptSplitError: the UNet has no cross-attention, or its projections were fused.
     """
-    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    found = {name: module for name, module in unet.named_modules() if name.rsplit(".", 1)[-1] == "attn2"}
-    if not found:
-        raise ConceptSplitError("This UNet has no text cross-attention (attn2), so there is nothing to adapt.")
-    for name, module in found.items():
+    unet = model.unet
+    for name, module in unet.named_modules():
         if getattr(module, "fused_projections", False):
             raise ConceptSplitError(f"The projections of {name} are fused: call unfuse_qkv_projections() first.")
-    # named_modules lists the up path before the middle; a stable sort by path puts the middle between.
-    return dict(sorted(found.items(), key=lambda item: order.get(item[0].split(".", 1)[0], 3)))
-
-
-def layer_shapes(unet: nn.Module) -> dict[str, tuple[int, int]]:
-    """(d_ctx, d_v) of every cross-attention layer's value projection."""
-    return {
-        name: (module.to_v.in_features, module.to_v.out_features)
-        for name, module in cross_attention_layers(unet).items()
-    }
-
-
-def layer_factors(unet: Any) -> dict[str, int]:
-    """Downscale factor (1, 2, 4 …) of every cross-attention layer against the latents."""
-    levels = len(unet.config.down_block_types)
-
-    def level(name: str) -> int:
-        kind, rest = name.split(".", 1)
-        if kind == "mid_block":
-            return levels - 1
-        index = int(rest.split(".", 1)[0])
-        return index if kind == "down_blocks" else levels - 1 - index
-
-    return {name: 2 ** level(name) for name in cross_attention_layers(unet)}
-
-
-# --- hooks ----------------------------------------------------------------------------------------------------
+    paths = {name: name for name, module in unet.named_modules() if getattr(module, "weight", None) is not None}
+    return unet_map(paths, len(unet.config.down_block_types), model.family, lambda: model.unet, "This UNet")
 
 
 class _Finished(Exception):
     """Leaves a UNet's forward once every wanted map is known. Never seen outside this module."""
 
 
-@dataclass
 class Patch:
-    """What the hooks of one `patched` block do next; everything off by default.
+    """What the hooks of one `patched` block do next; nothing until told.
 
-    state: the value adapters' mask and strengths.
-    bias: per layer an additive attention bias [B, Lq, L] in logits (AFG).
-    wanted: layers whose maps are captured, with `maps` [B, n, Lq] as result; the forward ends at the last of them.
+    Attributes:
+        bias: per attention layer an additive bias [B, Lq, L] in logits (AFG).
     """
 
-    layers: Mapping[str, Any]
-    state: ValueState
-    bias: dict[str, Tensor] = field(default_factory=dict)
-    wanted: frozenset[str] = frozenset()
-    leave: bool = True
-    mask: Tensor | None = None
-    maps: dict[str, Tensor] = field(default_factory=dict)
-    _halves: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, network: NetworkMap, groups: tuple[Group, ...], hooks: Hooks, kept: KeptChanges | None):
+        self.network = network
+        self.groups = groups
+        self.bias: dict[str, Tensor] = {}
+        self._hooks = hooks
+        self._kept = kept
+
+    def publish(self, mask: Tensor | None, areas: Tensor | None = None, latent: tuple[int, int] | None = None) -> None:
+        """Lets the adapters act in the passes to come; None silences them.
+
+        Args:
+            mask: rows [B, L, n] of the passes' batch; batch rows that bind nothing stay as they are.
+            areas: [B, n, h, w] in 0…1, where adapters with a region act; everywhere when None.
+            latent: (h, w) of the passes, needed with areas.
+        """
+        if mask is None:
+            self._hooks.plan = None
+            return
+        rows = TokenMask(mask)
+        bound = (mask != 0).any(dim=1)
+
+        def of_text(text: Tensor) -> TokenMask | None:
+            return rows if mask.shape[:2] == text.shape[:2] else None
+
+        known: dict[tuple[int, ...], TokenMask | None] = {}
+
+        def of_pixels(out: Tensor) -> TokenMask | None:
+            key = (out.ndim, *out.shape[2:]) if out.ndim == 4 else (out.ndim, out.shape[1])
+            if key not in known:
+                known[key] = _pixels(out, bound, areas, latent)
+            return known[key]
+
+        self._hooks.plan = PassPlan(self.groups, of_text, of_pixels, self._kept)
+
+    @contextmanager
+    def capturing(self, wanted: Sequence[str], mask: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Maps [B, n, Lq] of `wanted` layers under `mask` [B, L, n] from the forward pass inside the block, which ends
+        at the last of them."""
+
+        def read(site: AttentionSite, layer: nn.Module, query: Tensor, key: Tensor, text: Tensor) -> Tensor:
+            attn: Any = layer
+            query, key = _head_norm(attn.norm_q, query, attn.heads), _head_norm(attn.norm_k, key, attn.heads)
+            return bound_attention(query, key, attn.heads, mask, scale=attn.scale, logit_bias=self.bias.get(site.name))
+
+        def finished() -> None:
+            raise _Finished
+
+        probe = Probe(wanted, read, finished)
+        probe.install(self.network)
+        try:
+            yield probe.found
+        except _Finished:
+            pass
+        finally:
+            probe.remove()
 
     def _bias_hook(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bias = self.bias.get(name)
-            if bias is None:
-                return None
             # The stock processors repeat a [B, Lq, L] mask over heads themselves.
-            return args, {**kwargs, "attention_mask": bias}
+            return None if bias is None else (args, {**kwargs, "attention_mask": bias})
 
         return hook
 
-    def _capture_hook(self, name: str, side: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if name not in self.wanted or self.mask is None:
-                return
-            # Queries and keys are projected in an order of the processor's choosing; the second one completes.
-            other = self._halves.pop(name, None)
-            if other is None:
-                self._halves[name] = output
-                return
-            q, k = (output, other) if side == "q" else (other, output)
-            attn = self.layers[name]
-            q, k = _head_norm(attn.norm_q, q, attn.heads), _head_norm(attn.norm_k, k, attn.heads)
-            self.maps[name] = bound_attention(
-                q, k, attn.heads, self.mask, scale=attn.scale, logit_bias=self.bias.get(name)
-            )
-            if self.leave and len(self.maps) == len(self.wanted):
-                raise _Finished
 
-        return hook
-
-    @contextmanager
-    def capturing(self, wanted: Sequence[str], mask: Tensor, leave: bool = True) -> Iterator[dict[str, Tensor]]:
-        """Captures maps of `wanted` layers under `mask` [B, L, n] for the forward passes inside the block."""
-        self.wanted, self.mask, self.leave = frozenset(wanted), mask, leave
-        self.maps, self._halves = {}, {}
-        try:
-            yield self.maps
-        except _Finished:
-            pass
-        finally:
-            self.wanted, self.mask, self.maps, self._halves = frozenset(), None, {}, {}
+def _pixels(out: Tensor, bound: Tensor, areas: Tensor | None, latent: tuple[int, int] | None) -> TokenMask | None:
+    """The pixels of a layer's output that belong to concepts, in the batch rows whose prompt binds them [B, n]."""
+    if areas is None or latent is None:
+        whole = everything(out, bound.shape[-1])
+        weights = whole.weights * (bound[:, None] if whole.weights.ndim == 3 else bound)
+    else:
+        size = (out.shape[2], out.shape[3]) if out.ndim == 4 else map_size(out.shape[1], latent)
+        if size is None:
+            return None
+        weights = resize_areas(areas, size).flatten(2).transpose(1, 2) * bound[:, None]
+    rows = bound.to("cpu").any(dim=1).nonzero().flatten().to(bound.device)
+    return TokenMask(weights[rows], rows) if len(rows) else None
 
 
 def _head_norm(norm: nn.Module | None, x: Tensor, heads: int) -> Tensor:
@@ -140,35 +139,48 @@ def _head_norm(norm: nn.Module | None, x: Tensor, heads: int) -> Tensor:
 
 
 @contextmanager
-def patched(model: DiffusersModel, adapters: Sequence[tuple[ValueAdapter | None, float]] = ()) -> Iterator[Patch]:
-    """Hooks for value deltas, attention bias and map capture on the model's UNet; gone when the block ends.
+def patched(
+    model: DiffusersModel,
+    adapters: Sequence[tuple[Any | None, float]] = (),
+    scopes: Sequence[Scope | None] | None = None,
+    kept: KeptChanges | None = None,
+) -> Iterator[Patch]:
+    """Hooks for adapters, attention bias and map capture on the model's UNet; gone when the block ends.
 
     Args:
         adapters: (adapter or None, strength) per concept, in the order of the row masks' channels.
+        scopes: where each acts; None is where its kind does.
+        kept: changes of text rows that are worked out once for several passes; never while an adapter learns.
 
     Raises:
         ConceptSplitError: an adapter that does not fit this model.
     """
-    layers = cross_attention_layers(model.unet)
-    shapes = layer_shapes(model.unet)
-    for adapter, _ in adapters:
-        if adapter is not None:
-            adapter.check_fits(shapes, model.family)
-    state = ValueState(adapters=tuple(a for a, _ in adapters), strengths=tuple(float(s) for _, s in adapters))
-    patch = Patch(layers, state)
-    handles = hook_values({name: module.to_v for name, module in layers.items()}, state)
+    network = network_map(model)
+    together: dict[tuple[Any, Scope], list[int]] = {}
+    for channel, (adapter, strength) in enumerate(adapters):
+        if adapter is None:
+            continue
+        adapter.check_fits(network.shapes(name for name in adapter.sites if name in network.sites), network.family)
+        kind = kind_of(adapter)
+        scope = (scopes[channel] if scopes is not None else None) or kind.scope
+        if strength != 0.0:
+            together.setdefault((kind, scope), []).append(channel)
+    groups = tuple(
+        Group(kind, tuple(Member(adapters[c][0], float(adapters[c][1])) for c in channels), tuple(channels), scope)
+        for (kind, scope), channels in together.items()
+    )
+    hooks = Hooks()
+    patch = Patch(network, groups, hooks, kept)
+    handles: list[Any] = []
     try:
-        for name, module in layers.items():
-            handles.append(module.register_forward_pre_hook(patch._bias_hook(name), with_kwargs=True))
-            handles.append(module.to_q.register_forward_hook(patch._capture_hook(name, "q")))
-            handles.append(module.to_k.register_forward_hook(patch._capture_hook(name, "k")))
+        hooks.install(network, groups)
+        for site in network.attention:
+            layer = network.module(site.name)
+            handles.append(layer.register_forward_pre_hook(patch._bias_hook(site.name), with_kwargs=True))
         yield patch
     finally:
+        hooks.remove()
         remove_hooks(handles)
-        state.clear()
-
-
-# --- calling the UNet -----------------------------------------------------------------------------------------
 
 
 def call_unet(

@@ -5,37 +5,29 @@ Shapes: B images, n concepts, L text rows, (h, w) latent cells, Lq pixels of an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# MODULE loda loda_core
-from ...adapters.value import ValueAdapter
 from ...errors import ConceptSplitError
-from ...method.loda import LodaTrace, separate
+from ...method.loda import LodaTrace
 from ...method.regions import region_bias
-from ...method.regions import regions as find_regions
+from ...method.timeline import Timeline
 from ...network.grid import aggregate, choose_layers, level_sizes
-from ...network.hooks import KeptDeltas
+from ...network.hooks import KeptChanges, Scope
 from ...settings import LodaConfig
 from ...text.binding import row_mask
 from .load import DiffusersModel
-from .network import (
-    call_unet,
-    layer_factors,
-    patched,
-)
+from .network import Patch, call_unet, patched
 from .pictures import decode_latents
 from .text import Conditioning, _tile, empty_conditioning
 
 SAMPLERS = ("ddim", "euler")
-
-
-# --- sampling -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -74,6 +66,138 @@ def noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the UNet is told in a pass: text [B, L, d], row mask [B, L, n], pooled text [B, p] or None."""
+
+    context: Tensor
+    mask: Tensor
+    pooled: Tensor | None
+
+    def guided(self, negative: Conditioning, count: int) -> _Batch:
+        """The same behind as many unconditional rows, which bind nothing."""
+        length = self.context.shape[1]
+        context = torch.cat([_tile(negative.context, length).expand(count, -1, -1).to(self.context), self.context])
+        pooled = None
+        if self.pooled is not None and negative.pooled is not None:
+            pooled = torch.cat([negative.pooled.expand(count, -1).to(self.pooled), self.pooled])
+        return _Batch(context, torch.cat([torch.zeros_like(self.mask), self.mask]), pooled)
+
+
+def _batch(model: DiffusersModel, positive: Sequence[Conditioning], names: Sequence[str], length: int) -> _Batch:
+    masks = [_tile(row_mask(c.bindings, names, c.context.shape[1])[None], length) for c in positive]
+    pools = [cond.pooled for cond in positive if cond.pooled is not None]
+    return _Batch(
+        torch.cat([_tile(c.context, length) for c in positive]).to(model.device),
+        torch.cat(masks).to(model.device),
+        torch.cat(pools).to(model.device) if pools else None,
+    )
+
+
+class _Drawing:
+    """The passes of one run of `sample`, on a patched model.
+
+    Args:
+        batch: the conditional rows. guided: with the unconditional rows before them, or None without guidance.
+        size: (height, width) in pixels.
+    """
+
+    def __init__(
+        self,
+        model: DiffusersModel,
+        patch: Patch,
+        batch: _Batch,
+        guided: _Batch | None,
+        guidance: float,
+        sampler: str,
+        steps: int,
+        size: tuple[int, int],
+        config: LodaConfig,
+    ):
+        self.model = model
+        self.patch = patch
+        self.batch = batch
+        self.guided = guided
+        self.guidance = guidance
+        self.sampler = sampler
+        self.steps = steps
+        self.size = size
+        self.config = config
+        self.latent = (size[0] // model.pixel_factor, size[1] // model.pixel_factor)
+        factors = {site.name: site.downscale for site in patch.network.attention}
+        self.factor, self.layers = choose_layers(factors, config.map_downscale, config.map_part)
+        self.planning = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins the schedule again."""
+        self.scheduler = _scheduler(self.model, self.sampler, self.steps)
+
+    def sigma(self, index: int) -> float:
+        """Noise level √((1-ᾱ)/ᾱ) of a step."""
+        if self.sampler == "euler":
+            return float(self.scheduler.sigmas[index])
+        alpha = float(self.model.alphas_cumprod[int(self.scheduler.timesteps[index])])
+        return ((1 - alpha) / alpha) ** 0.5
+
+    def lift(self, index: int) -> float:
+        """What a variance-preserving latent is multiplied by to be x₀ + σ ε, where the core optimises."""
+        return (self.sigma(index) ** 2 + 1) ** 0.5 if self.sampler == "ddim" else 1.0
+
+    def maps(self, x: Tensor, step: int, sigma: float) -> Tensor:
+        """Maps [B, n, h, w] of x₀ + σ·ε at a step, of the conditional branch alone; leaves the UNet at the last layer
+        that is needed."""
+        self._publish(self.batch.mask, None)
+        bias, self.patch.bias = self.patch.bias, {}
+        try:
+            with self.patch.capturing(self.layers, self.batch.mask) as found:
+                maps = found
+                scaled = x / (sigma**2 + 1) ** 0.5
+                t = self.scheduler.timesteps[step]
+                call_unet(self.model, scaled, t, self.batch.context, self.batch.pooled, self.size)
+        finally:
+            self.patch.bias = bias
+        return aggregate(list(maps.values()), level_sizes(self.latent)[self.factor])
+
+    def _publish(self, mask: Tensor, areas: Tensor | None) -> None:
+        self.patch.publish(None if self.planning else mask, areas, self.latent)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, index: int, areas: Tensor | None) -> Tensor:
+        """The latent after one step of the sampler. areas: [B, n, h, w] of routed adapters."""
+        t = self.scheduler.timesteps[index]
+        scaled = self.scheduler.scale_model_input(x, t)
+        batch = self.guided or self.batch
+        if areas is not None and self.guided is not None:
+            areas = torch.cat([areas, areas])
+        self._publish(batch.mask, areas)
+        inputs = torch.cat([scaled, scaled]) if self.guided is not None else scaled
+        out = call_unet(self.model, inputs, t, batch.context, batch.pooled, self.size)
+        if self.guided is not None:
+            base, bound = out.chunk(2)
+            out = base + self.guidance * (bound - base)
+        x = self.scheduler.step(out, t, x, return_dict=False)[0]
+        if not torch.isfinite(x).all():
+            raise ConceptSplitError(
+                f"Sampling became non-finite at step {index + 1} of {self.steps}: lower the strength, the guidance or "
+                "loda_strength, or use --precision fp32."
+            )
+        return x
+
+    def bias(self, regions: Tensor) -> dict[str, Tensor]:
+        """AFG's logit bias per layer [B or 2B, Lq, L]; nothing in the unconditional rows."""
+        config, dtype = self.config, self.model.dtype
+        sizes = level_sizes(self.latent)
+        made: dict[int, Tensor] = {}
+        for factor in {site.downscale for site in self.patch.network.attention}:
+            bias = region_bias(regions, self.batch.mask, sizes[factor], config.afg_inside, -config.afg_outside)
+            if self.guided is not None:
+                bias = torch.cat([torch.zeros_like(bias), bias])
+            # -1e8 is beyond half precision, and -inf on every row of a pixel would be NaN.
+            made[factor] = bias.clamp(min=max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)).to(dtype)
+        return {site.name: made[site.downscale] for site in self.patch.network.attention}
+
+
 def sample(
     model: DiffusersModel,
     positive: Sequence[Conditioning],
@@ -81,7 +205,9 @@ def sample(
     *,
     seeds: Sequence[int],
     concepts: Sequence[str] = (),
-    adapters: Mapping[str, tuple[ValueAdapter, float]] | None = None,
+    adapters: Mapping[str, tuple[Any, float]] | None = None,
+    scopes: Mapping[str, Scope] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     steps: int = 30,
     guidance: float = 7.5,
     size: tuple[int, int] | None = None,
@@ -98,140 +224,88 @@ def sample(
         negative: conditioning or text; it never carries a binding.
         concepts: names, the order of all per-concept results.
         adapters: concept name to (adapter, strength). Concepts without one are separated by LODA all the same.
+        scopes: concept name to where its adapter acts; its kind's own place by default.
+        masks: concept name to its region [1 or B, H, W] in 0…1, instead of the one that the run finds.
         size: (height, width) in pixels; the model's own when None.
-        loda: None for plain sampling.
+        loda: None for plain sampling. Adapters with a region then act on the whole picture, unless masks say where.
         latents: unit noise to start from instead of the seeds'.
         watch: steps at which to note the concepts' maps, with or without LODA; the pictures do not change by it.
-        progress: called after each step with (done, steps); may raise to stop.
+        progress: called after each step with (done, steps), steps of a plan included; may raise to stop.
     """
     count = len(seeds)
     if len(positive) not in (1, count):
         raise ConceptSplitError(f"{len(positive)} prompts were given for {count} pictures: give one, or one each.")
     positive = list(positive) * (count if len(positive) == 1 else 1)
     adapters = adapters or {}
-    names = list(concepts) or list(adapters)
-    factor = model.pixel_factor
+    names = tuple(concepts) or tuple(adapters)
     height, width = size or (model.default_size, model.default_size)
+    factor = model.pixel_factor
     if height % factor or width % factor or min(height, width) < factor:
         raise ConceptSplitError(f"A picture of {width} × {height} pixels is not possible: use multiples of {factor}.")
-    h, w = height // factor, width // factor
     notes = list(dict.fromkeys(note for cond in positive for note in cond.warnings))
 
     neg = empty_conditioning(model, positive[0], negative) if isinstance(negative, str) else negative
-    guided = guidance != 1.0
-    length = int(np.lcm.reduce([c.context.shape[1] for c in positive] + ([neg.context.shape[1]] if guided else [])))
-    context = torch.cat([_tile(c.context, length) for c in positive]).to(model.device)
-    mask = torch.cat([_tile(row_mask(c.bindings, names, c.context.shape[1])[None], length) for c in positive]).to(
-        model.device
-    )
-    pools = [cond.pooled for cond in positive if cond.pooled is not None]
-    pooled = torch.cat(pools).to(model.device) if pools else None
-    if guided:
-        both = torch.cat([_tile(neg.context, length).expand(count, -1, -1), context])
-        both_mask = torch.cat([torch.zeros_like(mask), mask])
-        both_pooled = (
-            None if pooled is None or neg.pooled is None else torch.cat([neg.pooled.expand(count, -1), pooled])
-        )
-    else:
-        both, both_mask, both_pooled = context, mask, pooled
+    rows = [c.context.shape[1] for c in positive] + ([neg.context.shape[1]] if guidance != 1.0 else [])
+    batch = _batch(model, positive, names, math.lcm(*rows))
+    guided = batch.guided(neg, count) if guidance != 1.0 else None
+    if loda is not None and int((batch.mask.amax(dim=1) > 0).sum(dim=1).max()) < 2:
+        notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
+        loda = None
 
-    scheduler = _scheduler(model, sampler, steps)
     channels = model.unet.config.in_channels
-    x = noise(seeds, (channels, h, w)) if latents is None else latents.clone()
+    start = noise(seeds, (channels, height // factor, width // factor)) if latents is None else latents.clone()
     # Start and gradient in fp32 whatever the UNet's precision; fp64 is kept for tests.
-    x = x.to(model.device, torch.float64 if model.dtype == torch.float64 else torch.float32)
-    x = x * scheduler.init_noise_sigma
+    start = start.to(model.device, torch.float64 if model.dtype == torch.float64 else torch.float32)
 
-    settings = (loda or LodaConfig()).for_schedule(steps)
-    trace: LodaTrace | None = None
-    if loda is not None:
-        if int((mask.amax(dim=1) > 0).sum(dim=1).max()) < 2:
-            notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
-            loda = None
-        else:
-            loda = settings
-            trace = LodaTrace(concepts=tuple(names), settings=asdict(loda))
-
-    factors = layer_factors(model.unet)
-    sizes = level_sizes((h, w))
-    chosen, wanted = choose_layers(factors, settings.map_downscale, settings.map_part)
+    loaded = [adapters.get(name, (None, 0.0)) for name in names]
+    acts_in = [(scopes or {}).get(name) for name in names]
+    config = (loda or LodaConfig()).for_schedule(steps)
+    given = {names.index(name): mask for name, mask in (masks or {}).items() if name in names}
     watched: dict[int, Tensor] = {}
-    last_biased = settings.held(steps)
-    with patched(model, [adapters.get(name, (None, 0.0)) for name in names]) as patch:
-        patch.state.kept = KeptDeltas()
-        for index, t in enumerate(scheduler.timesteps):
-            sigma = _sigma(model, scheduler, sampler, index, t)
-            # Samplers on the variance-preserving latent are lifted to x0 + σ ε, where the core optimises.
-            lift = (sigma**2 + 1) ** 0.5 if sampler == "ddim" else 1.0
-
-            def maps_of(x_sigma: Tensor, sigma: float = sigma, t: Tensor = t) -> Tensor:
-                """Maps [B, n, h, w] of the conditional branch alone; leaves the UNet at the last layer it needs."""
-                patch.state.mask, bias, patch.bias = mask, patch.bias, {}
-                try:
-                    with patch.capturing(wanted, mask) as maps:
-                        found = maps
-                        call_unet(model, x_sigma / (sigma**2 + 1) ** 0.5, t, context, pooled, (height, width))
-                finally:
-                    patch.bias = bias
-                return aggregate(list(found.values()), sizes[chosen])
-
-            if loda is not None and trace is not None:
-                if index < loda.loda_steps:
-                    x = separate(x * lift, sigma, index, maps_of, loda, trace) / lift
-                if index == loda.loda_steps and loda.afg and index < last_biased:
-                    with torch.no_grad():
-                        found = maps_of(x * lift)
-                    areas = find_regions(found, loda.afg_region, loda.afg_smoothing)
-                    trace.regions = areas.cpu()
-                    patch.bias = _biases(areas, mask, factors, sizes, loda, model.dtype, guided)
-                if index >= last_biased:
+    with patched(model, loaded, acts_in, KeptChanges()) as patch:
+        drawing = _Drawing(model, patch, batch, guided, guidance, sampler, steps, (height, width), config)
+        routed = any(group.scope == "region" for group in patch.groups)
+        timeline = None
+        if loda is not None:
+            timeline = Timeline(loda, steps, names, drawing.maps, routed, given)
+        x = start * drawing.scheduler.init_noise_sigma
+        ahead = 0 if timeline is None else timeline.plan_steps
+        total = ahead + steps
+        if timeline is not None and ahead:
+            drawing.planning = True
+            for index in range(ahead):
+                x = _begin(timeline, drawing, x, index)
+                x = drawing.step(x, index, None)
+                if progress is not None:
+                    progress(index + 1, total)
+            timeline.locate(x * drawing.lift(ahead), ahead, drawing.sigma(ahead))
+            drawing.planning = False
+            drawing.restart()
+            x = start * drawing.scheduler.init_noise_sigma
+        for index in range(steps):
+            if timeline is not None:
+                if not ahead:
+                    x = _begin(timeline, drawing, x, index)
+                    if index == timeline.optimised_steps and timeline.afg_acts(index) and not timeline.located:
+                        timeline.locate(x * drawing.lift(index), index, drawing.sigma(index))
+                acts = timeline.afg is not None and timeline.afg_acts(index)
+                if acts and not patch.bias and timeline.afg is not None:
+                    patch.bias = drawing.bias(timeline.afg.to(model.device))
+                elif not acts:
                     patch.bias = {}
             if index in watch:
                 with torch.no_grad():
-                    watched[index] = maps_of(x * lift).cpu()
-            with torch.no_grad():
-                scaled = scheduler.scale_model_input(x, t)
-                patch.state.mask = both_mask
-                out = call_unet(
-                    model, torch.cat([scaled, scaled]) if guided else scaled, t, both, both_pooled, (height, width)
-                )
-                if guided:
-                    base, bound = out.chunk(2)
-                    out = base + guidance * (bound - base)
-                x = scheduler.step(out, t, x, return_dict=False)[0]
-            if not torch.isfinite(x).all():
-                raise ConceptSplitError(
-                    f"Sampling became non-finite at step {index + 1} of {steps}: lower the strength, the guidance or "
-                    "the LODA step size, or use --precision fp32."
-                )
+                    watched[index] = drawing.maps(x * drawing.lift(index), index, drawing.sigma(index)).cpu()
+            x = drawing.step(x, index, None if timeline is None else timeline.areas)
             if progress is not None:
-                progress(index + 1, steps)
+                progress(ahead + index + 1, total)
+    trace = None if timeline is None else timeline.trace
     return SampleResult(x, decode_latents(model, x), trace, tuple(notes), watched)
 
 
-def _sigma(model: DiffusersModel, scheduler: Any, sampler: str, index: int, t: Tensor) -> float:
-    """Noise level √((1-ᾱ)/ᾱ) of a step."""
-    if sampler == "euler":
-        return float(scheduler.sigmas[index])
-    alpha = float(model.alphas_cumprod[int(t)])
-    return ((1 - alpha) / alpha) ** 0.5
-
-
-def _biases(
-    areas: Tensor,
-    mask: Tensor,
-    factors: Mapping[str, int],
-    sizes: Mapping[int, tuple[int, int]],
-    config: LodaConfig,
-    dtype: torch.dtype,
-    guided: bool,
-) -> dict[str, Tensor]:
-    """AFG's logit bias per layer [B or 2B, Lq, L]; nothing in the unconditional rows."""
-    made: dict[int, Tensor] = {}
-    for factor in set(factors.values()):
-        bias = region_bias(areas, mask, sizes[factor], config.afg_inside, -config.afg_outside)
-        if guided:
-            bias = torch.cat([torch.zeros_like(bias), bias])
-        # -1e8 is beyond half precision, and -inf on every row of a pixel would be NaN.
-        made[factor] = bias.clamp(min=max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)).to(dtype)
-    return {name: made[factor] for name, factor in factors.items()}
+def _begin(timeline: Timeline, drawing: _Drawing, x: Tensor, index: int) -> Tensor:
+    """The latent after LODA's updates at the start of a step."""
+    if index >= timeline.optimised_steps:
+        return x
+    lift = drawing.lift(index)
+    return timeline.begin(index, x * lift, drawing.sigma(index)) / lift

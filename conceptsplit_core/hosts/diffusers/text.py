@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# MODULE loda loda_core
-from ...text.binding import Binding, Concept, Specials, bind
+from ...errors import ConceptSplitError
+from ...text.binding import Binding, bind
+from ...text.concepts import Concept, placeholders
+from ...text.layout import SpecialTokens
 from .load import DiffusersModel, TextEncoder
-
-# --- text -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def encode_text(model: DiffusersModel, text: str, concepts: Sequence[Concept] = 
     """
     first = model.encoders[0]
     tokenizer = first.tokenizer
-    special = Specials(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    bound = bind(text, concepts, lambda part: _chunks(first, part), special=special)
+    special = SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    bound = bind(text, concepts, lambda part: _chunks(first, part), special, tokenizer.get_added_vocab())
     contexts, pooled = [], None
     for encoder in model.encoders:
         rows, pool = _encode(encoder, bound.text)
@@ -71,7 +71,17 @@ def encode_text(model: DiffusersModel, text: str, concepts: Sequence[Concept] = 
 
 
 def empty_conditioning(model: DiffusersModel, like: Conditioning, text: str = "") -> Conditioning:
-    """The unconditional text. SDXL was trained with zeros in place of an empty prompt."""
+    """The unconditional text. SDXL was trained with zeros in place of an empty prompt.
+
+    Raises:
+        ConceptSplitError: it names a concept.
+    """
+    known = model.encoders[0].tokenizer.get_added_vocab()
+    named = next((name for name in placeholders(text) if f"<{name}>" not in known), None)
+    if named is not None:
+        raise ConceptSplitError(
+            f"The negative prompt writes <{named}>, and negative prompts bind no concept: write the plain word for it."
+        )
     if model.added_conditions and not text:
         pooled = None if like.pooled is None else torch.zeros_like(like.pooled)
         return Conditioning("", torch.zeros_like(like.context), pooled)

@@ -9,16 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # MODULE loda loda_core
-from ...adapters.base import AdapterInfo
-from ...adapters.value import ValueAdapter
+from ...adapters.base import AdapterInfo, kind_of
+from ...adapters.low_rank import LowRankAdapter
+from ...network.hooks import learning
 from ...text.binding import Concept
 from ...train.data import Prompt, TrainBatch, TrainData, expand_templates
 from .load import DiffusersModel
-from .network import (
-    call_unet,
-    layer_shapes,
-    patched,
-)
+from .network import call_unet, network_map
 from .pictures import encode_images
 from .text import encode_text
 
@@ -46,9 +43,9 @@ def training_data(
     return TrainData(latents, prompts, masks)
 
 
-def new_adapter(model: DiffusersModel, concept: Concept, rank: int, alpha: float, seed: int) -> ValueAdapter:
+def new_adapter(model: DiffusersModel, concept: Concept, rank: int, alpha: float, seed: int) -> LowRankAdapter:
     """An untrained value adapter for every cross-attention layer of `model`."""
-    shapes = layer_shapes(model.unet)
+    shapes = network_map(model).value_shapes
     info = AdapterInfo(
         concept=concept.name,
         class_word=concept.class_word,
@@ -59,12 +56,12 @@ def new_adapter(model: DiffusersModel, concept: Concept, rank: int, alpha: float
         prediction_type=model.prediction_type,
     )
     # Drawn on the CPU, so that a seed means the same everywhere; trained where the model is.
-    return ValueAdapter.create(shapes, info, seed).to(model.device)
+    return LowRankAdapter.create(shapes, info, seed).to(model.device)
 
 
 @contextmanager
 def training_denoiser(
-    model: DiffusersModel, adapter: ValueAdapter, checkpointing: bool = False
+    model: DiffusersModel, adapter: LowRankAdapter, checkpointing: bool = False
 ) -> Iterator[Callable[[TrainBatch], Tensor]]:
     """The `denoise` callable that core training wants, on a model whose own parameters stay frozen.
 
@@ -72,14 +69,13 @@ def training_denoiser(
         checkpointing: recompute activations in the backward pass: about a third slower, far less memory.
     """
     was = bool(getattr(model.unet, "is_gradient_checkpointing", False))
-    with patched(model, [(adapter, 1.0)]) as patch:
+    with learning(network_map(model), kind_of(adapter), adapter) as publish:
         if checkpointing and not was:
             model.unet.enable_gradient_checkpointing()
         try:
 
             def denoise(batch: TrainBatch) -> Tensor:
-                # The mask stays published after the call: checkpointing runs the forward again during backward.
-                patch.state.mask = batch.mask
+                publish(batch.mask)
                 return call_unet(model, batch.x_t, batch.timesteps, batch.context, batch.extra.get("pooled"))
 
             yield denoise

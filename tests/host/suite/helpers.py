@@ -22,12 +22,13 @@ def make_adapter(
     """A value adapter with random matrices that fits `model`."""
     adapters = pack("conceptsplit_core.adapters")
     host = pack("conceptsplit_core.hosts.comfy.model")
-    shapes = host.layer_shapes(model.model)
+    network = host.network_map(model.model)
+    shapes = network.value_shapes
     with torch.inference_mode(False):
         facts = adapters.AdapterInfo(
-            name, word, info.get("base", host.base_family(model.model)), next(iter(shapes.values()))[0], 4, 4.0
+            name, word, info.get("base", network.family), next(iter(shapes.values()))[0], 4, 4.0
         )
-        adapter = adapters.ValueAdapter.create(shapes, facts, seed)
+        adapter = adapters.LowRankAdapter.create(shapes, facts, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         for layer, tensor in adapter.up.items():
             adapter.up[layer] = torch.randn(tensor.shape, generator=generator) * size
@@ -111,7 +112,8 @@ class Call:
 def watched(model: Any, modules: str = "to_v") -> Iterator[list[Call]]:
     """Records every UNet call: outputs of all attn2 projections *after* our hooks, by canonical layer."""
     unet = model.model.diffusion_model
-    layers = pack("conceptsplit_core.hosts.comfy.model").layer_modules(model.model)
+    network = pack("conceptsplit_core.hosts.comfy.model").network_map(model.model)
+    layers = {site.name: network.module(site.name) for site in network.attention}
     calls: list[Call] = []
 
     def start(module: Any, args: Any, kwargs: Any) -> None:

@@ -28,7 +28,7 @@ import torch
 
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
-from conceptsplit_core.adapters.value import ValueAdapter
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.files import write_whole
 from conceptsplit_core.method.tova import value_delta
 from conceptsplit_core.settings import TrainConfig
@@ -77,7 +77,7 @@ def left_behind(folder: Path) -> int:
 def contents(count: int) -> list[bytes]:
     """Different adapter files of one name."""
     return [
-        adapter_bytes(ValueAdapter.create(SHAPES, AdapterInfo("rex", "dog", "sd15", 768, 16, 16.0), seed))
+        adapter_bytes(LowRankAdapter.create(SHAPES, AdapterInfo("rex", "dog", "sd15", 768, 16, 16.0), seed))
         for seed in range(count)
     ]
 
@@ -120,7 +120,7 @@ def training(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
     (layer,) = SMALL
 
     def run(path: Path | None) -> bytes:
-        adapter = ValueAdapter.create(SMALL, AdapterInfo("rex", "dog", rank=2, alpha=2.0), 0)
+        adapter = LowRankAdapter.create(SMALL, AdapterInfo("rex", "dog", rank=2, alpha=2.0), 0)
 
         def denoise(batch: Any) -> torch.Tensor:
             value = batch.context @ base.t()

@@ -111,7 +111,7 @@ def test_a_whole_sd15_file_fits_this_hosts_sd15():
                          operations=comfy.ops.disable_weight_init)  # fmt: skip
     model = SimpleNamespace(model_config=SimpleNamespace(unet_config=config), diffusion_model=unet)
     adapter = pack("conceptsplit_core.adapters").load_adapter(FIXTURES / "adapters" / "v1_sd15.safetensors")
-    shapes = pack("conceptsplit_core.hosts.comfy.model").layer_shapes(model)
+    shapes = pack("conceptsplit_core.hosts.comfy.model").network_map(model).value_shapes
     assert adapter.layers == shapes and len(shapes) == 16
     adapter.check_fits(shapes, "sd15")
 

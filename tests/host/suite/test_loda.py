@@ -249,7 +249,7 @@ def test_steps_are_counted_through(marked):
     for name in ("euler", "dpmpp_2m", "heun"):
         seen = []
         with torch.inference_mode():
-            ours = patch.with_loda(model, config, patch.MapsHandle())
+            ours = patch.with_loda(model, config, patch.AttentionMaps())
             sampler = comfy.samplers.KSampler(ours, 6, ours.load_device, name, "normal", 1.0, ours.model_options)
             conds = two(clip)
             sampler.sample(

@@ -29,6 +29,7 @@ from .helpers import (
 )
 
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
+VALUE = f"{MIDDLE}.to_v"
 
 
 @pytest.fixture
@@ -393,14 +394,39 @@ def shrink(module, inputs, output):
 
 
 def test_a_gradient_that_stays_broken_is_one_sentence():
-    sampling = pack("conceptsplit_core.hosts.comfy.sampling")
+    autograd = pack("conceptsplit_core.hosts.comfy.autograd")
     errors = pack("conceptsplit_core.errors")
     x = torch.ones(3, requires_grad=True)
-    with pytest.raises(errors.ConceptSplitError, match="gradient through the model") as told, sampling._told_plainly():
+    with pytest.raises(errors.ConceptSplitError, match="gradient through the model") as told, autograd.plain_errors():
         y = x.exp()
         y.mul_(2.0)
         y.sum().backward()
     assert "\n" not in str(told.value)
+
+
+def test_a_wrapper_without_finally_is_left_as_it_was_entered(sd, adapted, caplog):
+    """Case 32: a neighbour that wraps the forwards of attention layers for one call and has no `finally`, as prompt
+    control's Anima couple. LODA's passes must not be thrown out through it."""
+    from comfy.patcher_extension import WrappersMP
+
+    open_calls = []
+
+    def theirs(executor, *args, **kwargs):
+        open_calls.append(1)
+        out = executor(*args, **kwargs)
+        open_calls.pop()
+        return out
+
+    model, clip = apply(*adapted, make_adapter(sd.model, "tom", "cat", seed=4))
+    conds = encode(clip, "a <rex> and a <tom>"), encode(clip, "")
+    options = {"steps": 3, "loda_steps": 2, "loda_iterations": 2}
+    alone, maps_alone = sample_loda(model, *conds, **options)
+    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
+        wrapped = model.clone()
+        wrapped.add_wrapper_with_key(kind, "theirs", theirs)
+        out, maps = sample_loda(wrapped, *conds, **options)
+        assert open_calls == [], kind
+        assert torch.equal(out, alone) and maps.trace.backwards == maps_alone.trace.backwards > 0
 
 
 def test_blocks_without_gradients_are_said(sd, adapted, caplog):
@@ -655,7 +681,7 @@ def test_a_placeholder_that_was_edited_is_not_taken_for_its_old_self(sd, adapted
         index = ours[0].kinds.index(0)
         delta = ours[0].values[MIDDLE][index, 79] - plain[0].values[MIDDLE][index, 79]
         owner = make_adapter(sd.model, name, seed=seed)
-        wanted = second[0][0][0, 2] @ owner.down[MIDDLE].t() @ owner.up[MIDDLE].t() * owner.scale(MIDDLE)
+        wanted = second[0][0][0, 2] @ owner.down[VALUE].t() @ owner.up[VALUE].t() * owner.scale(VALUE)
         torch.testing.assert_close(delta, wanted, atol=1e-4, rtol=1e-4)
         del second
 

@@ -220,7 +220,7 @@ def test_interrupt_of_a_running_prompt_and_the_next_one(executor, base):
     assert (picture(base, execute(executor, demo_graph(seed=8))) == first).all()
     (model, *_) = run("ConceptSplitDemoCheckpoint")
     assert all(torch.equal(value, kept[key]) for key, value in weights(model).items())
-    assert patch.base_family(model.model) == "demo"
+    assert patch.network_map(model.model).family == "demo"
 
 
 def test_demo_adapter_on_another_family_is_refused(loaded):

@@ -220,7 +220,8 @@ def test_two_concepts_of_one_class(sd):
     text = conds[0][0][0]
     for row, seed in ((2, 5), (5, 1)):
         adapter = make_adapter(sd.model, "x", seed=seed)
-        wanted = text[0, row] @ adapter.down[name].t() @ adapter.up[name].t() * adapter.scale(name)
+        site = f"{name}.to_v"
+        wanted = text[0, row] @ adapter.down[site].t() @ adapter.up[site].t() * adapter.scale(site)
         got = ours[0].values[name][0, row] - plain[0].values[name][0, row]
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
@@ -243,17 +244,17 @@ def test_other_family_is_refused_with_both_names(sd, loaded):
 @contextmanager
 def deltas_asked(monkeypatch, kept=True):
     """How often a layer has worked out its deltas; with `kept` off, in each call of the UNet."""
-    hooks = pack("conceptsplit_core.network.hooks")
-    real, asked = hooks.row_deltas, []
+    low_rank, hooks = pack("conceptsplit_core.adapters.low_rank"), pack("conceptsplit_core.network.hooks")
+    real, asked = low_rank.weighted_change, []
 
     def counted(*args):
         asked.append(1)
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hooks, "row_deltas", counted)
+        patch.setattr(low_rank, "weighted_change", counted)
         if not kept:
-            patch.setattr(hooks.ValueState, "_kept_text", lambda *_: None)
+            patch.setattr(hooks.PassPlan, "_kept", lambda *_: None)
         yield asked
 
 
@@ -292,7 +293,7 @@ def test_deltas_are_worked_out_once_per_text_and_stay_the_same_bits(sd, adapted,
         picture = draw()
     with deltas_asked(monkeypatch, kept=False) as many:
         assert torch.equal(draw(), picture)
-    layers = len(pack("conceptsplit_core.hosts.comfy.model").layer_paths(sd.model.model))
+    layers = len(pack("conceptsplit_core.hosts.comfy.model").network_map(sd.model.model).attention)
     assert 0 < len(few) <= texts * layers < len(many)
 
 
@@ -345,7 +346,8 @@ def lora_file(base, model):
 
     generator = torch.Generator().manual_seed(3)
     tensors = {}
-    for path in pack("conceptsplit_core.hosts.comfy.model").layer_paths(model.model).values():
+    network = pack("conceptsplit_core.hosts.comfy.model").network_map(model.model)
+    for path in (site.path for site in network.attention):
         weight = model.model.state_dict()[f"diffusion_model.{path}.to_v.weight"]
         key = "diffusion_model." + path + ".to_v"
         tensors[f"{key}.lora_A.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.05
@@ -490,7 +492,7 @@ def test_families(loaded, family):
     assert changed_rows(ours, plain) == {0: {(0, 5)}}
     assert torch.isfinite(changed).all() and not torch.equal(stock, changed)
     host = pack("conceptsplit_core.hosts.comfy.model")
-    assert host.base_family(sd.model.model) == family
+    assert host.network_map(sd.model.model).family == family
     kind = host.prediction_type(model.get_model_object("model_sampling"))
     assert kind == ("v_prediction" if family == "sd21" else "epsilon")
 

@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from . import scenes
+from conceptsplit_core.demo import scenes
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77

@@ -1,0 +1,138 @@
+"""What a LoRA file may hold for one layer, as a change of that layer's output.
+
+A pair B A of two matrices or two convolutions, a Kronecker product W₁ ⊗ W₂ (LoKr), or a whole ΔW. A Hadamard product
+(LoHa) is a pair of rank r²: (B₁A₁) ∘ (B₂A₂) has the row-wise products of A's rows and the column-wise products of B's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..method.tova import Pair, low_rank_sum, spread
+
+
+class Factor(Protocol):
+    """A change that is no pair of matrices."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factor: ...
+
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """ΔW x in the shape of the layer's output."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ConvPair:
+    """A convolution A [r, d_in, kh, kw] with the layer's own stride, then B [d_out, r, 1, 1]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ConvPair:
+        return ConvPair(self.down.to(device, dtype), self.up.to(device, dtype), self.scale)
+
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return F.conv2d(_convolve(layer, x.to(self.down.dtype), self.down), self.up) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A whole ΔW, [d_out, d_in] or [d_out, d_in, kh, kw]."""
+
+    weight: Tensor
+    scale: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Whole:
+        return Whole(self.weight.to(device, dtype), self.scale)
+
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        if self.weight.ndim == 4:
+            return _convolve(layer, x, self.weight) * self.scale
+        return F.linear(x, self.weight) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """ΔW = W₁ [a, b] ⊗ W₂ [c, d], applied without making it: y = W₁ X W₂ᵀ with x as a matrix X [b, d]."""
+
+    first: Tensor
+    second: Tensor
+    scale: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Kronecker:
+        return Kronecker(self.first.to(device, dtype), self.second.to(device, dtype), self.scale)
+
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        folded = x.to(self.first.dtype).unflatten(-1, (self.first.shape[1], self.second.shape[1]))
+        return (self.first @ (folded @ self.second.t())).flatten(-2) * self.scale
+
+
+def hadamard_pair(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, scale: float) -> Pair:
+    """(B₁A₁) ∘ (B₂A₂) as one pair of rank r₁r₂. b: [d_out, r]; a: [r, d_in]."""
+    down = torch.einsum("id,jd->ijd", a1, a2).flatten(0, 1)
+    up = torch.einsum("oi,oj->oij", b1, b2).flatten(1)
+    return down, up, scale
+
+
+def _convolve(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(
+        x,
+        weight,
+        stride=getattr(layer, "stride", 1),
+        padding=getattr(layer, "padding", 0),
+        dilation=getattr(layer, "dilation", 1),
+        groups=getattr(layer, "groups", 1),
+    )
+
+
+def weighted_change(
+    factors: Sequence[tuple[int, float, Pair | Factor]], layer: nn.Module, x: Tensor, weights: Tensor
+) -> Tensor:
+    """Σ_i w_i · ΔW_i x at each token.
+
+    Args:
+        factors: (channel of the weights, strength, what the file holds).
+        x: tokens [..., d_in], or [b, d_in, h, w].
+        weights: [..., n] of the tokens; of a convolution's output [b, h' · w', n].
+
+    Returns:
+        [..., d_out] or [b, d_out, h', w'].
+    """
+    pairs = [(i, (one[0], one[1], one[2] * strength)) for i, strength, one in factors if isinstance(one, tuple)]
+    parts = []
+    if pairs:
+        parts.append(low_rank_sum(x, [pair for _, pair in pairs], weights[..., [i for i, _ in pairs]]))
+    convolutions = [(i, strength, one) for i, strength, one in factors if isinstance(one, ConvPair)]
+    for size in {one.down.shape[2:] for _, _, one in convolutions}:
+        alike = [entry for entry in convolutions if entry[2].down.shape[2:] == size]
+        parts.append(_convolutions(alike, layer, x, weights))
+    for i, strength, one in factors:
+        if not isinstance(one, tuple | ConvPair):
+            made = one.apply(layer, x)
+            weight = _as_output(weights[..., i : i + 1], made)
+            parts.append((made * (weight * strength)).masked_fill(weight == 0, 0.0))
+    return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+
+
+def _convolutions(
+    convolutions: Sequence[tuple[int, float, ConvPair]], layer: nn.Module, x: Tensor, weights: Tensor
+) -> Tensor:
+    """Convolutions of all concepts in two: their A's stacked, the inner channels weighted, then their B's."""
+    pairs = [(one.down, one.up, one.scale * strength) for _, strength, one in convolutions]
+    down = torch.cat([pair[0] for pair in pairs])
+    inner = _convolve(layer, x.to(down.dtype), down)
+    factor = _as_output(spread(weights[..., [i for i, _, _ in convolutions]], pairs), inner).to(inner.dtype)
+    return F.conv2d((inner * factor).masked_fill(factor == 0, 0.0), torch.cat([pair[1] for pair in pairs], dim=1))
+
+
+def _as_output(weights: Tensor, out: Tensor) -> Tensor:
+    """Weights [b, T, c] beside an output: as they are for tokens, [b, c, h, w] for a convolution."""
+    return weights if out.ndim < 4 else weights.movedim(-1, 1).unflatten(-1, out.shape[-2:])

@@ -1,0 +1,256 @@
+"""Ordinary LoRA files, each on its own concept: what a file changes, as factors by module.
+
+Files are read by the hosts' own readers; this module takes what they give, layer by layer, and knows their algebra:
+LoRA and LoCon ΔW = (α/r) B A, also with a middle convolution, LoHa (B₁A₁) ∘ (B₂A₂), LoKr W₁ ⊗ W₂, and whole ΔW.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConceptSplitError
+from ..method.tova import Pair
+from ..network.site import NetworkMap
+from .base import BASES, AdapterInfo, family
+from .factors import ConvPair, Factor, Kronecker, Whole, hadamard_pair
+
+
+class LoraAdapter:
+    """A LoRA file as an adapter: by canonical module name a pair of matrices or another factor.
+
+    Attributes:
+        info: what is known about it; its kind is 'lora'.
+        factors: in the precision of the file, on the CPU.
+    """
+
+    def __init__(self, info: AdapterInfo, factors: Mapping[str, Pair | Factor]):
+        if not factors:
+            raise ConceptSplitError(
+                f"The LoRA '{info.concept}' changes no layer of this model: it was made for another architecture."
+            )
+        self.info = info
+        self.factors = dict(factors)
+        self._cache: dict[tuple[str, torch.device, torch.dtype], Pair | Factor] = {}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The modules it changes."""
+        return tuple(self.factors)
+
+    def with_info(self, **changes: Any) -> LoraAdapter:
+        """The same factors under other facts, for instance another concept name."""
+        return LoraAdapter(replace(self.info, **changes), self.factors)
+
+    def factor(self, site: str, device: torch.device, dtype: torch.dtype) -> Pair | Factor | None:
+        """What it does to a module, on `device` in `dtype`; copied once. None if it leaves the module alone."""
+        found = self.factors.get(site)
+        if found is None:
+            return None
+        key = (site, device, dtype)
+        if key not in self._cache:
+            with torch.inference_mode(False):
+                if isinstance(found, tuple):
+                    self._cache[key] = (found[0].to(device, dtype), found[1].to(device, dtype), found[2])
+                else:
+                    self._cache[key] = found.to(device, dtype)
+        return self._cache[key]
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, int]], base: str = "unknown") -> None:
+        """Refuses a LoRA of another model.
+
+        Args:
+            shapes: (d_in, d_out) of those modules that are Linear.
+
+        Raises:
+            ConceptSplitError: a module of another shape.
+        """
+        for site, (d_in, d_out) in shapes.items():
+            found = self.factors.get(site)
+            if not isinstance(found, tuple):
+                continue
+            mine = (found[0].shape[1], found[1].shape[0])
+            if mine != (d_in, d_out):
+                made_for = family(mine[0]) if site.endswith((".attn2.to_k", ".attn2.to_v")) else "unknown"
+                raise ConceptSplitError(
+                    f"The LoRA '{self.info.concept}' maps {mine[0]} to {mine[1]} values at {site}, the model maps "
+                    f"{d_in} to {d_out}: it was made for {BASES.get(made_for, made_for)} and the model is "
+                    f"{BASES.get(base, base)}."
+                )
+
+
+def lora_factor(
+    up: Tensor, down: Tensor, alpha: float | None, middle: Tensor | None, convolution: bool
+) -> Pair | Factor:
+    """LoRA and LoCon.
+
+    Args:
+        up: B [d_out, r] or [d_out, r, 1, 1].  down: A [r, d_in] or [r, d_in, kh, kw].
+        alpha: the file's α; None is r.
+        middle: [r, r, kh, kw] of a LoCon in Tucker form.
+        convolution: whether the module is one; files may write a 1 × 1 convolution as a matrix and the reverse.
+    """
+    rank = down.shape[0]
+    scale = 1.0 if alpha is None else alpha / rank
+    if middle is not None:
+        down = torch.einsum("mnhw,ni->mihw", middle.float(), down.flatten(1).float()).to(down.dtype)
+    if not convolution:
+        return down.flatten(1), up.flatten(1), scale
+    if down.ndim == 2:
+        down = down[..., None, None]
+    return ConvPair(down, up.flatten(1)[..., None, None], scale)
+
+
+def loha_factor(
+    first: tuple[Tensor, Tensor, Tensor | None],
+    second: tuple[Tensor, Tensor, Tensor | None],
+    alpha: float | None,
+    kernel: tuple[int, ...],
+) -> Pair | Factor:
+    """LoHa: each of the two as (B [d_out, r], A [r, d_in · kh · kw], Tucker core or None); kernel of a convolution."""
+    (b1, a1, t1), (b2, a2, t2) = first, second
+    scale = 1.0 if alpha is None else alpha / a1.shape[0]
+    if t1 is None and not kernel and b1.shape[1] * b2.shape[1] <= min(b1.shape[0], a1.shape[1]) // 2:
+        return hadamard_pair(b1, a1, b2, a2, scale)
+    product = _rebuilt(b1, a1, t1) * _rebuilt(b2, a2, t2)
+    return Whole(product.unflatten(1, (-1, *kernel)) if kernel and product.ndim == 2 else product, scale)
+
+
+def lokr_factor(
+    first: tuple[Tensor | None, Tensor | None, Tensor | None],
+    second: tuple[Tensor | None, Tensor | None, Tensor | None],
+    core: Tensor | None,
+    alpha: float | None,
+    kernel: tuple[int, ...],
+) -> Factor:
+    """LoKr: W₁ and W₂ each as (whole, B, A), the whole where it is there; kernel of a convolution."""
+    ranks = [a.shape[0] for whole, _, a in (first, second) if whole is None and a is not None]
+    scale = 1.0 if alpha is None or not ranks else alpha / ranks[-1]
+    w1 = first[0] if first[0] is not None else _rebuilt(first[1], first[2], None)  # type: ignore[arg-type]
+    w2 = second[0] if second[0] is not None else _rebuilt(second[1], second[2], core)  # type: ignore[arg-type]
+    if not kernel and w2.ndim == 2:
+        return Kronecker(w1, w2, scale)
+    w2 = w2.reshape(*w2.shape[:2], *kernel) if w2.ndim == 4 else w2[..., None, None]
+    return Whole(torch.kron(w1[..., None, None].float(), w2.float()).to(w2.dtype), scale)
+
+
+def _rebuilt(b: Tensor, a: Tensor, core: Tensor | None) -> Tensor:
+    """B A, or with a Tucker core [r, r, kh, kw] the whole convolution."""
+    if core is None:
+        return b @ a
+    return torch.einsum("ijkl,jr,ip->prkl", core, a, b)
+
+
+@dataclass
+class LoraReport:
+    """What becomes of a file's parts, for the node and the terminal.
+
+    by_rows, by_region: how many modules are routed to the concept's text rows, and to its pixels.
+    text_encoder: how many modules of the text encoder it changes.
+    left_out: what has no tokens or no place in this model, and what has no additive form, with the number of each.
+    """
+
+    by_rows: int = 0
+    by_region: int = 0
+    text_encoder: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def sentence(self) -> str:
+        parts = [
+            f"{self.by_rows} layers act at its words",
+            f"{self.by_region} in its region",
+            f"{self.text_encoder} of the text encoder at its words" if self.text_encoder else "",
+            *(f"left out: {count} {what}" for what, count in sorted(self.left_out.items())),
+        ]
+        return "; ".join(part for part in parts if part)
+
+
+def routed(factors: Mapping[str, Pair | Factor], network: NetworkMap, report: LoraReport) -> dict[str, Pair | Factor]:
+    """The factors that can be routed in this network; counts them, and those that can't, in the report."""
+    kept: dict[str, Pair | Factor] = {}
+    for name, factor in factors.items():
+        site = network.sites.get(name)
+        if site is None:
+            report.left_out["unknown to this model"] += 1
+        elif site.reads == "time":
+            report.left_out["of the time embedding, which has no place in the picture"] += 1
+        else:
+            report.by_rows += site.reads == "text"
+            report.by_region += site.reads == "image"
+            kept[name] = factor
+    return kept
+
+
+def trained_words(metadata: Mapping[str, str]) -> list[str]:
+    """Words that a file's metadata proposes as the ones it was trained on, the likeliest first; [] if it says none.
+
+    Sources, in this order: a trigger phrase (modelspec), the most frequent tag of kohya's `ss_tag_frequency`, and the
+    folder names of its datasets (`10_ohwx woman`).
+    """
+    found: list[str] = []
+    for key in ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger"):
+        if text := str(metadata.get(key) or "").strip():
+            found.append(text.split(",")[0].strip())
+    table = _json(metadata.get("ss_tag_frequency"))
+    counts: Counter[str] = Counter()
+    for tags in table.values():
+        if isinstance(tags, dict):
+            counts.update({str(tag).strip(): int(n) for tag, n in tags.items() if isinstance(n, int | float)})
+    found += [tag for tag, _ in counts.most_common(3) if tag]
+    for folder in [*table, *_json(metadata.get("ss_dataset_dirs"))]:
+        repeats, _, words = str(folder).partition("_")
+        if repeats.isdigit() and words.strip():
+            found.append(words.strip())
+    return list(dict.fromkeys(found))
+
+
+def _json(text: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def lora_adapter(
+    name: str,
+    words: str,
+    factors: Mapping[str, Pair | Factor],
+    network: NetworkMap,
+    unsupported: Sequence[str] = (),
+    text_encoder: int = 0,
+) -> tuple[LoraAdapter, LoraReport]:
+    """A LoRA for `network` under a concept's name.
+
+    Args:
+        words: what prompts call it to the model, "ohwx woman".
+        factors: by canonical module name, as the host's reader gives them.
+        unsupported: one entry for each module whose change has no additive form, naming that form.
+        text_encoder: how many modules of the text encoder the file changes.
+
+    Raises:
+        ConceptSplitError: nothing is left, or a module of another shape.
+    """
+    report = LoraReport(text_encoder=text_encoder)
+    report.left_out.update(f"in a form that cannot be routed ({form})" for form in unsupported)
+    kept = routed(factors, network, report)
+    ranks = [one[0].shape[0] for one in kept.values() if isinstance(one, tuple)]
+    info = AdapterInfo(
+        name,
+        words,
+        network.family,
+        network.context_dim,
+        max(ranks, default=1),
+        float(max(ranks, default=1)),
+        kind="lora",
+    )
+    adapter = LoraAdapter(info, kept)
+    linear = [site for site, one in kept.items() if isinstance(one, tuple)]
+    adapter.check_fits(network.shapes(linear), network.family)
+    return adapter, report

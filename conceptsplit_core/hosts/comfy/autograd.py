@@ -1,0 +1,80 @@
+"""What a gradient through the host's UNet needs, and what other packs' patches need on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ...errors import ConceptSplitError
+
+_BROKEN_GRADIENT = ("inplace operation", "in-place operation", "does not require grad", "Inference tensors")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Says in one sentence what autograd says of patches that it cannot pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in _BROKEN_GRADIENT):
+            raise
+        raise ConceptSplitError(
+            "LODA needs a gradient through the model, and another node's patch of this model breaks it: remove that "
+            "node, or set loda_steps to 0."
+        ) from error
+
+
+class CopyInference(TorchFunctionMode):
+    """While it is on, inference tensors that meet a tensor with a gradient are copied first, so that autograd may
+    save them. In-place functions are left alone: a copy would lose what they write."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not (name.endswith("_") and not name.endswith("__")):
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+            if any(one.requires_grad for one in tensors) and any(one.is_inference() for one in tensors):
+                args, kwargs = tree_map_only(Tensor, _ordinary, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+class FrozenControl:
+    """A ControlNet whose residuals are constants for the gradient: its weights are the host's inference tensors."""
+
+    def __init__(self, control: Any):
+        self._control = control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._control, name)
+
+    def get_control(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            out = self._control.get_control(x.detach(), *args, **kwargs)
+        if out is None:
+            return None
+        return {
+            key: [None if tensor is None else tensor.detach().clone().as_subclass(Residual) for tensor in tensors]
+            for key, tensors in out.items()
+        }
+
+
+class Residual(Tensor):
+    """What a ControlNet adds. The host adds it in place (`h += residual`) to tensors that autograd still needs;
+    with this on the right-hand side the same line makes a new tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [arg.as_subclass(Tensor) if isinstance(arg, Residual) else arg for arg in args]
+        if func in (Tensor.__iadd__, Tensor.add_) and len(plain) == 2:
+            return torch.add(*plain)
+        return func(*plain, **(kwargs or {}))

@@ -1,0 +1,336 @@
+"""One call of the UNet: which rows are whose, what adapters add, which maps are read, where AFG guides.
+
+Everything put on the model for a call is taken back however the call ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ...method.attention import bound_attention
+from ...method.regions import resize_areas
+from ...method.tova import TokenMask
+from ...network.grid import map_size
+from ...network.hooks import PassPlan
+from ...network.probe import Probe
+from ...network.site import AttentionSite, find_module
+from .afg import Guidance, override
+from .model import KEY, network_map
+from .run import Run
+from .texts import Ambiguous, recognise, row_prints
+
+ROWS = "conceptsplit_rows"
+
+
+class RowMasks:
+    """The row masks of the text that has really reached a layer.
+
+    Args:
+        mask: [B, L, 2n], for adapters and then for attention.
+    """
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+        adapters, self.attended = mask.chunk(2, dim=-1)
+        self.adapters = TokenMask(adapters)
+
+    @cached_property
+    def owners(self) -> set[int]:
+        """Channels that own some row."""
+        return {channel for channel, bound in enumerate(self.adapters.bound) if bound}
+
+    @cached_property
+    def attends(self) -> bool:
+        return bool(self.attended.any())
+
+
+class CallRows:
+    """Which rows of a layer's text belong to whom, during one call of the UNet.
+
+    The host tiles and batches masks and texts alike, so the masks of the call simply hold. Where another pack patches
+    the text on its way into the layer (attention couple, NegPip, IPAdapter's older form), or the shapes tell that
+    something has been changed, each text is recognised by its rows instead: rows that are nobody's stay nobody's.
+    """
+
+    def __init__(self, run: Run, mask: Tensor, patched: bool):
+        self.run = run
+        self.given = RowMasks(mask)
+        self.patched = patched
+        self._known: dict[tuple[tuple[int, ...], ...], RowMasks] = {}
+
+    def fit(self, context: Tensor) -> RowMasks:
+        """The masks for the text [B, L, d] that a layer reads; worked out once for equal texts."""
+        if not self.patched and context.shape[:2] == self.given.mask.shape[:2]:
+            return self.given
+        prints = tuple(map(tuple, row_prints(context)))
+        if prints not in self._known:
+            self._known[prints] = RowMasks(self._recognised(prints).to(self.given.mask))
+        return self._known[prints]
+
+    def adapters(self, context: Tensor) -> TokenMask:
+        """The rows at which adapters act."""
+        fitted = self.fit(context)
+        self.run.notes.rows(self.given.owners, fitted.owners)
+        return fitted.adapters
+
+    def _recognised(self, prints: tuple[tuple[int, ...], ...]) -> Tensor:
+        channels = len(self.run.concepts.names)
+        mask = torch.zeros(len(prints), len(prints[0]), 2 * channels)
+        for place, row in enumerate(prints):
+            text = None
+            try:
+                for texts in self.run.texts.known():
+                    text = text or recognise(row, texts, channels)
+            except Ambiguous:
+                self.run.texts.ambiguous = True
+            for index, one in enumerate(row):
+                if text is not None and one in text.owners:
+                    mask[place, index] = torch.tensor(text.owners[one])
+        return mask
+
+
+class CallPixels:
+    """Which pixels of a layer's output belong to whom, during one call: each concept's area, in the batch rows whose
+    prompt binds it.
+
+    Args:
+        areas: [b, n, h, w] of each row of the call's batch; None where no area is known, and concepts own all pixels.
+        latent: (h, w) that the call sees.
+        bound: [b, n], whether a batch row's text holds a concept.
+    """
+
+    def __init__(self, areas: Tensor | None, latent: tuple[int, int], bound: Tensor):
+        self.areas = areas
+        self.latent = latent
+        self.bound = bound
+        self._known: dict[tuple[int, ...], TokenMask | None] = {}
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self.bound.to("cpu").any(dim=1).nonzero().flatten().to(self.bound.device)
+
+    def of(self, out: Tensor) -> TokenMask | None:
+        """The mask for a layer's output [B, T, d] or [B, d, h, w]; None where its grid is not the latent's."""
+        key = (out.ndim, out.shape[0], *(out.shape[2:] if out.ndim == 4 else out.shape[1:2]))
+        if key not in self._known:
+            self._known[key] = self._made(out)
+        return self._known[key]
+
+    def _made(self, out: Tensor) -> TokenMask | None:
+        tokens = out.shape[2] * out.shape[3] if out.ndim == 4 else out.shape[1]
+        if out.shape[0] != self.bound.shape[0] or not len(self.rows):
+            return None
+        bound = self.bound[self.rows]
+        if self.areas is None:
+            return TokenMask(bound[:, None].expand(-1, tokens, -1), self.rows)
+        size = (out.shape[2], out.shape[3]) if out.ndim == 4 else map_size(tokens, self.latent)
+        if size is None:
+            return None
+        weights = resize_areas(self.areas[self.rows], size).flatten(2).transpose(1, 2)
+        return TokenMask(weights * bound[:, None], self.rows)
+
+
+class Reading:
+    """One pass that reads maps.
+
+    Args:
+        layers: names of the attention sites to read.
+        shape: (images, height, width) of the latent that the pass is about; a call of another shape sees a window of
+            it, whose maps have no known place.
+
+    Attributes:
+        found: maps [images, n, Lq] by layer.
+        asked: whether the model was called, so that no map means that none could be read.
+    """
+
+    def __init__(self, layers: frozenset[str], shape: tuple[int, int, int]):
+        self.layers = layers
+        self.shape = shape
+        self.asked = False
+        self.found: dict[str, Tensor] = {}
+
+
+class PassDone(Exception):
+    """The last wanted map is there; the rest of the UNet would be thrown away. Raised only where nothing but the
+    host's own code stands between the layer and this module."""
+
+
+def apply_model(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """APPLY_MODEL: takes the row masks out of the call's keywords and puts them into force."""
+    rows = kwargs.pop(ROWS, None)
+    options = transformer_options or {}
+    run: Run | None = options.get(KEY)
+    if run is None or rows is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if run.model is not executor.class_obj:  # a host may sample with a stand-in of the model
+        run.model, run.network = executor.class_obj, network_map(executor.class_obj)
+    run.hooks.install(run.network, run.concepts.groups)
+    alone = run.reading is not None and _alone(run, executor, options)
+    gradients = torch.is_grad_enabled()
+    with _in_force(run, rows.to(x.device), x, t, options, alone) as inner:
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
+        except PassDone:
+            return torch.zeros_like(x)
+        finally:
+            torch.set_grad_enabled(gradients)
+
+
+def _alone(run: Run, executor: Any, options: Mapping[str, Any]) -> bool:
+    """Whether no wrapper and no exchanged forward of another pack stands between here and the layers to be read."""
+    wrappers = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+    if any(wrappers.values()) or executor.wrappers[executor.idx + 1 :]:
+        return False
+    unet = executor.class_obj.diffusion_model
+    above = {
+        ".".join(parts[:depth])
+        for site in run.network.attention
+        if site.name in run.reading.layers
+        for parts in [site.path.split(".")]
+        for depth in range(1, len(parts) + 1)
+    }
+    return not any("forward" in vars(module) for module in (unet, *(find_module(unet, path) for path in above)))
+
+
+@contextmanager
+def _in_force(
+    run: Run, rows: Tensor, x: Tensor, t: Tensor, options: dict[str, Any], alone: bool
+) -> Iterator[dict[str, Any]]:
+    """Everything of ours that acts during one call of the UNet.
+
+    Args:
+        rows: the row masks of this very batch, [b, L, 2n].
+        x: [b, C, h, w].
+        alone: whether the pass may be left as soon as its maps are read.
+    """
+    text = CallRows(run, rows, bool(options.get("patches", {}).get("attn2_patch")))
+    probe = None
+    guidance = None
+    try:
+        if run.reading is not None:
+            run.reading.asked = True
+            if (x.shape[0], x.shape[-2], x.shape[-1]) == run.reading.shape:
+                probe = _probe(run, text, x.shape[0], alone)
+                probe.install(run.network)
+        groups = () if run.planning else run.concepts.groups_at(t)
+        if groups:
+            areas, known = _areas(run, x, options)
+            pixels = CallPixels(areas, (x.shape[-2], x.shape[-1]), text.given.adapters.weights.amax(dim=1))
+            # Where another pack changes the text on its way into a layer, each layer looks at its own.
+            run.hooks.plan = PassPlan(
+                groups, text.adapters, pixels.of if known else _nowhere, None if text.patched else run.kept
+            )
+        regions = run.regions
+        if regions is not None and regions.afg is not None and run.reading is None and _above(regions.until, t):
+            whole = chunk_regions(regions.afg, run, x, options)
+            if whole is None:
+                run.notes.afg_skipped = True
+            else:
+                images = x.shape[0] // len(options.get("uuids") or [None])
+                guidance = Guidance(run, whole, images, regions.config, (x.shape[-2], x.shape[-1]), text.fit)
+                guidance.install()
+        if guidance is not None or run.gradient:
+            options = dict(options)
+            chained = options.get("optimized_attention_override")
+            options["optimized_attention_override"] = override(chained, guidance, run.gradient)
+        yield options
+    finally:
+        run.hooks.plan = None
+        if probe is not None:
+            run.reading.found = probe.found
+            probe.remove()
+        if guidance is not None:
+            guidance.remove()
+
+
+def _above(until: float, t: Tensor) -> bool:
+    return until <= 0.0 or float(t.flatten()[0]) > until
+
+
+def _nowhere(out: Tensor) -> None:
+    return None
+
+
+def _areas(run: Run, x: Tensor, options: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
+    """Areas of each row of this batch [b, n, h, w], None for the whole picture; and whether their place is known."""
+    if run.regions is None or run.regions.areas is None:
+        return None, True
+    found = chunk_regions(run.regions.areas, run, x, options)
+    return found, found is not None
+
+
+def _probe(run: Run, text: CallRows, images: int, alone: bool) -> Probe:
+    def read(site: AttentionSite, layer: nn.Module, query: Tensor, key: Tensor, context: Tensor) -> Tensor | None:
+        if query.shape[0] != key.shape[0] or key.shape[0] % images:
+            return None
+        fitted = text.fit(context)
+        # Without its gradient a map of a gradient pass is none: another pack has cut it off.
+        if not fitted.attends or (run.gradient and not query.requires_grad):
+            return None
+        heads: int = layer.heads  # type: ignore[assignment]
+        return per_image(bound_attention(query, key, heads, fitted.attended), fitted.attended, images)
+
+    def finished() -> None:
+        if alone:
+            raise PassDone
+        # Another pack's wrapper must see the call end as any other; without gradients the rest costs no memory.
+        torch.set_grad_enabled(False)
+
+    return Probe(run.reading.layers, read, finished)
+
+
+def per_image(maps: Tensor, mask: Tensor, images: int) -> Tensor:
+    """Maps [B, n, Lq] of a batch that another pack has repeated, as [images, n, Lq]: of each concept the mean over
+    those repeats whose text holds it, by `mask` [B, L, n]."""
+    if maps.shape[0] == images:
+        return maps
+    has = (mask != 0).any(dim=1).to(maps).unflatten(0, (-1, images))
+    summed = (maps.unflatten(0, (-1, images)) * has.unsqueeze(-1)).sum(dim=0)
+    return summed / has.sum(dim=0).clamp(min=1.0).unsqueeze(-1)
+
+
+def chunk_regions(whole: Tensor, run: Run, x: Tensor, options: Mapping[str, Any]) -> Tensor | None:
+    """Regions [B, n, h, w] of the latent for each row of this batch: repeated per chunk, cropped to the chunk's area.
+
+    Returns:
+        [b, n, h', w'], or None where the call sees a window of the latent whose place another pack alone knows.
+    """
+    uuids = options.get("uuids") or [None]
+    per_chunk = x.shape[0] // len(uuids)
+    if whole.shape[0] == 1:
+        whole = whole.expand(per_chunk, -1, -1, -1)
+    if whole.shape[0] != per_chunk:
+        return None  # another pack has changed the batch: nobody knows which image is which
+    chunks = []
+    for uuid in uuids:
+        area = run.layout.areas.get(uuid)
+        if (x.shape[-2], x.shape[-1]) != (run.layout.latent if area is None else area[2:]):
+            return None
+        chunks.append(whole if area is None else crop_regions(whole, area, run.layout.latent))
+    return torch.cat(chunks).to(x.device)
+
+
+def crop_regions(regions: Tensor, area: tuple[int, int, int, int], latent: tuple[int, int]) -> Tensor:
+    """The part of regions [B, n, h, w] that lies in `area` = (y, x, height, width) of a latent, at least one cell."""
+    h, w = regions.shape[-2:]
+    y, x, height, width = area
+    top, left = min(h - 1, y * h // latent[0]), min(w - 1, x * w // latent[1])
+    bottom = max(top + 1, -(-(y + height) * h // latent[0]))
+    right = max(left + 1, -(-(x + width) * w // latent[1]))
+    return regions[..., top:bottom, left:right]

@@ -1,0 +1,123 @@
+"""LoRA files as the host reads them: kohya, diffusers, PEFT, LoCon, LoHa, LoKr, for the UNet and the text encoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+from ...adapters.factors import Factor, Whole
+from ...adapters.lora import LoraAdapter, LoraReport, loha_factor, lokr_factor, lora_adapter, lora_factor, trained_words
+from ...errors import ConceptSplitError
+from ...method.tova import Pair
+from ...network.site import NetworkMap
+from .model import network_map
+
+log = logging.getLogger("ConceptSplit")
+
+_UNET = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file for one MODEL and CLIP.
+
+    text_patches: what the host's own `CLIP.add_patches` takes; empty where the file has no such part.
+    """
+
+    adapter: LoraAdapter
+    report: LoraReport
+    text_patches: Mapping[Any, Any]
+
+
+def read_words(path: Path) -> list[str]:
+    """Words that the file's metadata proposes, the likeliest first."""
+    try:
+        _, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    except Exception:  # the reader raises anything on a damaged file; reading it in earnest says so
+        return []
+    return trained_words(metadata or {})
+
+
+def read_lora(
+    path: Path, model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None, name: str, words: str
+) -> LoraFile:
+    """Reads a LoRA for routing.
+
+    Raises:
+        ConceptSplitError: not a safetensors file, damaged, or made for another model.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise ConceptSplitError(f"{path.name} is no safetensors file: only safetensors is read; convert it first.")
+    try:
+        with torch.inference_mode(False):
+            state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ConceptSplitError(f"{path.name} cannot be read ({reason}): it is damaged; download it again.") from error
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is not None:
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys)
+    if not loaded:
+        raise ConceptSplitError(
+            f"{path.name} holds no LoRA for this model (first tensor: {next(iter(state), 'none')[:80]!r}): choose a "
+            "LoRA that was made for it."
+        )
+    network = network_map(model.model)
+    names = {site.path: site.name for site in network.sites.values()}
+    factors: dict[str, Pair | Factor] = {}
+    unsupported: list[str] = []
+    text: dict[Any, Any] = {}
+    for key, patch in loaded.items():
+        place = key if isinstance(key, str) else key[0]
+        if not place.startswith(_UNET):
+            text[key] = patch
+            continue
+        canonical = names.get(place.removeprefix(_UNET).removesuffix(".weight"), place)
+        factor = _factor(patch, canonical, network) if isinstance(key, str) else "part of a fused layer"
+        if isinstance(factor, str):
+            unsupported.append(factor)
+        else:
+            factors[canonical] = factor
+    try:
+        adapter, report = lora_adapter(name, words, factors, network, unsupported, len(text))
+    except ConceptSplitError as error:
+        raise ConceptSplitError(f"{path.name}: {error}") from error
+    log.info("[ConceptSplit] <%s> from %s: %s.", name, path.name, report.sentence())
+    return LoraFile(adapter, report, text)
+
+
+def _factor(patch: Any, name: str, network: NetworkMap) -> Pair | Factor | str:
+    """What a host's patch does to a module's output, or the name of a form that has no such meaning."""
+    if name not in network.sites:
+        return "of a module unknown here"
+    module: Any = network.module(name)
+    kernel = tuple(getattr(module, "kernel_size", ()))
+    form = getattr(patch, "name", patch[0] if isinstance(patch, tuple) else type(patch).__name__)
+    if form == "diff" and isinstance(patch, tuple):
+        # A whole ΔW; of a norm or a bias there is no product with what the layer reads.
+        weight = patch[1][0]
+        return Whole(weight, 1.0) if weight.ndim in (2, 4) else "a change of a bias or a norm"
+    weights: Any = getattr(patch, "weights", ())
+    if form == "lora":
+        up, down, alpha, middle, dora, reshape = weights
+        if dora is not None or reshape is not None:
+            return "DoRA" if dora is not None else "a reshaped layer"
+        return lora_factor(up, down, alpha, middle, bool(kernel))
+    if form == "loha":
+        b1, a1, alpha, b2, a2, t1, t2, dora = weights
+        return "DoRA" if dora is not None else loha_factor((b1, a1, t1), (b2, a2, t2), alpha, kernel)
+    if form == "lokr":
+        w1, w2, alpha, b1, a1, b2, a2, core, dora = weights
+        return "DoRA" if dora is not None else lokr_factor((w1, b1, a1), (w2, b2, a2), core, alpha, kernel)
+    return str(form).upper()

@@ -1,0 +1,266 @@
+"""The state of one sampling run on a MODEL: who takes part, which rows are whose, and what has been found so far."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...adapters.base import Member, Scope, kind_of
+from ...method.loda import LodaTrace
+from ...network.hooks import Group, Hooks, KeptChanges
+from ...network.site import NetworkMap
+from ...settings import LodaConfig
+from ...text.binding import Binding, row_mask
+from .model import KEY
+from .texts import KnownText, TextBook, known_text, row_prints
+
+log = logging.getLogger("ConceptSplit")
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter under the name that prompts use.
+
+    start, end: share of the schedule, 0 to 1, in which it acts.
+    scope: where it acts; None is where its kind does.
+    mask: its region of the picture [1 or B, H, W] in 0…1, instead of the one that a run finds.
+    """
+
+    name: str
+    adapter: Any
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    scope: Scope | None = None
+    mask: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def acts_in(self) -> Scope:
+        return self.scope or kind_of(self.adapter).scope
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What a sampler node hands on: the traces of its runs, in order. Each node run makes a new one."""
+
+    traces: list[LodaTrace] = field(default_factory=list)
+
+    @property
+    def trace(self) -> LodaTrace | None:
+        """The trace of the last run; None before any, or where LODA did not run."""
+        return self.traces[-1] if self.traces else None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What ConceptSplit knows about one MODEL; an attachment, shared by its clones and never changed.
+
+    masks: regions that the user has drawn for concepts without an adapter, by name.
+    """
+
+    adapters: tuple[LoadedAdapter, ...] = ()
+    loda: LodaConfig | None = None
+    maps: AttentionMaps | None = None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def patch_of(model: comfy.model_patcher.ModelPatcher) -> Patch:
+    """What is known about a MODEL; nothing where no node of this pack has touched it."""
+    return model.get_attachment(KEY) or Patch()
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """The concepts of a run, in the order of every mask's channels.
+
+    loaded: aligned with `names`; None is a concept that is only marked.
+    spans: aligned; (highest, lowest) sigma at which the adapter acts.
+    """
+
+    names: tuple[str, ...]
+    loaded: tuple[LoadedAdapter | None, ...]
+    spans: tuple[tuple[float, float], ...]
+
+    @cached_property
+    def _timed(self) -> bool:
+        # Reading the noise level waits for the device; only runs whose adapters come or go need to.
+        return any(one is not None and (one.start > 0.0 or one.end < 1.0) for one in self.loaded)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The adapters at full strength, those of one kind and scope together."""
+        together: dict[tuple[Any, Scope], list[int]] = {}
+        for channel, one in enumerate(self.loaded):
+            if one is not None and one.strength != 0.0:
+                together.setdefault((kind_of(one.adapter), one.acts_in), []).append(channel)
+        return tuple(
+            Group(kind, tuple(self._member(channel) for channel in channels), tuple(channels), scope)
+            for (kind, scope), channels in together.items()
+        )
+
+    def _member(self, channel: int) -> Member:
+        one = self.loaded[channel]
+        assert one is not None
+        return Member(one.adapter, one.strength)
+
+    def groups_at(self, sigmas: Tensor) -> tuple[Group, ...]:
+        """The same groups with strength 0 for adapters that do not act at this call's noise level."""
+        if not self._timed:
+            return self.groups
+        sigma = float(sigmas.flatten()[0])
+        acting = [low <= sigma <= high for high, low in self.spans]
+        return tuple(
+            Group(
+                group.kind,
+                tuple(
+                    member if acting[channel] else Member(member.adapter, 0.0)
+                    for member, channel in zip(group.members, group.channels, strict=True)
+                ),
+                group.channels,
+                group.scope,
+            )
+            for group in self.groups
+        )
+
+    @property
+    def routed(self) -> bool:
+        """Whether some adapter acts in a region."""
+        return any(group.scope == "region" for group in self.groups)
+
+
+@dataclass
+class RunTexts:
+    """Every conditioning of a run as text [1, L, d] and row mask [L, 2n], and what their encoders have made besides.
+
+    Fingerprints of rows tell texts apart that other packs have moved.
+    """
+
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    books: Sequence[TextBook] = ()
+    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    ambiguous: bool = False
+    _known: list[list[KnownText]] = field(default_factory=list)
+
+    def known(self) -> list[list[KnownText]]:
+        """Texts by fingerprints, in the order they are looked for: of this run, of their encoders and still in use,
+        of their encoders earlier."""
+        if not self._known:
+            own = [known_text(row_prints(text[:1].to(self.dtype))[0], mask) for text, mask in self.own]
+            self._known = [own]
+            for in_use in (True, False):
+                level = []
+                for prints, bindings in (one for book in self.books for one in book.texts(self.dtype, in_use)):
+                    mask = row_mask(bindings, self.names, len(prints))
+                    if bool(mask.any()):
+                        # A text that is no conditioning of this run has values; LODA and AFG know nothing of it.
+                        level.append(known_text(prints, torch.cat([mask, torch.zeros_like(mask)], dim=-1)))
+                self._known.append(level)
+        return self._known
+
+
+@dataclass
+class Notes:
+    """What other packs have kept from working, said once the run is over.
+
+    found, missed: channels whose rows were found in the text of some layer, and in that of none of them.
+    afg_skipped: AFG met a cross-attention that it could not guide.
+    """
+
+    found: set[int] = field(default_factory=set)
+    missed: set[int] = field(default_factory=set)
+    afg_skipped: bool = False
+
+    def rows(self, wanted: set[int], found: set[int]) -> None:
+        self.missed |= wanted - found
+        self.found |= found
+
+    def warn(self, run: Run, expected: set[str]) -> None:
+        """Logs it. expected: concepts whose texts other packs have taken in."""
+        active = {one.name for one in run.patch.adapters if one.strength != 0.0}
+        names = run.concepts.names
+        idle = {names[index] for index in self.missed - self.found} & active
+        idle |= {name for name in expected & active if names.index(name) not in self.found}
+        ambiguous = run.texts.ambiguous
+        if idle:
+            log.warning(
+                "[ConceptSplit] %s had no effect in this run: %s.",
+                " and ".join(f"<{name}>" for name in sorted(idle)),
+                "two prompts read the same and bind different concepts, so that they cannot be told apart after "
+                "another node has joined them; make them differ by a word"
+                if ambiguous
+                else "no text that reached the model mentions it, or another node has changed that text",
+            )
+        elif ambiguous:
+            log.warning(
+                "[ConceptSplit] Two prompts read the same and bind different concepts: after another node has joined "
+                "them they cannot be told apart, and neither concept acts there. Make the prompts differ by a word."
+            )
+        if self.afg_skipped:
+            log.warning(
+                "[ConceptSplit] AFG had no effect in some calls of the model: another node shows the model windows of "
+                "the picture, or computes attention in a way that AFG cannot guide."
+            )
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Where concepts are in the latent, from the end of planning or LODA on; aligned with the masks' channels.
+
+    afg: bool [B, n, h, w], in force down to the noise level `until`; None without AFG.
+    areas: [B, n, h, w] in 0…1, where each adapter acts; None where nobody has one.
+    """
+
+    config: LodaConfig
+    afg: Tensor | None = None
+    until: float = 0.0
+    areas: Tensor | None = None
+
+
+@dataclass
+class Layout:
+    """The latent's size, and the (y, x, height, width) that each conditioning's area has in it; None is all of it."""
+
+    latent: tuple[int, int] = (0, 0)
+    areas: dict[Any, tuple[int, int, int, int] | None] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One sampling run.
+
+    model: the BaseModel that `network` describes.
+    reading: set for the length of a pass that reads maps.
+    gradient: whether that pass is differentiated.
+    planning: adapters are silent while the plan is drawn.
+    """
+
+    patch: Patch
+    concepts: Concepts
+    model: Any
+    network: NetworkMap
+    texts: RunTexts
+    layout: Layout = field(default_factory=Layout)
+    notes: Notes = field(default_factory=Notes)
+    hooks: Hooks = field(default_factory=Hooks)
+    kept: KeptChanges = field(default_factory=KeptChanges)
+    regions: Regions | None = None
+    reading: Any = None
+    gradient: bool = False
+    planning: bool = False
+
+
+def bindings_mask(bindings: Sequence[Binding], names: Sequence[str], rows: int, attended: bool) -> Tensor:
+    """Row masks [L, 2n] of a conditioning: whose adapters act at a row, then whose attention LODA and AFG may touch.
+
+    attended: the latter is the positive prompt's only.
+    """
+    mask = row_mask(bindings, names, rows)
+    return torch.cat([mask, mask if attended else torch.zeros_like(mask)], dim=-1)

@@ -1,0 +1,130 @@
+"""When each stage of a run acts. Both hosts drive it; it knows steps, latents and maps, and no sampler.
+
+A run without routed adapters: LODA moves the latent at the start of the first K steps; at step K the maps are read
+once and become AFG's regions, which hold until a share of the steps is over.
+
+A run with routed adapters: the first steps are drawn as a *plan*, on the base model; its maps become AFG's regions and
+each concept's area; the picture is then drawn from the untouched noise, with both in force from the first step on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..settings import LodaConfig
+from .loda import LodaTrace, separate
+from .regions import regions
+
+
+class ReadMaps(Protocol):
+    """Maps [B, n, h, w] of a latent x₀ + σ·ε at a step and its σ; differentiable when gradients are enabled."""
+
+    def __call__(self, x: Tensor, step: int, sigma: Any) -> Tensor: ...
+
+
+class Timeline:
+    """The stages of one run.
+
+    Args:
+        config: the settings, open numbers of steps included.
+        total: sampling steps of the run.
+        concepts: names, the order of the maps.
+        read_maps: see `ReadMaps`; the concepts in that order.
+        routed: whether some adapter acts in a region.
+        given: regions that the user has drawn, by channel: [1 or B, H, W] in 0…1.
+
+    Attributes:
+        trace: what happened.
+        afg: bool [B, n, h, w], once known.
+        areas: [B, n, h, w] in {0, 1}, once known and if routed.
+    """
+
+    def __init__(
+        self,
+        config: LodaConfig,
+        total: int,
+        concepts: tuple[str, ...],
+        read_maps: ReadMaps,
+        routed: bool = False,
+        given: Mapping[int, Tensor] | None = None,
+    ):
+        self.config = config.for_schedule(total)
+        self.total = total
+        self.read_maps = read_maps
+        self.given = dict(given or {})
+        self.routed = routed
+        self.trace = LodaTrace(concepts=concepts, settings=asdict(self.config))
+        self.afg: Tensor | None = None
+        self.areas: Tensor | None = None
+        if len(self.given) == len(concepts):
+            size = next(iter(self.given.values())).shape[-2:]
+            self._take(torch.zeros(1, len(concepts), *size))
+
+    @property
+    def located(self) -> bool:
+        """Whether the concepts' places are known."""
+        return self.afg is not None
+
+    @property
+    def plan_steps(self) -> int:
+        """Steps to draw as a plan and to throw away; 0 where the places are known or nobody asks for areas."""
+        if self.located or not self.routed:
+            return 0
+        return self.config.plan_steps
+
+    @property
+    def optimised_steps(self) -> int:
+        """Steps at whose start the latent is optimised, of the plan or of the run."""
+        if self.located:
+            return 0
+        return min(self.config.loda_steps, self.plan_steps) if self.routed else self.config.loda_steps
+
+    def begin(self, step: int, x: Tensor, sigma: Any, **options: Any) -> Tensor:
+        """The latent with which step `step` (0-based) starts.
+
+        Args:
+            x: x₀ + σ·ε, [B, C, h, w].
+            options: of `loda.separate`.
+        """
+        if step < self.optimised_steps:
+            maps_of = partial(self.read_maps, step=step, sigma=sigma)
+            x = separate(x, sigma, step, maps_of, self.config, self.trace, **options)
+        return x
+
+    def locate(self, x: Tensor, step: int, sigma: Any) -> None:
+        """Reads the maps of a latent once and takes the concepts' regions from them."""
+        with torch.inference_mode(False), torch.no_grad():
+            maps = self.read_maps(x.detach().clone(), step, sigma).float()
+            self.trace.after = maps.detach().cpu()
+            self._take(maps)
+
+    def _take(self, maps: Tensor) -> None:
+        config = self.config
+        found = regions(maps, config.afg_region, config.afg_smoothing, config.afg_rule)
+        areas = None
+        if self.routed:
+            areas = regions(maps, config.afg_region, config.afg_smoothing, config.area_rule).to(maps.dtype)
+        for channel, mask in self.given.items():
+            own = F.adaptive_avg_pool2d(mask[:, None].to(maps), (maps.shape[-2], maps.shape[-1]))[:, 0]
+            # What the user has drawn is the concept's and nobody else's.
+            inside = (own >= 0.5).expand(found.shape[0], -1, -1)
+            others = [i for i in range(found.shape[1]) if i not in self.given]
+            found[:, others] &= ~inside[:, None]
+            found[:, channel] = inside
+            if areas is not None:
+                areas[:, others] = areas[:, others] * (1.0 - own[:, None])
+                areas[:, channel] = own
+        self.trace.regions = found.cpu()
+        self.trace.areas = None if areas is None else areas.cpu()
+        self.afg, self.areas = found, areas
+
+    def afg_acts(self, step: int) -> bool:
+        """Whether AFG is in force in step `step` (0-based) of the drawing."""
+        return self.config.afg and step < self.config.held(self.total)

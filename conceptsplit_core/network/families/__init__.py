@@ -1,0 +1,1 @@
+"""One file per family of networks: how its modules are named, and which of them reads what."""

@@ -1,0 +1,68 @@
+"""A divergence and an update rule that only this file knows, drawn with on a diffusers model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import REX, TOM
+
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.method.divergence import DIVERGENCES, divergence
+from conceptsplit_core.method.maps import distributions
+from conceptsplit_core.method.updates import UPDATE_RULES, update_rule
+from conceptsplit_core.settings import LodaConfig
+
+
+@pytest.fixture
+def registered():
+    @divergence("total_variation", threshold=0.73)
+    def total_variation(p, q):
+        return 0.5 * (p - q).abs().sum(dim=(-2, -1))
+
+    @update_rule("first_image")
+    def first_image(gradient, loss, threshold):
+        step = UPDATE_RULES["normalised"](gradient, loss, threshold)
+        step[1:] = 0
+        return step
+
+    yield
+    del DIVERGENCES["total_variation"], UPDATE_RULES["first_image"]
+
+
+def drawn(model, **loda):
+    cond = host.encode_text(model, "a photo of a <rex> and a <tom>", [REX, TOM])
+    config = LodaConfig(loda_steps=1, loda_iterations=2, loda_strength=0.03, **loda)
+    result = host.sample(model, [cond], seeds=[3, 8], steps=2, concepts=["rex", "tom"], loda=config)
+    return result.latents, result.trace
+
+
+def test_a_divergence_is_one_registered_function(load, registered):
+    """Its values, and the threshold it was registered with, are what the run optimises by."""
+    model = load()
+    latents, trace = drawn(model, divergence="total_variation")
+    p = distributions(trace.before, LodaConfig().map_smoothing)
+    by_hand = (p[:, 0] - p[:, 1]).abs().sum(dim=(-2, -1)) / 2
+    (_, values), (_, loss) = trace.divergences[0], trace.losses[0]
+    torch.testing.assert_close(values[:, 0], by_hand)
+    torch.testing.assert_close(loss, 0.73 - by_hand)
+    assert (trace.losses[1][1] < loss).all()
+    assert not torch.equal(latents, drawn(model)[0])
+    stricter = drawn(model, divergence="total_variation", threshold=0.9)[1]
+    torch.testing.assert_close(stricter.losses[0][1], 0.9 - by_hand)
+
+
+def test_an_update_rule_is_one_registered_function(load, registered):
+    latents, trace = drawn(load(), loda_rule="first_image")
+    usual, _ = drawn(load())
+    torch.testing.assert_close(latents[0], usual[0], rtol=1e-4, atol=1e-4)
+    assert trace.losses[1][1][0] < trace.losses[0][1][0]
+    torch.testing.assert_close(trace.losses[1][1][1], trace.losses[0][1][1])
+    assert (latents[1] - usual[1]).abs().max() > 0.01
+
+
+def test_names_go_with_their_registration():
+    with pytest.raises(ConceptSplitError, match="divergence .*total_variation"):
+        LodaConfig(divergence="total_variation")
+    with pytest.raises(ConceptSplitError, match="'first_image', use normalised, gradient or sign"):
+        LodaConfig(loda_rule="first_image")

@@ -1,0 +1,1 @@
+"""Tools of this repository that the pack does not need to run."""

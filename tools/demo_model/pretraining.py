@@ -1,0 +1,160 @@
+"""Trains UNet and text encoder together on noise prediction.
+
+With `grounding` W there is a second term: W times the mean negative log share of each class word's and adjective's
+cross-attention map on its own object (`grounding_loss`). Without it a model this small learns to draw long before its
+maps say which word draws where. The committed checkpoint was trained with that term; its weight is in the file's
+metadata, and the demo model's README has the comparison. The committed checkpoint was also trained by two processes
+that averaged their gradients; this script has one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .latents import Data
+from .states import optimiser_state, read, restore_optimiser, save
+from .unet import Model, alphas_cumprod
+
+
+def grounding_loss(maps: dict[str, torch.Tensor], weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over layers and bound rows of -log(share of the row's map on its object) + a floor on its strength.
+
+    The floor asks that the object's pixels give the row a fifth of the attention each row of a short caption would
+    like to have; without it a map may be well placed and too faint to carry a value.
+    """
+    total = weight.new_zeros(())
+    for found in maps.values():
+        side = int(found.shape[1] ** 0.5)
+        small = F.avg_pool2d(mask, mask.shape[-1] // side).flatten(2).transpose(1, 2)  # [B, Lq, R]
+        own = (found * small).sum(1)
+        placed = -torch.log(own / (found.sum(1) + 1e-8) + 1e-3)
+        strength = own / (small.sum(1) + 1e-4)
+        faint = F.relu(1 - strength / 0.1)
+        total = total + (weight * (placed + 0.5 * faint)).sum() / weight.sum().clamp_min(1.0)
+    return total / len(maps)
+
+
+OBJECT_WEIGHT = 4.0
+"""By how much an error on an object counts more than one on the background, which is most of a picture."""
+
+
+def _on_objects(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean per picture of errors [B, h, w], those on objects weighted; mask [B, R, h, w] is that of the bound rows."""
+    weight = 1.0 + OBJECT_WEIGHT * mask.amax(dim=1)
+    return (error * weight).mean(dim=(1, 2)) / weight.mean(dim=(1, 2))
+
+
+def _noise_levels(batch: int) -> torch.Tensor:
+    """Timesteps int64 [batch]: half of them anywhere, half where only the words can tell an object's look."""
+    t = torch.randint(0, 1000, (batch,))
+    t[::2] = torch.randint(450, 950, (len(t[::2]),))
+    return t
+
+
+def train_unet(
+    out: Path,
+    name: str,
+    steps: int,
+    *,
+    decay_from: int,
+    batch: int,
+    rate: float,
+    grounding: float,
+    seed: int,
+    minutes: float,
+    build: Callable[[int], Model] = Model,
+) -> None:
+    """Noise prediction, both ends of the noise range and objects weighted, caption dropout 10 %, EMA.
+
+    Resumes from OUT/NAME.safetensors. The rate is constant up to step `decay_from` and then falls to 2 % at `steps`.
+    Every random draw depends on (seed, step) alone, so stopping and resuming changes nothing. Stops early after
+    `minutes`. `build` makes the model from the size of the vocabulary.
+    """
+    data = Data(out)
+    torch.manual_seed(seed)
+    model = build(data.words.vocabulary)
+    model.unet.to(memory_format=torch.channels_last)
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    path = out / f"{name}.safetensors"
+    start, spent = 0, 0.0
+    if path.exists():
+        state = read(path)
+        model.load_state_dict(state["model"])
+        restore_optimiser(optimiser, state["optimiser"])
+        ema = {k: torch.empty_like(v).copy_(state["ema"][k]) for k, v in model.state_dict().items()}
+        start, spent = int(state["step"]), float(state["seconds"])
+    signal = alphas_cumprod().float()
+    began = saved = time.time()
+    sums = np.zeros(4)
+    for step in range(start, steps):
+        rng = np.random.default_rng([seed, step])
+        torch.manual_seed(seed * 1_000_003 + step)
+        fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * fall * min(1.0, (step + 1) / 200)
+        error, loss, ground = losses(model, data.batch(rng, batch), signal, grounding > 0)
+        optimiser.zero_grad(set_to_none=True)
+        (loss + grounding * ground).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        keep = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            now = model.state_dict()
+            floats = [k for k, v in now.items() if v.is_floating_point()]
+            torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - keep)
+        last = step == steps - 1 or time.time() - began > 60 * minutes
+        sums += (error.item(), loss.item(), ground.item(), 1)
+        if step % 50 == 49 or last:
+            noise, balanced, grounded, _ = sums / sums[3]
+            spoken = f"noise {noise:.4f} balanced {balanced:.4f} ground {grounded:.4f}"
+            print(f"unet {step + 1} {spoken} {spent + time.time() - began:.0f}s", flush=True)
+            sums[:] = 0
+        if time.time() - saved > 150 or last:
+            saved = time.time()
+            save(
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser_state(optimiser),
+                    "ema": ema,
+                    "step": step + 1,
+                    "seconds": spent + saved - began,
+                    "grounding": grounding,
+                    "seed": seed,
+                    "batch": batch,
+                    "rate": rate,
+                    "scale": data.scale,
+                },
+                path,
+            )
+        if last:
+            break
+
+
+def losses(
+    model: Model, b: dict[str, torch.Tensor], signal: torch.Tensor, grounded: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean squared error of the noise, the same weighted by noise level, and the grounding term (or 0), all [].
+
+    `b` is a batch of `Data`, `signal` [1000] the share of signal variance per step.
+    """
+    t = _noise_levels(len(b["x"]))
+    a = signal[t][:, None, None, None]
+    noise = torch.randn_like(b["x"])
+    noisy = a.sqrt() * b["x"] + (1 - a).sqrt() * noise
+    model.cross.rows = b["rows"] if grounded else None
+    model.cross.maps = {}
+    predicted = model(noisy.contiguous(memory_format=torch.channels_last), t, model.encode(b["ids"]))
+    error = _on_objects((predicted - noise).square().mean(dim=1), b["mask"])
+    snr = signal[t] / (1 - signal[t])
+    # Min-SNR with gamma 5 at the clean end. At the noisy end the noise is nearly the input, so its error says
+    # little about the picture it implies; without the second factor colours and places stay guesses there.
+    balance = (snr.clamp(max=5.0) / snr) * (1 + 0.2 / snr).clamp(max=30.0)
+    ground = grounding_loss(model.cross.maps, b["weight"], b["mask"]) if grounded else torch.zeros(())
+    return error.mean(), (error * balance).mean(), ground
