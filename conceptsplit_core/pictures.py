@@ -165,6 +165,20 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
+def notice_sheet(image: NDArray, text: str, side: int = 256) -> Picture:
+    """A sheet with the image and, where the maps would be, a sentence that says why there are none."""
+    note = Image.new("RGB", (side, side), PAPER)
+    draw, font, lines = ImageDraw.Draw(note), _font(15), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= side - 16:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    draw.multiline_text((8, 8), "\n".join(lines), fill=INK, font=font)
+    return contact_sheet([image, np.asarray(note)], None, 2, side)
+
+
 def concept_overlays(
     image: NDArray, maps: NDArray, names: Sequence[str], regions: NDArray | None = None, side: int = 256
 ) -> list[Picture]:

@@ -1,9 +1,15 @@
-"""Every setting once, with its range. Free of torch, so that help and node lists start fast."""
+"""Every option once: its name, default, range and words. Free of torch, so that help starts at once.
+
+A field of one of these classes is an option. Its name is the node's input and, with dashes, the terminal's option.
+Node inputs, terminal options and the tables of the help pages and the README are generated from the fields, in their
+order. Saved graphs hold values by position: a new field goes to the end of its class.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from .errors import ConceptSplitError
 from .method.divergence import DIVERGENCES
@@ -12,100 +18,314 @@ from .method.updates import UPDATE_RULES
 
 AUTO = -1
 SHARE = 0.2
+"""Share of the schedule that is optimised when loda_steps is AUTO: the paper's 10 of 50 steps."""
 PLAN_SHARE = 0.3
-"""Share of the schedule that is optimised when steps is AUTO: the paper's 10 of 50 steps."""
-STEP_RULES = tuple(UPDATE_RULES)
+"""Share of the schedule that is drawn as a plan when nothing is optimised in it."""
+SEEDS = 2**64
+"""Seeds are 0 to SEEDS − 1 and wrap around, as in ComfyUI."""
 MAP_PARTS = ("auto", "all", "down")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def divergences() -> tuple[str, ...]:
+    """Names of the registered divergences."""
+    return tuple(DIVERGENCES)
+
+
+def update_rules() -> tuple[str, ...]:
+    """Names of the registered update rules."""
+    return tuple(UPDATE_RULES)
+
+
+def region_rules() -> tuple[str, ...]:
+    """Names of the registered region rules."""
+    return tuple(REGION_RULES)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What there is to know about one field.
+
+    label: a few words for it.  help: one sentence on what it does.  change: when to change it, and how.
+    low, high: range of a number, both ends allowed.
+    step: by how much a widget's arrows change it.
+    choices: allowed values, or a function that lists them.
+    advanced: rarely changed; nodes show it behind an options node or an unfolded section.
+    shown: False for what a host sets itself.
+    continues: may differ between a training and the one that resumes it.
+    drawn: a node draws another value for each run.
+    """
+
+    label: str
+    help: str
+    change: str = ""
+    low: float = 0
+    high: float = 1
+    step: float = 1
+    choices: tuple | Callable[[], tuple] = ()
+    advanced: bool = False
+    shown: bool = True
+    continues: bool = False
+    drawn: bool = False
+
+    @property
+    def allowed(self) -> tuple:
+        """The choices, now."""
+        return self.choices() if callable(self.choices) else self.choices
+
+    @property
+    def text(self) -> str:
+        """All that is to be said to a user, in sentences."""
+        return f"{self.help} {self.change}".strip()
+
+    @property
+    def range(self) -> str:
+        """What may be given, in words: '0 to 1', 'jsd or kl'."""
+        if self.allowed:
+            return " or ".join(", ".join(map(str, self.allowed)).rsplit(", ", 1))
+        return f"{shown(self.low)} to {shown(self.high)}"
+
+    def fault(self, name: str, value: Any) -> str:
+        """What is wrong with `value` in a few words, '' if nothing is."""
+        if isinstance(value, bool):
+            return ""
+        good = value in self.allowed if self.allowed else self.low <= value <= self.high  # nan is not
+        return "" if good else f"{name} is {value!r}, use {self.range}"
+
+
+def option(default: Any, label: str, help: str, change: str = "", **rest: Any) -> Any:
+    """A dataclass field that is an option; `rest` as in `Option`."""
+    return field(default=default, metadata={"option": Option(label, help, change, **rest)})
+
+
+def options(config: Any, advanced: bool | None = None) -> dict[str, Option]:
+    """Options that a user may set, by name, in order: all, or the basic or the advanced ones."""
+    return {
+        name: found
+        for name, found in _all_options(config)
+        if found.shown and (advanced is None or found.advanced == advanced)
+    }
+
+
+def _all_options(config: Any) -> Iterator[tuple[str, Option]]:
+    for each in fields(config):
+        yield each.name, each.metadata["option"]
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """Default of every field."""
+    return {each.name: each.default for each in fields(config)}
+
+
+def shown(value: Any) -> str:
+    """A value as help pages and tables show it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+Config = TypeVar("Config", "LodaConfig", "TrainConfig", "SampleConfig", "LoaderConfig")
+
+
+def from_values(config: type[Config], values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """`base`, or the defaults, with those of `values` that are options of `config`; the rest of `values` is left alone.
+
+    Raises:
+        ConceptSplitError: a value out of its range.
+    """
+    given = {name: values[name] for name in options(config) if name in values}
+    # A list of choices reaches us as text, whatever its values are.
+    given = {name: type(default)(given[name]) for name, default in defaults(config).items() if name in given}
+    return config(**given) if base is None else replace(base, **given)
+
+
+def _check(config: Any, what: str) -> None:
+    for name, found in _all_options(config):
+        if fault := found.fault(name, getattr(config, name)):
+            raise ConceptSplitError(f"{what} setting out of range: {fault}.")
+
+
+# The Gaussian's kernel and the padded maps grow with its σ; no map has more pixels a side than this.
+WIDEST_BLUR = 128
 
 
 @dataclass(frozen=True)
 class LodaConfig:
     """Settings of LODA and AFG; built and checked once, never changed during a run.
 
-    loda_steps: sampling steps at whose start the latent is optimised; 0 turns LODA off, AUTO (-1) is the first fifth of
-        the schedule, whatever its length.
-    loda_iterations: gradient updates per step, at most; fewer when the loss reaches zero.
-    loda_strength: η before the schedule. With `normalised`, the root mean square of an update in units of the latent's
-        standard deviation; with `gradient`, the factor on the raw gradient (the paper's 20).
-    loda_rule: 'normalised' takes the gradient without its mean over the picture and divides it by its own RMS, so one
-        setting serves every model and resolution and colours do not drift; 'gradient' is the paper's rule; see
-        method/updates.py.
-    divergence: how overlap is measured; 'kl' is the paper's code, which depends on the order of the words.
-    threshold: t of ReLU(t − HM(D)), in the divergence's unit; 0 means the divergence's own default.
-    map_smoothing: Gaussian smoothing of the maps, in map pixels.
-    map_downscale: read maps at 1/this of the latent's size; 0 chooses.
-    map_part: 'all' layers of that size, as the paper does; 'down': those on the way down only, at half the cost (a
-        third on SDXL); 'auto': 'down' where the way down has many layers of that size (SDXL), else 'all'.
-    afg: fix the separation afterwards.
-    afg_inside, afg_outside: logits added inside and taken outside a concept's region (paper: p = 3 and −m = 1e8).
-    afg_region: share of the pixels that is a concept's region, for rules that look at it.
-    afg_smoothing: smoothing before the region is taken, in map pixels.
-    afg_end: the share of the steps after which AFG lets go (1.0, the paper: it stays to the end).
-    plan_steps: with routed LoRAs, steps that are drawn ahead to find the concepts' places; AUTO is loda_steps, or 0.3
-        of the schedule without LODA.
-    afg_rule: how a concept's region is found, see method/partition.py; 'top' is the paper's, made disjoint.
-    area_rule: the same for the areas that routed adapters act in.
-
     The defaults are those that benchmarks/separation chose, see docs/separation.md.
     """
 
-    loda_steps: int = AUTO
-    loda_iterations: int = 3
-    loda_strength: float = 0.02
-    loda_rule: str = "normalised"
-    divergence: str = "jsd"
-    threshold: float = 0.0
-    map_smoothing: float = 1.0
-    map_downscale: int = 0
-    map_part: str = "auto"
-    afg: bool = True
-    afg_inside: float = 3.0
-    afg_outside: float = 3.0
-    afg_region: float = 0.1
-    afg_smoothing: float = 1.5
-    afg_end: float = 0.7
-    plan_steps: int = AUTO
-    afg_rule: str = "top"
-    area_rule: str = "argmax"
+    loda_steps: int = option(
+        AUTO,
+        "LODA steps",
+        "Sampling steps at whose start the latent is optimised until the concepts look at different places; -1 is the "
+        "first fifth of the steps, 0 switches LODA off.",
+        "Raise it when concepts still blend, lower it for speed.",
+        low=AUTO,
+        high=10_000,
+    )
+    loda_iterations: int = option(
+        3,
+        "LODA updates per step",
+        "Updates per optimised step, at most; fewer are made once the concepts are apart. Each costs about one extra "
+        "model call.",
+        "Raise it to 6 for three concepts or more.",
+        low=1,
+        high=100,
+    )
+    loda_strength: float = option(
+        0.02,
+        "LODA strength",
+        "Size of one update: its root mean square in standard deviations of the latent, or with the rule 'gradient' "
+        "the factor on the raw gradient.",
+        "Raise it when concepts still blend, lower it when pictures look overworked.",
+        low=0,
+        high=1000,
+        step=0.01,
+    )
+    loda_rule: str = option(
+        "normalised",
+        "update rule",
+        "normalised: the gradient without its mean over the picture, divided by its own size, so that a strength means "
+        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20.",
+        choices=update_rules,
+        advanced=True,
+    )
+    divergence: str = option(
+        "jsd",
+        "divergence",
+        "How the overlap of two attention maps is measured; kl is the paper's and depends on the order of the words.",
+        choices=divergences,
+        advanced=True,
+    )
+    threshold: float = option(
+        0.0,
+        "threshold",
+        "How far apart is enough, in the divergence's own unit; 0 takes the divergence's own.",
+        "Raise it for stricter separation (jsd ends at 0.69).",
+        low=0,
+        high=50,
+        step=0.01,
+        advanced=True,
+    )
+    map_smoothing: float = option(
+        1.0,
+        "map smoothing",
+        "σ, in map pixels, of the Gaussian that smooths the maps before they are compared.",
+        low=0,
+        high=WIDEST_BLUR,
+        step=0.1,
+        advanced=True,
+    )
+    map_downscale: int = option(
+        0,
+        "map size",
+        "Reads attention maps at 1/this of the latent's size; 0 chooses (about a quarter).",
+        "Change it when the preview shows maps that do not follow the objects.",
+        choices=(0, 1, 2, 4, 8, 16, 32),
+        advanced=True,
+    )
+    map_part: str = option(
+        "auto",
+        "map layers",
+        "all: maps come from all layers of that size, as in the paper. down: only from those on the way down, at half "
+        "the cost (a third on SDXL). auto: down where the way down has many such layers (SDXL), else all.",
+        choices=MAP_PARTS,
+        advanced=True,
+    )
+    afg: bool = option(
+        True,
+        "attention fixing guidance",
+        "After the optimised steps each concept keeps the region it has found for most of the run (AFG).",
+        "Switch it off when regions come out too rigid.",
+    )
+    afg_inside: float = option(
+        3.0,
+        "AFG inside",
+        "Added to a concept's attention logits inside its region.",
+        "Raise it when a concept is too weak there.",
+        low=0,
+        high=1000,
+        step=0.1,
+        advanced=True,
+    )
+    afg_outside: float = option(
+        3.0,
+        "AFG outside",
+        "Taken from a concept's attention logits outside its region; 1e8 forbids all attention there, as the paper "
+        "does.",
+        "Raise it when concepts leak late, lower it when objects look cut off.",
+        low=0,
+        high=1e8,
+        step=0.5,
+        advanced=True,
+    )
+    afg_region: float = option(
+        0.1,
+        "AFG region",
+        "Share of the picture that becomes a concept's region.",
+        "Raise it for large objects.",
+        low=0.001,
+        high=1,
+        step=0.01,
+        advanced=True,
+    )
+    afg_smoothing: float = option(
+        1.5,
+        "AFG smoothing",
+        "σ, in map pixels, of the Gaussian that smooths the maps before regions are taken.",
+        low=0,
+        high=WIDEST_BLUR,
+        step=0.1,
+        advanced=True,
+    )
+    afg_end: float = option(
+        0.7,
+        "AFG end",
+        "Share of the steps after which regions are released; 1 keeps them to the end, as the paper does.",
+        "Lower it when borders of objects look hard, raise it when concepts leak late.",
+        low=0,
+        high=1,
+        step=0.01,
+        advanced=True,
+    )
+    plan_steps: int = option(
+        AUTO,
+        "plan steps",
+        "With LoRAs on concepts: steps that are drawn ahead, without them, to find where each concept will be; -1 is "
+        "loda_steps, or three tenths of the steps where nothing is optimised.",
+        "Raise it when regions miss their objects, lower it for speed.",
+        low=AUTO,
+        high=10_000,
+        advanced=True,
+    )
+    afg_rule: str = option(
+        "top",
+        "AFG regions",
+        "How a concept's region is found. top: its strongest pixels, the stronger concept where two claim one. "
+        "overlapping: the same, shared, as in the paper. argmax: every pixel to the concept that is strongest there.",
+        choices=region_rules,
+        advanced=True,
+    )
+    area_rule: str = option(
+        "argmax",
+        "LoRA regions",
+        "The same for the region in which the LoRA of a concept acts.",
+        choices=region_rules,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
-        def need(ok: bool, what: str) -> None:
-            if not ok:
-                raise ConceptSplitError(f"LODA setting out of range: {what}.")
-
-        for name, value in vars(self).items():
-            need(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}, use a finite number")
-        need(
-            self.loda_steps >= AUTO,
-            f"loda_steps is {self.loda_steps}, use -1 (a fifth of the schedule), 0 (off) or more",
-        )
-        need(self.loda_iterations >= 1, f"loda_iterations is {self.loda_iterations}, use 1 or more")
-        need(self.loda_strength >= 0, f"step size is {self.loda_strength}, use 0 or more")
-        need(self.loda_rule in UPDATE_RULES, f"update rule '{self.loda_rule}', use {', '.join(UPDATE_RULES)}")
-        need(self.divergence in DIVERGENCES, f"divergence '{self.divergence}', use {', '.join(DIVERGENCES)}")
-        need(self.threshold >= 0, f"threshold is {self.threshold}, use 0 (automatic) or more")
-        # The Gaussian's kernel and the padded maps grow with it; no map has more pixels a side than this.
-        widest = 128
-        need(0 <= self.map_smoothing <= widest, f"smoothing is {self.map_smoothing} pixels, use 0 to {widest}")
-        need(0 <= self.afg_smoothing <= widest, f"AFG smoothing is {self.afg_smoothing} pixels, use 0 to {widest}")
-        for rule in (self.afg_rule, self.area_rule):
-            need(rule in REGION_RULES, f"region rule '{rule}', use {', '.join(REGION_RULES)}")
-        need(0 < self.afg_region <= 1, f"AFG region share is {self.afg_region}, use more than 0 and at most 1")
-        need(
-            self.afg_inside >= 0 and self.afg_outside >= 0, "AFG adds inside and takes outside: use 0 or more for both"
-        )
-        need(self.afg_inside + self.afg_outside < 1e30, "AFG's numbers are too large, use 3 and 1e8 for instance")
-        need(self.map_downscale in (0, 1, 2, 4, 8, 16, 32), f"map downscale {self.map_downscale}, use 0, 1, 2, 4 or 8")
-        need(self.map_part in MAP_PARTS, f"map part '{self.map_part}', use {' or '.join(MAP_PARTS)}")
-        need(0 <= self.afg_end <= 1, f"AFG end is {self.afg_end}, use 0 to 1")
+        _check(self, "LODA")
 
     @property
     def target(self) -> float:
-        """t, the threshold in force: the divergence's own where none is set."""
+        """t of ReLU(t − HM(D)) in force."""
         return self.threshold or DIVERGENCES[self.divergence].threshold
 
     def for_schedule(self, total: int) -> LodaConfig:
-        """The same settings with `loda_steps` as a number, for a run of `total` sampling steps."""
+        """The same settings with open numbers of steps as numbers, for a run of `total` sampling steps."""
         steps = max(1, round(SHARE * total)) if self.loda_steps == AUTO else min(self.loda_steps, total)
         plan = steps or max(1, round(PLAN_SHARE * total)) if self.plan_steps == AUTO else min(self.plan_steps, total)
         return replace(self, loda_steps=steps, plan_steps=plan)
@@ -120,50 +340,200 @@ class LodaConfig:
         return round(self.afg_end * total)
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training; built and checked once."""
+
+    steps: int = option(
+        500,
+        "training steps",
+        "Steps of the optimiser; 300 to 1000 are usual.",
+        "Raise it when the likeness is weak, lower it when backgrounds of the pictures creep in.",
+        low=1,
+        high=1_000_000,
+        continues=True,
+    )
+    batch_size: int = option(
+        2,
+        "batch size",
+        "Pictures per step, over all processes together.",
+        "Raise it, if memory allows, for a calmer loss.",
+        low=1,
+        high=4096,
+    )
+    learning_rate: float = option(
+        1e-3,
+        "learning rate",
+        "Size of a step of AdamW.",
+        "Halve it when the loss climbs or pictures burn out.",
+        low=1e-7,
+        high=1,
+        step=1e-4,
+    )
+    rank: int = option(
+        8,
+        "rank",
+        "Capacity of the adapter in each layer, and size of its file; 4 to 16 for one object.",
+        "Raise it for fine textures.",
+        low=1,
+        high=1024,
+    )
+    seed: int = option(0, "seed", "The same seed gives the same adapter.", high=SEEDS - 1)
+    sample_every: int = option(
+        0,
+        "sample every",
+        "Steps between two sample pictures of the concept, all from one noise and shown in the node; 0 draws none.",
+        low=0,
+        high=1_000_000,
+        continues=True,
+    )
+    alpha: float = option(
+        0.0,
+        "alpha",
+        "The adapter's scale is alpha / rank; 0 means alpha = rank.",
+        "Change it only to match other tools.",
+        low=0,
+        high=1024,
+        advanced=True,
+    )
+    weight_decay: float = option(
+        1e-2, "weight decay", "Weight decay of AdamW.", low=0, high=10, step=0.01, advanced=True
+    )
+    warmup: int = option(
+        10,
+        "warm-up",
+        "Steps in which the learning rate rises to its full size.",
+        low=0,
+        high=1_000_000,
+        advanced=True,
+    )
+    max_grad_norm: float = option(
+        1.0,
+        "gradient limit",
+        "Norm to which the gradient of all parameters is clipped; 0 clips nothing.",
+        low=0,
+        high=1e6,
+        step=0.1,
+        advanced=True,
+    )
+    background_weight: float = option(
+        0.1,
+        "background weight",
+        "With masks: how much errors outside them count; inside they count 1.",
+        "Raise it when the surroundings matter.",
+        low=0,
+        high=1,
+        step=0.05,
+        advanced=True,
+    )
+    save_every: int = option(
+        100,
+        "save every",
+        "Steps between two states that resume can continue from; 0 keeps only the last.",
+        low=0,
+        high=1_000_000,
+        advanced=True,
+        continues=True,
+    )
+    resume: bool = option(
+        False,
+        "resume",
+        "Continues a training that was stopped, or one that ended with fewer steps, to the same result as without the "
+        "stop. All other settings must be as they were.",
+        advanced=True,
+        continues=True,
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "gradient checkpointing",
+        "Computes activations again instead of keeping them: far less memory, about a third more time.",
+        "Switch it on when training runs out of memory.",
+        advanced=True,
+        continues=True,
+    )
+    prediction_type: str = option(
+        "epsilon", "prediction", "What the model predicts.", choices=PREDICTION_TYPES, shown=False
+    )
+    loss_scale: float = option(
+        1.0,
+        "loss scale",
+        "Multiplies the loss before the backward pass, so that small gradients survive half precision.",
+        low=1e-6,
+        high=1e9,
+        shown=False,
+    )
+
+    def __post_init__(self) -> None:
+        _check(self, "Training")
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """The settings that a training and the one that resumes it must share."""
+        return {name: getattr(self, name) for name, found in _all_options(self) if not found.continues}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one training; built and checked once.
+class LoaderConfig:
+    """How much of a loaded concept acts, and when."""
 
-    batch_size: images per step over all processes together.
-    learning_rate, weight_decay: of AdamW; `warmup` steps rise linearly to the learning rate.
-    seed: of A's initial values, image order, prompts, timesteps and noise.
-    prediction_type: what the UNet predicts.
-    save_every: steps between checkpoints; 0 saves at the end only.
-    max_grad_norm: gradient clipping over all parameters; 0 is none.
-    background_weight: with masks, how much the error outside the mask counts (inside counts 1).
-    loss_scale: multiplies the loss before the backward pass, for half-precision UNets.
-    """
-
-    steps: int = 500
-    batch_size: int = 2
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    warmup: int = 10
-    seed: int = 0
-    prediction_type: str = "epsilon"
-    save_every: int = 100
-    max_grad_norm: float = 1.0
-    background_weight: float = 0.1
-    loss_scale: float = 1.0
+    strength: float = option(
+        1.0,
+        "strength",
+        "How much of the concept's look is added: 0 is exactly the plain model, 1 is as trained.",
+        "Lower it when the concept takes over the picture, raise it when the likeness is weak.",
+        low=-4,
+        high=4,
+        step=0.05,
+    )
+    start_percent: float = option(
+        0.0,
+        "start",
+        "Share of the sampling schedule at which the concept starts to act.",
+        "Raise it to leave the composition to the plain model.",
+        low=0,
+        high=1,
+        step=0.01,
+        advanced=True,
+    )
+    end_percent: float = option(
+        1.0,
+        "end",
+        "Share of the sampling schedule at which the concept stops to act.",
+        "Lower it when fine detail suffers.",
+        low=0,
+        high=1,
+        step=0.01,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
-        def need(ok: bool, what: str) -> None:
-            if not ok:
-                raise ConceptSplitError(f"Training setting out of range: {what}.")
+        _check(self, "Concept")
+        if self.start_percent > self.end_percent:
+            raise ConceptSplitError(
+                f"start_percent ({self.start_percent:g}) lies after end_percent ({self.end_percent:g}): the concept "
+                "would never act; swap the two."
+            )
 
-        need(self.steps >= 1, f"steps is {self.steps}, use 1 or more")
-        need(self.batch_size >= 1, f"batch size is {self.batch_size}, use 1 or more")
-        need(0 < self.learning_rate < math.inf, f"learning rate is {self.learning_rate}, use for instance 0.001")
-        need(0 <= self.weight_decay < math.inf, f"weight decay is {self.weight_decay}, use 0 or more")
-        need(self.warmup >= 0, f"warmup is {self.warmup} steps, use 0 or more")
-        need(self.save_every >= 0, f"save every is {self.save_every} steps, use 0 (at the end) or more")
-        need(0 <= self.background_weight <= 1, f"background weight is {self.background_weight}, use 0 to 1")
-        need(0 < self.loss_scale < math.inf, f"loss scale is {self.loss_scale}, use 1 or more")
-        need(0 <= self.max_grad_norm < math.inf, f"gradient norm limit is {self.max_grad_norm}, use 0 (none) or more")
-        need(
-            self.prediction_type in PREDICTION_TYPES,
-            f"prediction type '{self.prediction_type}', use {' or '.join(PREDICTION_TYPES)}",
-        )
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What a picture is sampled with in every host."""
+
+    seed: int = option(0, "seed", "Seed of the noise.", high=SEEDS - 1, drawn=True)
+    steps: int = option(30, "sampling steps", "Sampling steps; 20 to 50 are usual.", low=1, high=10_000)
+    cfg: float = option(
+        7.0,
+        "guidance",
+        "Scale of classifier-free guidance: how strictly the prompt is followed; 5 to 8 are usual, 1 is none.",
+        low=0,
+        high=100,
+        step=0.1,
+    )
+
+    def __post_init__(self) -> None:
+        _check(self, "Sampling")
+
+
+def seeds(first: int, count: int) -> list[int]:
+    """Seeds of `count` pictures: `first` and those that follow, wrapped around at SEEDS."""
+    return [(first + i) % SEEDS for i in range(count)]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.files import register_folder
-from . import demo, inspect, load, sample, train
+from . import demo, inspect, load, lora, sample, train
 
-NODES: list[type[io.ComfyNode]] = [*load.NODES, *train.NODES, *sample.NODES, *inspect.NODES, *demo.NODES]
+# The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
+ConceptSplitError.__module__ = "builtins"
+
+NODES: list[type[io.ComfyNode]] = [*load.NODES, *lora.NODES, *train.NODES, *sample.NODES, *inspect.NODES, *demo.NODES]
 
 
 class ConceptSplitExtension(ComfyExtension):

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps
-from ..conceptsplit_core.pictures import trace_curve, trace_sheets
+from ..conceptsplit_core.pictures import notice_sheet, separation_curve, trace_curve, trace_sheets
 from .types import AttentionMapsType, field, out, schema, to_image
+
+_NO_MAPS = (
+    "LODA did not run, so there are no attention maps. It needs two or more concepts in the positive prompt and "
+    "loda_steps above 0 or -1, and the picture must come from the same sampler."
+)
 
 
 class ConceptSplitPreview(io.ComfyNode):
@@ -38,14 +42,13 @@ class ConceptSplitPreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, attention_maps: AttentionMaps, images: Any) -> io.NodeOutput:
+        pictures = images.cpu().numpy()
         trace = attention_maps.trace
         if trace is None or trace.before is None:
-            raise ConceptSplitError(
-                "There are no attention maps: LODA did not run. Use two or more concepts in the positive prompt, "
-                "loda_steps above 0, and decode the latent of the same sampler."
-            )
-        sheets = [to_image(sheet) for sheet in trace_sheets(trace, images.cpu().numpy())]
-        return io.NodeOutput(torch.cat(sheets), to_image(trace_curve(trace)))
+            sheets, curve = [notice_sheet(picture, _NO_MAPS) for picture in pictures], separation_curve((), ())
+        else:
+            sheets, curve = trace_sheets(trace, pictures), trace_curve(trace)
+        return io.NodeOutput(torch.cat([to_image(sheet) for sheet in sheets]), to_image(curve))
 
 
 NODES = [ConceptSplitPreview]

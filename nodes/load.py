@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,8 +11,9 @@ from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.clip import with_concepts
 from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
+from ..conceptsplit_core.settings import LoaderConfig, from_values
 from ..conceptsplit_core.text.concepts import Concept, marked_concepts
-from .types import ValueAdapterType, field, out, schema
+from .types import ValueAdapterType, field, out, schema, setting_fields
 
 _MODEL = "The model to teach the concept to. Loaders chain: connect one loader's outputs to the next loader's inputs."
 _CLIP = "The text encoder. Encode all prompts with the CLIP that leaves the last loader, or the concept is not found."
@@ -28,6 +28,7 @@ def _concept_fields() -> list[Any]:
             "stored in the file. Change it when two files have the same name.",
             default="",
         ),
+        *setting_fields(LoaderConfig, advanced=False),
         field(
             io.String,
             "class_word",
@@ -37,43 +38,7 @@ def _concept_fields() -> list[Any]:
             optional=True,
             advanced=True,
         ),
-        field(
-            io.Float,
-            "strength",
-            "How much of the concept's look is added: 0 is exactly the plain model, 1 is as "
-            "trained. Lower it when the concept takes over the picture, raise it when the likeness is weak.",
-            default=1.0,
-            min=-4.0,
-            max=4.0,
-            step=0.05,
-            round=0.001,
-        ),
-        field(
-            io.Float,
-            "start_percent",
-            "Share of the sampling schedule (0 to 1) at which the concept starts to act. Raise "
-            "it to leave the composition to the plain model.",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            round=0.001,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Float,
-            "end_percent",
-            "Share of the sampling schedule (0 to 1) at which the concept stops to act. Lower it "
-            "when fine detail suffers.",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            round=0.001,
-            optional=True,
-            advanced=True,
-        ),
+        *setting_fields(LoaderConfig, advanced=True, folded=True),
     ]
 
 
@@ -85,28 +50,18 @@ def _outputs() -> list[Any]:
 
 
 def _apply(
-    model: Any,
-    clip: Any,
-    adapter: LowRankAdapter,
-    concept_name: str,
-    class_word: str,
-    strength: float,
-    start: float,
-    end: float,
-) -> tuple[Any, Any]:
-    if start > end:
-        raise ConceptSplitError(
-            f"The start ({start}) lies after the end ({end}): the concept would never act; swap the two."
-        )
+    model: Any, clip: Any, adapter: LowRankAdapter, concept_name: str, class_word: str, given: dict[str, Any]
+) -> io.NodeOutput:
+    config = from_values(LoaderConfig, given)
     name = concept_name.strip().strip("<>") or adapter.info.concept
     word = class_word.strip() or adapter.info.class_word
     if not word:
         raise ConceptSplitError(
             f"The value adapter '{name}' stores no class word: write it into class_word, e.g. 'dog'."
         )
-    concept = Concept(name, word)
-    knowing = with_concepts(clip, [concept])
-    return with_adapter(model, LoadedAdapter(concept.name, adapter, strength, start, end)), knowing
+    knowing = with_concepts(clip, [Concept(name, word)])
+    loaded = LoadedAdapter(name, adapter, config.strength, config.start_percent, config.end_percent)
+    return io.NodeOutput(with_adapter(model, loaded), knowing)
 
 
 class ConceptSplitLoader(io.ComfyNode):
@@ -136,11 +91,7 @@ class ConceptSplitLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, adapter: str = "", **_: Any) -> str:
         # A file trained again under the same name must be loaded again.
-        try:
-            status = os.stat(files.adapter_path(adapter))
-        except (ConceptSplitError, OSError):
-            return f"{adapter}:missing"
-        return f"{adapter}:{status.st_mtime_ns}:{status.st_size}"
+        return files.fingerprint(adapter, files.adapter_path)
 
     @classmethod
     def execute(
@@ -149,15 +100,10 @@ class ConceptSplitLoader(io.ComfyNode):
         clip: Any,
         adapter: str,
         concept_name: str = "",
-        strength: float = 1.0,
         class_word: str = "",
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
+        **given: Any,
     ) -> io.NodeOutput:
-        loaded = files.load_named(adapter)
-        return io.NodeOutput(
-            *_apply(model, clip, loaded, concept_name, class_word, strength, start_percent, end_percent)
-        )
+        return _apply(model, clip, files.load_named(adapter), concept_name, class_word, given)
 
 
 class ConceptSplitApply(io.ComfyNode):
@@ -185,14 +131,10 @@ class ConceptSplitApply(io.ComfyNode):
         clip: Any,
         value_adapter: LowRankAdapter,
         concept_name: str = "",
-        strength: float = 1.0,
         class_word: str = "",
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
+        **given: Any,
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *_apply(model, clip, value_adapter, concept_name, class_word, strength, start_percent, end_percent)
-        )
+        return _apply(model, clip, value_adapter, concept_name, class_word, given)
 
 
 class ConceptSplitSave(io.ComfyNode):

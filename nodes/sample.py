@@ -1,4 +1,4 @@
-"""Sampling with LODA: a KSampler, and a guider for SamplerCustomAdvanced."""
+"""Sampling with LODA: a KSampler, a guider for SamplerCustomAdvanced, and the options of both."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, with_loda
-from ..conceptsplit_core.method.divergence import DIVERGENCES
-from ..conceptsplit_core.settings import AUTO, MAP_PARTS, STEP_RULES, LodaConfig
-from .types import AttentionMapsType, field, out, schema
+from ..conceptsplit_core.settings import LodaConfig, SampleConfig, from_values
+from .types import AttentionMapsType, LodaOptionsType, field, out, schema, setting_field, setting_fields
 
-_DEFAULTS = LodaConfig()
+_MAPS_OUT = "What LODA saw and did, for Concept Attention Preview."
 
 
 def _model_field() -> Any:
@@ -28,208 +27,35 @@ def _prompt_fields() -> list[Any]:
     ]
 
 
-def _cfg_field() -> Any:
-    return field(
-        io.Float,
-        "cfg",
-        "Classifier-free guidance scale: how strictly the prompt is followed. Usual are 5 to 8.",
-        default=7.0,
-        min=0.0,
-        max=100.0,
-        step=0.1,
-        round=0.01,
-    )
-
-
 def _loda_fields() -> list[Any]:
-    d = _DEFAULTS
     return [
-        field(
-            io.Int,
-            "loda_steps",
-            "Sampling steps at whose start the latent is optimised until the concepts look at "
-            "different places; -1 is the first fifth of the steps, 0 switches LODA off. Raise it when concepts still "
-            "blend, lower it for speed.",
-            default=d.loda_steps,
-            min=AUTO,
-            max=100,
-        ),
-        field(
-            io.Float,
-            "loda_strength",
-            "Size of one optimisation update, in standard deviations of the latent. Raise it "
-            "when concepts still blend, lower it when pictures look overworked.",
-            default=d.loda_strength,
-            min=0.0,
-            max=2.0,
-            step=0.01,
-            round=0.0001,
-        ),
-        field(
-            io.Boolean,
-            "afg",
-            "Attention fixing guidance: after the optimised steps each concept keeps the region it "
-            "has found for most of the run. Switch it off when regions come out too rigid.",
-            default=d.afg,
-        ),
-        field(
-            io.Int,
-            "loda_iterations",
-            "Updates per optimised step, at most; fewer are made once the concepts are apart. "
-            "Each costs about one extra model call.",
-            default=d.loda_iterations,
-            min=1,
-            max=50,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Combo,
-            "divergence",
-            "How overlap is measured. jsd treats all concepts alike; kl is the paper's and depends on word order.",
-            options=list(DIVERGENCES),
-            default=d.divergence,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Float,
-            "threshold",
-            "How far apart is enough, in the divergence's own unit; 0 chooses. Raise it for "
-            "stricter separation (jsd ends at 0.69).",
-            default=d.threshold,
-            min=0.0,
-            max=50.0,
-            step=0.01,
-            round=0.0001,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Combo,
-            "loda_rule",
-            "normalised: the strength means the same on every model. gradient: the paper's rule, "
-            "the strength multiplies the raw gradient (20 in the paper).",
-            options=list(STEP_RULES),
-            default=d.loda_rule,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Combo,
-            "map_downscale",
-            "Read attention maps at this fraction of the latent's size; 0 chooses (about a "
-            "quarter). Change it when the preview shows maps that do not follow the objects.",
-            options=["0", "1", "2", "4", "8"],
-            default=str(d.map_downscale),
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Float,
-            "map_smoothing",
-            "Gaussian smoothing of the maps before they are compared, in map pixels (sigma).",
-            default=d.map_smoothing,
-            min=0.0,
-            max=8.0,
-            step=0.1,
-            round=0.001,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Float,
-            "afg_inside",
-            "Added to the attention logits of a concept inside its region. Raise it when a concept is too weak there.",
-            default=d.afg_inside,
-            min=0.0,
-            max=20.0,
-            step=0.1,
-            round=0.001,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Float,
-            "afg_outside",
-            "Taken from the attention logits of a concept outside its region. Raise it when concepts "
-            "leak late; 1e8 forbids all attention there, as the paper does.",
-            default=d.afg_outside,
-            min=0.0,
-            max=1e8,
-            step=1.0,
-            round=0.001,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Float,
-            "afg_region",
-            "Share of the picture (0 to 1) that becomes a concept's region. Raise it for large objects.",
-            default=d.afg_region,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            round=0.001,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Float,
-            "afg_end",
-            "Share of the steps (0 to 1) after which regions are released; 1 keeps them to the end. "
-            "Lower it when borders of objects look hard.",
-            default=d.afg_end,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            round=0.001,
-            optional=True,
-            advanced=True,
-        ),
-        field(
-            io.Combo,
-            "map_part",
-            "all: read maps from all layers of that size, as the paper does. down: only from those on "
-            "the way down, at half the cost (a third on SDXL). auto: down on SDXL, else all.",
-            options=list(MAP_PARTS),
-            default=d.map_part,
-            optional=True,
-            advanced=True,
-        ),
+        *setting_fields(LodaConfig, advanced=False),
+        field(LodaOptionsType, "options", "The rest of the settings, from LODA Options.", optional=True),
     ]
 
 
-def _config(loda_steps: int, loda_strength: float, afg: bool, options: dict[str, Any]) -> LodaConfig:
-    d = _DEFAULTS
-    return LodaConfig(
-        loda_steps=loda_steps,
-        loda_strength=loda_strength,
-        afg=afg,
-        loda_iterations=options.get("loda_iterations", d.loda_iterations),
-        divergence=options.get("divergence", d.divergence),
-        threshold=options.get("threshold", d.threshold),
-        loda_rule=options.get("loda_rule", d.loda_rule),
-        map_downscale=int(options.get("map_downscale", d.map_downscale)),
-        map_part=options.get("map_part", d.map_part),
-        map_smoothing=options.get("map_smoothing", d.map_smoothing),
-        afg_inside=options.get("afg_inside", d.afg_inside),
-        afg_outside=options.get("afg_outside", d.afg_outside),
-        afg_region=options.get("afg_region", d.afg_region),
-        afg_end=options.get("afg_end", d.afg_end),
-    )
-
-
-def _prepared(
-    model: Any, loda_steps: int, loda_strength: float, afg: bool, options: dict[str, Any]
-) -> tuple[Any, AttentionMaps]:
-    """The model that samples as the LODA inputs ask, the model itself if they ask for none, and where maps will be."""
-    config = _config(loda_steps, loda_strength, afg, options)
+def _prepared(model: Any, options: LodaConfig | None, given: dict[str, Any]) -> tuple[Any, AttentionMaps]:
+    """The model that samples as the LODA inputs ask, and where maps will be."""
+    config = from_values(LodaConfig, given, options)
     maps = AttentionMaps()
-    return with_loda(model, config, maps) if config.loda_steps else model, maps
+    return with_loda(model, config, maps), maps
 
 
-_MAPS_OUT = "What LODA saw and did, for Concept Attention Preview."
+class ConceptSplitLodaOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitLodaOptions",
+            "LODA Options",
+            description="The settings of LODA and AFG that are rarely changed, for KSampler (LODA) and LODA Guider.",
+            search_aliases=["loda", "afg", "attention", "conceptsplit"],
+            inputs=setting_fields(LodaConfig, advanced=True),
+            outputs=[out(LodaOptionsType, "LODA_OPTIONS", "Connect to the options of KSampler (LODA) or LODA Guider.")],
+        )
+
+    @classmethod
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        return io.NodeOutput(from_values(LodaConfig, given))
 
 
 class ConceptSplitKSampler(io.ComfyNode):
@@ -244,17 +70,7 @@ class ConceptSplitKSampler(io.ComfyNode):
             search_aliases=["loda", "afg", "attention", "conceptsplit"],
             inputs=[
                 _model_field(),
-                field(
-                    io.Int,
-                    "seed",
-                    "The random seed of the noise.",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                ),
-                field(io.Int, "steps", "Sampling steps in all. Usual are 20 to 50.", default=30, min=1, max=10000),
-                _cfg_field(),
+                *setting_fields(SampleConfig),
                 field(
                     io.Combo,
                     "sampler_name",
@@ -301,12 +117,10 @@ class ConceptSplitKSampler(io.ComfyNode):
         negative: Any,
         latent_image: Any,
         denoise: float,
-        loda_steps: int,
-        loda_strength: float,
-        afg: bool,
-        **options: Any,
+        options: LodaConfig | None = None,
+        **loda: Any,
     ) -> io.NodeOutput:
-        model, maps = _prepared(model, loda_steps, loda_strength, afg, options)
+        model, maps = _prepared(model, options, loda)
         (latent,) = host_nodes.common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
@@ -324,7 +138,7 @@ class ConceptSplitGuider(io.ComfyNode):
             inputs=[
                 _model_field(),
                 *_prompt_fields(),
-                _cfg_field(),
+                setting_field("cfg", SampleConfig),
                 *_loda_fields(),
             ],
             outputs=[
@@ -340,16 +154,14 @@ class ConceptSplitGuider(io.ComfyNode):
         positive: Any,
         negative: Any,
         cfg: float,
-        loda_steps: int,
-        loda_strength: float,
-        afg: bool,
-        **options: Any,
+        options: LodaConfig | None = None,
+        **loda: Any,
     ) -> io.NodeOutput:
-        model, maps = _prepared(model, loda_steps, loda_strength, afg, options)
+        model, maps = _prepared(model, options, loda)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider, maps)
 
 
-NODES = [ConceptSplitKSampler, ConceptSplitGuider]
+NODES = [ConceptSplitKSampler, ConceptSplitGuider, ConceptSplitLodaOptions]

@@ -13,20 +13,18 @@ from PIL import Image
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.training import train_adapter
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
-from ..conceptsplit_core.settings import TrainConfig
-from ..conceptsplit_core.text.binding import Concept
+from ..conceptsplit_core.settings import TrainConfig, from_values
+from ..conceptsplit_core.text.concepts import Concept
 from ..conceptsplit_core.train.data import DEFAULT_TEMPLATES
 from ..conceptsplit_core.train.loop import TrainEvent
-from .types import ValueAdapterType, field, out, schema, to_image
+from .types import TrainOptionsType, ValueAdapterType, field, out, schema, setting_fields, to_image
 
-_DEFAULTS = TrainConfig()
 _PREVIEW_EVERY = 10  # steps between two pictures of the loss while training
 
 
 class ConceptSplitTrain(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        d = _DEFAULTS
         return schema(
             "ConceptSplitTrain",
             "Train Value Adapter (ToVA)",
@@ -67,50 +65,7 @@ class ConceptSplitTrain(io.ComfyNode):
                     "Name of the file in models/value_adapters. A file of that name is replaced when training ends.",
                     default="rex",
                 ),
-                field(
-                    io.Int,
-                    "steps",
-                    "Training steps. 300 to 1000 are usual; raise it when the likeness is weak, lower "
-                    "it when backgrounds of the pictures creep in.",
-                    default=d.steps,
-                    min=1,
-                    max=100000,
-                ),
-                field(
-                    io.Int,
-                    "batch_size",
-                    "Pictures per step. Raise it if memory allows for a calmer loss.",
-                    default=d.batch_size,
-                    min=1,
-                    max=64,
-                ),
-                field(
-                    io.Float,
-                    "learning_rate",
-                    "Size of a training step. Halve it when the loss climbs or pictures burn out.",
-                    default=d.learning_rate,
-                    min=0.0000001,
-                    max=1.0,
-                    step=0.0001,
-                    round=False,
-                ),
-                field(
-                    io.Int,
-                    "rank",
-                    "Capacity of the adapter and size of its file. 4 to 16 for one object; higher for fine textures.",
-                    default=8,
-                    min=1,
-                    max=256,
-                ),
-                field(
-                    io.Int,
-                    "seed",
-                    "Random seed of the whole training: the same seed gives the same adapter.",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                ),
+                *setting_fields(TrainConfig, advanced=False),
                 field(
                     io.Mask,
                     "mask",
@@ -127,66 +82,7 @@ class ConceptSplitTrain(io.ComfyNode):
                     optional=True,
                     advanced=True,
                 ),
-                field(
-                    io.Float,
-                    "alpha",
-                    "Scale of the adapter is alpha / rank; 0 means alpha = rank. Change it only to match other tools.",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=1.0,
-                    optional=True,
-                    advanced=True,
-                ),
-                field(
-                    io.Float,
-                    "background_weight",
-                    "With a mask: how much errors outside it count (0 to 1). Raise it when the surroundings matter.",
-                    default=d.background_weight,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                ),
-                field(
-                    io.Int,
-                    "save_every",
-                    "Steps between two checkpoints that resume can continue from; 0 keeps only the last.",
-                    default=d.save_every,
-                    min=0,
-                    max=100000,
-                    optional=True,
-                    advanced=True,
-                ),
-                field(
-                    io.Boolean,
-                    "resume",
-                    "Continue a training that was stopped, or one that ended with fewer steps. All "
-                    "other settings must be as they were.",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                ),
-                field(
-                    io.Boolean,
-                    "gradient_checkpointing",
-                    "Uses less memory and about a third more time. Switch it on when training runs out of memory.",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                ),
-                field(
-                    io.Int,
-                    "sample_every",
-                    "Steps between two sample pictures of the concept, all from the same noise; 0 draws none. They "
-                    "show in the node while it trains: stop when the likeness is there.",
-                    default=0,
-                    min=0,
-                    max=100000,
-                    optional=True,
-                    advanced=True,
-                ),
+                field(TrainOptionsType, "options", "The rest of the settings, from Training Options.", optional=True),
             ],
             outputs=[
                 out(ValueAdapterType, "VALUE_ADAPTER", "The trained concept, for Apply Value Adapter."),
@@ -205,49 +101,15 @@ class ConceptSplitTrain(io.ComfyNode):
         concept_name: str,
         class_word: str,
         file_name: str,
-        steps: int,
-        batch_size: int,
-        learning_rate: float,
-        rank: int,
-        seed: int,
         mask: Any = None,
         templates: str = "",
-        alpha: float = 0.0,
-        background_weight: float = _DEFAULTS.background_weight,
-        save_every: int = _DEFAULTS.save_every,
-        resume: bool = False,
-        gradient_checkpointing: bool = False,
-        sample_every: int = 0,
+        options: TrainConfig | None = None,
+        **given: Any,
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
-        path = files.new_path(file_name)  # a bad name is told before an hour of training, not after
-        config = TrainConfig(
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            save_every=save_every,
-            background_weight=background_weight,
-        )
-        bar = comfy.utils.ProgressBar(steps)
-        losses: list[float] = []
-        samples: list[np.ndarray] = []
-        labels: list[str] = []
-
-        def on_event(event: TrainEvent) -> None:
-            losses.append(event.loss)
-            preview = None
-            if event.step % _PREVIEW_EVERY == 0 or event.step == event.steps:
-                title = f"loss {event.loss:.4f}, step {event.step} of {event.steps}"
-                preview = ("JPEG", Image.fromarray(loss_curve(losses, title=title)), 640)
-            bar.update_absolute(event.step, event.steps, preview)
-
-        def on_sample(step: int, picture: torch.Tensor) -> None:
-            samples.append(picture[0].cpu().numpy())
-            labels.append(f"step {step}")
-            sheet = contact_sheet(samples, labels, title=f"<{concept.name}>")
-            bar.update_absolute(step, steps, ("JPEG", Image.fromarray(sheet), 1024))
-
+        path = files.new_path(file_name)  # a bad name is refused before an hour of training, not after
+        config = from_values(TrainConfig, given, options)
+        shown = _Progress(concept.name, config.steps)
         result = train_adapter(
             model,
             clip,
@@ -256,25 +118,61 @@ class ConceptSplitTrain(io.ComfyNode):
             mask,
             concept,
             templates.splitlines() or DEFAULT_TEMPLATES,
-            rank,
-            alpha,
             config,
-            gradient_checkpointing,
             path.with_suffix(".checkpoint"),
-            resume,
-            on_event,
-            sample_every,
-            on_sample,
+            shown.on_event,
+            shown.on_sample,
         )
         files.save_named(result.adapter, file_name)
+        return io.NodeOutput(result.adapter, to_image(loss_curve(result.losses)), to_image(shown.sheet()))
+
+
+class _Progress:
+    """The node's progress bar, with the loss or the sample pictures of the concept in the node while it trains."""
+
+    def __init__(self, concept: str, steps: int):
+        self.concept, self.steps = concept, steps
+        self.bar = comfy.utils.ProgressBar(steps)
+        self.losses: list[float] = []
+        self.samples: list[np.ndarray] = []
+        self.labels: list[str] = []
+
+    def on_event(self, event: TrainEvent) -> None:
+        self.losses.append(event.loss)
+        preview = None
+        if event.step % _PREVIEW_EVERY == 0 or event.step == event.steps:
+            title = f"loss {event.loss:.4f}, step {event.step} of {event.steps}"
+            preview = ("JPEG", Image.fromarray(loss_curve(self.losses, title=title)), 640)
+        self.bar.update_absolute(event.step, event.steps, preview)
+
+    def on_sample(self, step: int, picture: torch.Tensor) -> None:
+        self.samples.append(picture[0].cpu().numpy())
+        self.labels.append(f"step {step}")
+        self.bar.update_absolute(step, self.steps, ("JPEG", Image.fromarray(self.sheet()), 1024))
+
+    def sheet(self) -> np.ndarray:
+        """All samples so far; a white one that says so if there are none."""
+        samples, labels = self.samples, self.labels
         if not samples:
-            samples.append(np.full((64, 64, 3), 255, np.uint8))
-            labels.append("sample_every is 0")
-        return io.NodeOutput(
-            result.adapter,
-            to_image(loss_curve(result.losses)),
-            to_image(contact_sheet(samples, labels, title=f"<{concept.name}>")),
+            samples, labels = [np.full((64, 64, 3), 255, np.uint8)], ["sample_every is 0"]
+        return contact_sheet(samples, labels, title=f"<{self.concept}>")
+
+
+class ConceptSplitTrainOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitTrainOptions",
+            "Training Options",
+            description="The settings of Train Value Adapter that are rarely changed.",
+            search_aliases=["tova", "value adapter", "conceptsplit"],
+            inputs=setting_fields(TrainConfig, advanced=True),
+            outputs=[out(TrainOptionsType, "TOVA_OPTIONS", "Connect to the options of Train Value Adapter.")],
         )
 
+    @classmethod
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        return io.NodeOutput(from_values(TrainConfig, given))
 
-NODES = [ConceptSplitTrain]
+
+NODES = [ConceptSplitTrain, ConceptSplitTrainOptions]

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..conceptsplit_core.settings import defaults, options
+
 CATEGORY = "ConceptSplit"
 
 ValueAdapterType = io.Custom("VALUE_ADAPTER")
 AttentionMapsType = io.Custom("ATTENTION_MAPS")
+LodaOptionsType = io.Custom("LODA_OPTIONS")
+TrainOptionsType = io.Custom("TOVA_OPTIONS")
 
 
 def _supported(call: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +31,36 @@ def field(kind: Any, name: str, tooltip: str, **options: Any) -> Any:
     return kind.Input(name, **_supported(kind.Input.__init__, given))
 
 
+def setting_fields(config: Any, advanced: bool | None = None, folded: bool = False) -> list[Any]:
+    """Inputs for the options of a settings class: all of them, or the basic or the advanced ones.
+
+    Args:
+        folded: the host hides advanced inputs until the node is unfolded.
+    """
+    return [setting_field(name, config, folded) for name in options(config, advanced)]
+
+
+def setting_field(name: str, config: Any, folded: bool = False) -> Any:
+    """The input of one option of a settings class.
+
+    Advanced ones are optional, so that a graph saved before one was added still runs.
+    """
+    option, default = options(config)[name], defaults(config)[name]
+    tooltip = f"{option.label[:1].upper()}{option.label[1:]}. {option.text}"
+    given: dict[str, Any] = {"optional": True, "advanced": folded} if option.advanced else {}
+    if option.allowed:
+        # Lists of the host hold text; `from_values` gives it back its type.
+        return field(io.Combo, name, tooltip, options=[str(c) for c in option.allowed], default=str(default), **given)
+    given["default"] = default
+    if isinstance(default, bool):
+        return field(io.Boolean, name, tooltip, **given)
+    given |= {"min": option.low, "max": option.high, "step": option.step}
+    if isinstance(default, int):
+        return field(io.Int, name, tooltip, control_after_generate=option.drawn, **given)
+    # The page rounds to the step where nothing else is said.
+    return field(io.Float, name, tooltip, round=option.step / 1000, **given)
+
+
 def out(kind: Any, name: str, tooltip: str) -> Any:
     """An output, shown under its name."""
     return kind.Output(display_name=name, tooltip=tooltip)
@@ -38,6 +72,16 @@ def schema(node_id: str, display_name: str, group: str = "", **options: Any) -> 
     return io.Schema(
         node_id=node_id, display_name=display_name, category=category, **_supported(io.Schema.__init__, options)
     )
+
+
+def mask_of(mask: Any) -> torch.Tensor | None:
+    """A MASK [1 or B, H, W] in 0…1 that outlives the host's inference mode; None stays None, as does an empty one."""
+    if mask is None:
+        return None
+    with torch.inference_mode(False):
+        values = mask.detach().float().clone()
+    values = values[None] if values.ndim == 2 else values.reshape(-1, *values.shape[-2:])
+    return values.clamp(0, 1) if bool((values > 0).any()) else None
 
 
 def to_image(picture: np.ndarray) -> torch.Tensor:

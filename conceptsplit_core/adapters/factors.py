@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method.tova import Pair, low_rank_sum, spread
+from ..method.tova import Pair, TokenMask, low_rank_sum
 
 
 class Factor(Protocol):
@@ -94,14 +94,13 @@ def _convolve(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def weighted_change(
-    factors: Sequence[tuple[int, float, Pair | Factor]], layer: nn.Module, x: Tensor, weights: Tensor
+    factors: Sequence[tuple[int, float, Pair | Factor]], layer: nn.Module, x: Tensor, mask: TokenMask
 ) -> Tensor:
     """Σ_i w_i · ΔW_i x at each token.
 
     Args:
-        factors: (channel of the weights, strength, what the file holds).
-        x: tokens [..., d_in], or [b, d_in, h, w].
-        weights: [..., n] of the tokens; of a convolution's output [b, h' · w', n].
+        factors: (channel of the mask, strength, what the file holds).
+        x: the tokens that the mask works on, [p, d_in] or [b, T, d_in]; of a convolution [b, d_in, h, w].
 
     Returns:
         [..., d_out] or [b, d_out, h', w'].
@@ -109,27 +108,28 @@ def weighted_change(
     pairs = [(i, (one[0], one[1], one[2] * strength)) for i, strength, one in factors if isinstance(one, tuple)]
     parts = []
     if pairs:
-        parts.append(low_rank_sum(x, [pair for _, pair in pairs], weights[..., [i for i, _ in pairs]]))
+        channels, own = [i for i, _ in pairs], [pair for _, pair in pairs]
+        parts.append(low_rank_sum(x, own, factor=mask.spread(channels, own)))
     convolutions = [(i, strength, one) for i, strength, one in factors if isinstance(one, ConvPair)]
     for size in {one.down.shape[2:] for _, _, one in convolutions}:
         alike = [entry for entry in convolutions if entry[2].down.shape[2:] == size]
-        parts.append(_convolutions(alike, layer, x, weights))
+        parts.append(_convolutions(alike, layer, x, mask))
     for i, strength, one in factors:
         if not isinstance(one, tuple | ConvPair):
             made = one.apply(layer, x)
-            weight = _as_output(weights[..., i : i + 1], made)
+            weight = _as_output(mask.worked[..., i : i + 1], made)
             parts.append((made * (weight * strength)).masked_fill(weight == 0, 0.0))
     return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
 
 
 def _convolutions(
-    convolutions: Sequence[tuple[int, float, ConvPair]], layer: nn.Module, x: Tensor, weights: Tensor
+    convolutions: Sequence[tuple[int, float, ConvPair]], layer: nn.Module, x: Tensor, mask: TokenMask
 ) -> Tensor:
     """Convolutions of all concepts in two: their A's stacked, the inner channels weighted, then their B's."""
     pairs = [(one.down, one.up, one.scale * strength) for _, strength, one in convolutions]
     down = torch.cat([pair[0] for pair in pairs])
     inner = _convolve(layer, x.to(down.dtype), down)
-    factor = _as_output(spread(weights[..., [i for i, _, _ in convolutions]], pairs), inner).to(inner.dtype)
+    factor = _as_output(mask.spread([i for i, _, _ in convolutions], pairs), inner).to(inner.dtype)
     return F.conv2d((inner * factor).masked_fill(factor == 0, 0.0), torch.cat([pair[1] for pair in pairs], dim=1))
 
 

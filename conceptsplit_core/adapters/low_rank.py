@@ -226,9 +226,9 @@ class LowRank:
         if not factors:
             return None
         if mask.rows is not None:
-            return mask.rows, weighted_change(factors, layer, x.index_select(0, mask.rows), mask.weights)
+            return mask.rows, weighted_change(factors, layer, x.index_select(0, mask.rows), mask)
         # Only the tokens with an owner are multiplied: a handful of 77 rows of a prompt.
-        return mask.places, weighted_change(factors, layer, x.flatten(0, 1)[mask.places], mask.owned)
+        return mask.places, weighted_change(factors, layer, x.flatten(0, 1)[mask.places], mask)
 
     def tensors(self, adapter: LowRankAdapter) -> dict[str, Tensor]:
         sides = (("lora_A", adapter.down), ("lora_B", adapter.up))

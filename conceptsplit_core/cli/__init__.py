@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,6 +16,10 @@ STOPPED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the process's exit code. Whatever the user can put right is one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file or pipe may have an old code page that knows no ×: a ? in its place is better than no text at all.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -50,6 +55,9 @@ def _fail(command: str, sentence: str) -> int:
 
 def _system_sentence(problem: OSError | MemoryError) -> str:
     if isinstance(problem, MemoryError):
-        return "There is not enough memory: use a smaller --size or --batch, --precision fp16 or --checkpointing."
+        return (
+            "There is not enough memory: use a smaller --size, fewer pictures at once, --precision fp16 or "
+            "--gradient-checkpointing."
+        )
     where = f" ({problem.filename})" if problem.filename else ""
     return f"{problem.strerror or problem}{where}."

@@ -27,6 +27,7 @@ from ..hosts import diffusers as host
 from ..method.divergence import pairwise
 from ..method.maps import distributions
 from ..settings import LodaConfig, TrainConfig
+from ..settings import seeds as seeds_from
 from ..text.binding import Concept
 from ..train.data import training_facts
 from ..train.loop import TrainEvent, train
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not 2 <= len(set(names)) == len(names) <= 4:
         raise ConceptSplitError("The demo composes two to four different concepts: give them as --concepts A,B.")
     settings = Settings(**{**vars(SETTINGS), "concepts": names, "steps": arguments.steps or SETTINGS.steps})
-    seeds = [arguments.first_seed + i for i in range(arguments.seeds)]
+    seeds = seeds_from(arguments.first_seed, arguments.seeds)
     out = Path(arguments.out).expanduser()
     began = time.perf_counter()
     torch.set_num_threads(THREADS)

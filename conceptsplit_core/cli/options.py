@@ -1,50 +1,17 @@
-"""All options and their help. Imports nothing heavy."""
+"""All options and their help; those of a training or a run are generated from the settings. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-DIVERGENCES = ("jsd", "symmetric_kl", "bhattacharyya", "kl", "iou")
-STEP_RULES = ("normalised", "gradient", "sign")
-MAP_PARTS = ("auto", "all", "down")
+from ..settings import PREDICTION_TYPES, SEEDS, LodaConfig, Option, SampleConfig, TrainConfig, defaults, options, shown
+
 SAMPLERS = ("ddim", "euler")
 PRECISIONS = ("fp32", "bf16", "fp16")
-
-# The defaults shown in --help. A test holds them equal to LodaConfig and TrainConfig, which are not imported here
-# because torch takes seconds.
-LODA_DEFAULTS: dict[str, Any] = {
-    "loda_steps": -1,
-    "loda_iterations": 3,
-    "loda_strength": 0.02,
-    "loda_rule": "normalised",
-    "divergence": "jsd",
-    "threshold": 0.0,
-    "map_smoothing": 1.0,
-    "map_downscale": 0,
-    "map_part": "auto",
-    "afg": True,
-    "afg_inside": 3.0,
-    "afg_outside": 3.0,
-    "afg_region": 0.1,
-    "afg_smoothing": 1.5,
-    "afg_end": 0.7,
-    "afg_rule": "top",
-    "area_rule": "argmax",
-    "plan_steps": -1,
-}
-TRAIN_DEFAULTS: dict[str, Any] = {
-    "steps": 500,
-    "batch_size": 2,
-    "learning_rate": 1e-3,
-    "weight_decay": 1e-2,
-    "warmup": 10,
-    "seed": 0,
-    "save_every": 100,
-    "background_weight": 0.1,
-}
+NO_SAMPLES = {"sample_every"}  # the terminal draws no pictures while it trains
 
 OVERVIEW = """\
 Draw several learned concepts in one picture without mixing them.
@@ -71,14 +38,14 @@ examples:
   Continue after Ctrl+C, or train longer with a higher --steps:
     the same command with --resume
   Less memory:
-    --precision bf16 --checkpointing --batch 1
-  Two GPUs, same result as one with the same --batch:
+    --precision bf16 --gradient-checkpointing --batch-size 1
+  Two GPUs, same result as one with the same --batch-size:
     accelerate launch --num_processes 2 -m conceptsplit_core train ...
 
 what to change when:
   too little likeness   more --steps, then a higher --rank
   nothing but likeness  fewer --steps, or a lower strength when sampling
-  loss is NaN           a lower --lr, or --precision bf16 instead of fp16
+  loss is NaN           a lower --learning-rate, or --precision bf16 instead of fp16
 """
 SAMPLE_END = """\
 examples:
@@ -148,14 +115,48 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+def _seed(text: str) -> int:
+    """Wrapped around as ComfyUI's seeds are."""
+    return _whole(text) % SEEDS
+
+
 def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if value != value or value in (float("inf"), float("-inf")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a usable number")
-    return value
+
+
+def _reader(name: str, option: Option, default: Any) -> Callable[[str], Any]:
+    """Reads the text of one option and refuses what is out of its range."""
+    kinds: dict[type, Callable[[str], Any]] = {int: _whole, float: _number, str: str}
+    reads = _seed if option.high == SEEDS - 1 else kinds[type(default)]
+
+    def read(text: str) -> Any:
+        value = reads(text)
+        if option.fault(name, value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not possible, use {option.range}")
+        return value
+
+    return read
+
+
+def _settings(parser: Any, config: Any, names: Collection[str]) -> None:
+    """Options of the terminal for fields of a settings class; --afg-end for afg_end."""
+    start = defaults(config)
+    for name, option in options(config).items():
+        if name not in names:
+            continue
+        default = start[name]
+        limits = "" if isinstance(default, (bool, str)) else f"{option.range}; "
+        about = f"{option.text} ({limits}default: {shown(default)})".replace("%", "%%")
+        how: dict[str, Any] = {"default": default, "help": about}
+        if isinstance(default, bool):
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = _reader(name, option, default)
+            how["metavar"] = "|".join(map(str, option.allowed)) or ("N" if isinstance(default, int) else "X")
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -187,7 +188,7 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None = "demo"
     )
     group.add_argument(
         "--prediction",
-        choices=("epsilon", "v_prediction"),
+        choices=PREDICTION_TYPES,
         help="what the model predicts; only when it was detected wrongly",
     )
     group.add_argument(
@@ -205,7 +206,6 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None = "demo"
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    d = TRAIN_DEFAULTS
     need = parser.add_argument_group("what to learn")
     need.add_argument(
         "--images",
@@ -228,47 +228,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     need.add_argument("--out", metavar="FILE", help="adapter to write (default: NAME.safetensors)")
     _model_options(parser)
     how = parser.add_argument_group("how to learn it")
-    how.add_argument(
-        "--steps",
-        type=_count,
-        default=d["steps"],
-        help=f"optimiser steps, 300 to 1000 is usual (default: {d['steps']})",
-    )
-    how.add_argument(
-        "--rank",
-        type=_count,
-        default=8,
-        help="size of the adapter per layer; 4 for a colour, 16 or more for fine detail (default: 8)",
-    )
-    how.add_argument("--alpha", type=_number, default=0.0, help="scale alpha/rank of the adapter; 0 means rank")
-    how.add_argument(
-        "--lr",
-        type=_number,
-        default=d["learning_rate"],
-        metavar="RATE",
-        help=f"learning rate of AdamW (default: {d['learning_rate']:g})",
-    )
-    how.add_argument(
-        "--weight-decay",
-        type=_number,
-        default=d["weight_decay"],
-        metavar="W",
-        help=f"of AdamW (default: {d['weight_decay']:g})",
-    )
-    how.add_argument(
-        "--warmup",
-        type=_whole,
-        default=d["warmup"],
-        metavar="STEPS",
-        help=f"steps until the full learning rate (default: {d['warmup']})",
-    )
-    how.add_argument(
-        "--batch",
-        type=_count,
-        default=d["batch_size"],
-        help=f"pictures per step, over all processes together (default: {d['batch_size']})",
-    )
-    how.add_argument("--seed", type=_whole, default=d["seed"], help=f"same seed, same adapter (default: {d['seed']})")
+    _settings(how, TrainConfig, options(TrainConfig).keys() - NO_SAMPLES)
     how.add_argument(
         "--size",
         type=_size,
@@ -283,37 +243,11 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "plain ones such as 'a photo of a {}')",
     )
     how.add_argument(
-        "--background-weight",
-        type=_number,
-        default=d["background_weight"],
-        metavar="W",
-        help=f"with --masks: how much the background counts, 0 to 1 (default: {d['background_weight']})",
-    )
-    how.add_argument(
-        "--checkpointing",
-        action="store_true",
-        help="recompute instead of remember: far less memory, about a third slower",
-    )
-    safe = parser.add_argument_group("stopping and going on")
-    safe.add_argument(
-        "--save-every",
-        type=_whole,
-        default=d["save_every"],
-        metavar="STEPS",
-        help=f"steps between resumable states, 0: at the end only (default: {d['save_every']})",
-    )
-    safe.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the state beside --out; the result is the same as without a stop",
-    )
-    safe.add_argument(
         "--store", choices=("fp16", "fp32"), default="fp16", help="precision of the adapter file (default: fp16)"
     )
 
 
 def _loda_options(parser: argparse.ArgumentParser) -> None:
-    d = LODA_DEFAULTS
     group = parser.add_argument_group("separation (LODA): the first steps move the latent until concepts part")
     group.add_argument(
         "--loda",
@@ -321,110 +255,10 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="on as soon as two concepts are in the prompt (default: on)",
     )
-    group.add_argument(
-        "--loda-steps",
-        type=_whole,
-        metavar="N",
-        help="sampling steps to optimise (default: the first fifth of --steps)",
-    )
-    group.add_argument(
-        "--loda-iterations",
-        type=_count,
-        default=d["loda_iterations"],
-        metavar="N",
-        help=f"updates per step at most; more separates harder and costs time (default: {d['loda_iterations']})",
-    )
-    group.add_argument(
-        "--loda-strength",
-        type=_number,
-        default=d["loda_strength"],
-        metavar="X",
-        help="size of an update in standard deviations of the latent; higher separates harder, too high "
-        f"spoils the picture (default: {d['loda_strength']})",
-    )
-    group.add_argument(
-        "--loda-rule",
-        choices=STEP_RULES,
-        default=d["loda_rule"],
-        help="normalised: --loda-strength means the same on every model; gradient: the paper's, --loda-strength "
-        f"about 20 (default: {d['loda_rule']})",
-    )
-    group.add_argument(
-        "--divergence",
-        choices=DIVERGENCES,
-        default=d["divergence"],
-        help=f"how overlap is measured (default: {d['divergence']})",
-    )
-    group.add_argument(
-        "--threshold",
-        type=_number,
-        default=d["threshold"],
-        metavar="X",
-        help="divergence that is far enough apart; 0: the divergence's own (default: 0)",
-    )
-    group.add_argument(
-        "--map-smoothing",
-        type=_number,
-        default=d["map_smoothing"],
-        metavar="SIGMA",
-        help=f"smoothing of the maps in map pixels (default: {d['map_smoothing']})",
-    )
-    group.add_argument(
-        "--map-downscale",
-        type=_whole,
-        default=d["map_downscale"],
-        metavar="N",
-        help="use attention at 1/N of the latent's size; 0 chooses (default: 0)",
-    )
-    group.add_argument(
-        "--map-part",
-        choices=MAP_PARTS,
-        default=d["map_part"],
-        help="down reads only the layers on the way down: about half the cost and memory of an update (a third on "
-        f"SDXL); auto does so on SDXL alone (default: {d['map_part']})",
-    )
+    afg = {name for name in options(LodaConfig) if name.startswith("afg")}
+    _settings(group, LodaConfig, options(LodaConfig).keys() - afg)
     fix = parser.add_argument_group("attention fixing guidance (AFG): keep what LODA separated")
-    fix.add_argument(
-        "--afg",
-        action=argparse.BooleanOptionalAction,
-        default=d["afg"],
-        help=f"(default: {'on' if d['afg'] else 'off'})",
-    )
-    fix.add_argument(
-        "--afg-inside",
-        type=_number,
-        default=d["afg_inside"],
-        metavar="X",
-        help=f"logits added to a concept inside its region (default: {d['afg_inside']:g})",
-    )
-    fix.add_argument(
-        "--afg-outside",
-        type=_number,
-        default=d["afg_outside"],
-        metavar="X",
-        help=f"taken outside; 1e8 forbids, as in the paper (default: {d['afg_outside']:g})",
-    )
-    fix.add_argument(
-        "--afg-region",
-        type=_number,
-        default=d["afg_region"],
-        metavar="SHARE",
-        help=f"share of the picture that is one concept's region (default: {d['afg_region']})",
-    )
-    fix.add_argument(
-        "--afg-smoothing",
-        type=_number,
-        default=d["afg_smoothing"],
-        metavar="SIGMA",
-        help=f"smoothing before regions are taken, in map pixels (default: {d['afg_smoothing']})",
-    )
-    fix.add_argument(
-        "--afg-end",
-        type=_number,
-        default=d["afg_end"],
-        metavar="SHARE",
-        help=f"share of the steps after which AFG lets go; 1: never (default: {d['afg_end']:g})",
-    )
+    _settings(fix, LodaConfig, afg)
 
 
 def _sample(parser: argparse.ArgumentParser) -> None:
@@ -451,13 +285,9 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     )
     _model_options(parser)
     how = parser.add_argument_group("sampling")
-    how.add_argument("--steps", type=_count, default=30, help="sampling steps (default: 30)")
-    how.add_argument(
-        "--cfg", type=_number, default=7.5, metavar="SCALE", help="classifier-free guidance; 1 is none (default: 7.5)"
-    )
+    _settings(how, SampleConfig, options(SampleConfig))
     how.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
-    how.add_argument("--seed", type=_whole, default=0, help="of the first picture, the next have the next (default: 0)")
-    how.add_argument("--batch", type=_count, default=1, help="number of pictures (default: 1)")
+    how.add_argument("--batch", type=_count, default=1, help="pictures, with this seed and the next ones (default: 1)")
     how.add_argument("--size", type=_size, metavar="N|WxH", help="in pixels (default: the model's own)")
     _loda_options(parser)
     out = parser.add_argument_group("output")
@@ -492,7 +322,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=_count, metavar="N", help="training steps per concept (default: as tuned)")
     parser.add_argument("--seeds", type=_count, default=6, metavar="N", help="pictures per arm (default: 6)")
-    parser.add_argument("--first-seed", type=_whole, default=1000, metavar="SEED", help="(default: 1000)")
+    parser.add_argument("--first-seed", type=_seed, default=1000, metavar="SEED", help="(default: 1000)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from .. import __version__, pictures
 from ..adapters.file import load_adapter
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
-from ..settings import AUTO, LodaConfig
+from ..settings import LoaderConfig, LodaConfig, from_values, seeds
 from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
@@ -24,19 +25,19 @@ if TYPE_CHECKING:
 
 
 def parse_adapter_option(text: str) -> tuple[str | None, Path, float]:
-    """``[NAME=]FILE[:STRENGTH]`` to (name, file, strength)."""
-    name, rest = None, text
-    match = re.match(r"([^\W_][\w.\-]*)=(.+)\Z", text)
-    if match and not Path(text).expanduser().is_file():
-        name, rest = match.group(1), match.group(2)
-    strength = 1.0
-    head, colon, tail = rest.rpartition(":")
-    # A drive letter has a colon too; only a number after the last one is a strength.
-    if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tail.strip()):
-        rest, strength = head, float(tail)
-    elif colon and head.endswith(".safetensors"):
-        raise ConceptSplitError(f"The strength {tail!r} of --adapter {text} is not a number: use for instance 0.8.")
-    return name, Path(rest).expanduser(), strength
+    """``[NAME=]FILE[:STRENGTH]`` to (name, file, strength); a file's own name may have = and : in it."""
+    name, rest, strength = None, text, LoaderConfig.strength
+    head, colon, tail = text.rpartition(":")
+    if not Path(text).expanduser().is_file():
+        # A drive letter has a colon too; only a number after the last one is a strength.
+        if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tail.strip()):
+            rest, strength = head, float(tail)
+        elif colon and head.endswith(".safetensors"):
+            raise ConceptSplitError(f"The strength {tail!r} of --adapter {text} is not a number: use for instance 0.8.")
+    named = re.match(r"([^\W_][\w.\-]*)=(.+)\Z", rest)
+    if named and not Path(rest).expanduser().is_file():
+        name, rest = named.group(1), named.group(2)
+    return name, Path(rest).expanduser(), LoaderConfig(strength).strength
 
 
 def load_concepts(
@@ -77,26 +78,11 @@ def load_concepts(
 
 def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
     """LodaConfig from the options; None with --no-loda."""
-    steps = AUTO if arguments.loda_steps is None else arguments.loda_steps
-    if steps > arguments.steps:
-        raise ConceptSplitError(f"--loda-steps {steps} is more than --steps {arguments.steps}: use about a fifth.")
-    config = LodaConfig(
-        loda_steps=steps,
-        loda_iterations=arguments.loda_iterations,
-        loda_strength=arguments.loda_strength,
-        loda_rule=arguments.loda_rule,
-        divergence=arguments.divergence,
-        threshold=arguments.threshold,
-        map_smoothing=arguments.map_smoothing,
-        map_downscale=arguments.map_downscale,
-        map_part=arguments.map_part,
-        afg=arguments.afg,
-        afg_inside=arguments.afg_inside,
-        afg_outside=arguments.afg_outside,
-        afg_region=arguments.afg_region,
-        afg_smoothing=arguments.afg_smoothing,
-        afg_end=arguments.afg_end,
-    )
+    config = from_values(LodaConfig, vars(arguments))
+    if config.loda_steps > arguments.steps:
+        raise ConceptSplitError(
+            f"--loda-steps {config.loda_steps} is more than --steps {arguments.steps}: use about a fifth."
+        )
     return config if arguments.loda else None
 
 
@@ -116,35 +102,83 @@ def map_sheet(result: SampleResult, index: int, names: list[str], at: int) -> ND
     return pictures.contact_sheet(tiles, labels, columns=len(tiles), side=256)
 
 
+WEIGHT = re.compile(r"\([^()]*:\s*[-+]?[\d.]+\s*\)")
+
+
+def check_place(path: Path) -> None:
+    """Finds out before sampling whether `path` can be written, and leaves nothing behind.
+
+    Raises:
+        ConceptSplitError: a folder of that name, a file that may not be replaced, or no right to write there.
+    """
+    if path.is_dir():
+        raise ConceptSplitError(f"Cannot write {path}: it is a folder, give --out a file name.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as problem:
+        raise ConceptSplitError(f"Cannot write {path}: {problem.strerror or problem}.") from None
+
+
+def targets(arguments: argparse.Namespace) -> list[tuple[int, Path, Path]]:
+    """Seed, file and file of maps of each picture.
+
+    Raises:
+        ConceptSplitError: --out is no PNG, or cannot be written.
+    """
+    out = Path(arguments.out).expanduser()
+    if out.suffix.lower() != ".png":
+        raise ConceptSplitError(f"--out {arguments.out} must end in .png.")
+    found = []
+    for seed in seeds(arguments.seed, arguments.batch):
+        target = out if arguments.batch == 1 else out.with_name(f"{out.stem}-{seed}.png")
+        maps = target.with_name(f"{target.stem}-maps.png")
+        for path in (target, maps) if arguments.maps else (target,):
+            check_place(path)
+        found.append((seed, target, maps))
+    return found
+
+
+def guidance(arguments: argparse.Namespace) -> float:
+    """The scale of classifier-free guidance; models for few steps document their 'none' as 0."""
+    if arguments.cfg:
+        return float(arguments.cfg)
+    say("--cfg 0 is taken as 1, which is no guidance: with a scale of 0 the prompt would have no effect.")
+    return 1.0
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Samples and writes pictures, and maps when asked."""
     concepts, adapters = load_concepts(arguments.adapter, arguments.class_word, arguments.words)
     config = loda_config(arguments)
-    out = Path(arguments.out).expanduser()
-    if out.suffix.lower() != ".png":
-        raise ConceptSplitError(f"--out {arguments.out} must end in .png.")
+    files = targets(arguments)
+    if weight := WEIGHT.search(f"{arguments.prompt}\n{arguments.negative}"):
+        say(f"Weights such as {weight.group()} are ComfyUI's: here they are read as plain text.")
     model = open_model(arguments)
     from ..hosts import diffusers as host
 
     conditioning = host.encode_text(model, arguments.prompt, concepts)
-    seeds = [arguments.seed + i for i in range(arguments.batch)]
     if arguments.maps and not concepts:
         say("No maps will be written: name a concept with --adapter or --words.")
-    progress = bar(arguments.steps, "sampling")
     names = [concept.name for concept in concepts]
     bound = {binding.concept for binding in conditioning.bindings}
     at = min((config or LodaConfig()).for_schedule(arguments.steps).loda_steps, arguments.steps - 1)
     maps = arguments.maps and bool(names)
+    scale = guidance(arguments)
+    progress = bar(arguments.steps, "sampling")
     try:
         result = host.sample(
             model,
             [conditioning],
             arguments.negative,
-            seeds=seeds,
+            seeds=[seed for seed, *_ in files],
             concepts=names,
             adapters=adapters,
             steps=arguments.steps,
-            guidance=arguments.cfg,
+            guidance=scale,
             size=arguments.size,
             sampler=arguments.sampler,
             # Fewer than two bound concepts leave nothing to separate; that is no reason for a remark here.
@@ -156,26 +190,19 @@ def run(arguments: argparse.Namespace) -> None:
         progress.close()
     for note in result.warnings:
         say(note)
-    for i, seed in enumerate(seeds):
-        target = out if len(seeds) == 1 else out.with_name(f"{out.stem}-{seed}.png")
-        facts = {
-            "prompt": arguments.prompt,
-            "negative": arguments.negative,
-            "seed": str(seed),
-            "settings": json.dumps(
-                {
-                    "model": Path(model.source).name,
-                    "steps": arguments.steps,
-                    "cfg": arguments.cfg,
-                    "sampler": arguments.sampler,
-                    "adapters": {n: s for n, (_, s) in adapters.items()},
-                    "loda": None if result.trace is None else result.trace.settings,
-                    "version": __version__,
-                }
-            ),
-        }
-        write_picture(result.images[i], target, facts)
+    made = {
+        "model": Path(model.source).name,
+        "steps": arguments.steps,
+        "cfg": scale,
+        "sampler": arguments.sampler,
+        "adapters": {name: strength for name, (_, strength) in adapters.items()},
+        "loda": None if result.trace is None else result.trace.settings,
+        "version": __version__,
+    }
+    facts = {"prompt": arguments.prompt, "negative": arguments.negative, "settings": json.dumps(made)}
+    for i, (seed, target, sheet) in enumerate(files):
+        write_picture(result.images[i], target, {**facts, "seed": str(seed)})
         say(str(target))
         if maps:
-            write_picture(map_sheet(result, i, names, at), target.with_name(f"{target.stem}-maps.png"))
-            say(str(target.with_name(f"{target.stem}-maps.png")))
+            write_picture(map_sheet(result, i, names, at), sheet)
+            say(str(sheet))

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from .. import pictures
 from ..adapters.file import save_adapter
 from ..errors import ConceptSplitError
-from ..settings import TrainConfig
+from ..settings import TrainConfig, from_values
 from ..text.binding import Concept
 from ..train.data import DEFAULT_TEMPLATES, Process, expand_templates, training_facts
 from ..train.loop import TrainEvent, train
@@ -31,10 +32,34 @@ from .common import (
 )
 
 
+def train_config(arguments: argparse.Namespace) -> TrainConfig:
+    """TrainConfig from the options."""
+    # Half precision loses small gradients; 1024 keeps them, and training skips steps that overflow.
+    return replace(
+        from_values(TrainConfig, vars(arguments)), loss_scale=1024.0 if arguments.precision == "fp16" else 1.0
+    )
+
+
+def world_size() -> int:
+    """How many processes train together.
+
+    Raises:
+        ConceptSplitError: WORLD_SIZE is set without what a launcher sets beside it.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world != "1" and (missing or not world.isdecimal()):
+        raise ConceptSplitError(
+            f"WORLD_SIZE is {world} here but {missing[0] if missing else 'no number'} is not what a launcher sets: "
+            "unset WORLD_SIZE to train in one process, or start with `accelerate launch`."
+        )
+    return int(world)
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Process]:
     """This process's part in the training that `accelerate launch` or torchrun started; alone without either."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         yield Process()
         return
@@ -70,21 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
     files = list_pictures(arguments.images)
     for file in files:
         open_picture(file)
-    config = TrainConfig(
-        steps=arguments.steps,
-        batch_size=arguments.batch,
-        learning_rate=arguments.lr,
-        weight_decay=arguments.weight_decay,
-        warmup=arguments.warmup,
-        seed=arguments.seed,
-        save_every=arguments.save_every,
-        background_weight=arguments.background_weight,
-        # Half precision loses small gradients; 1024 keeps them, and training skips steps that overflow.
-        loss_scale=1024.0 if arguments.precision == "fp16" else 1.0,
-    )
+    config = train_config(arguments)
 
     # Also before the processes meet: one that leaves early would let the others wait.
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if config.batch_size % world:
         raise ConceptSplitError(
             f"A batch of {config.batch_size} cannot be shared by {world} processes: use a multiple of it."
@@ -94,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
         model = open_model(arguments)
         from ..hosts import diffusers as host
 
-        config = TrainConfig(**{**vars(config), "prediction_type": model.prediction_type})
+        config = replace(config, prediction_type=model.prediction_type)
         size = arguments.size or (model.default_size, model.default_size)
         if size[0] % model.pixel_factor or size[1] % model.pixel_factor:
             raise ConceptSplitError(
@@ -105,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         images = read_pictures(files, size)
         masks = read_masks(arguments.masks, files, size) if arguments.masks else None
         data = host.training_data(model, images, concept, templates, masks)
-        adapter = host.new_adapter(model, concept, arguments.rank, arguments.alpha, arguments.seed)
+        adapter = host.new_adapter(model, concept, config.rank, config.alpha, config.seed)
 
         progress = bar(config.steps, f"<{concept.name}>")
         recent: list[float] = []
@@ -117,9 +131,9 @@ def run(arguments: argparse.Namespace) -> None:
             progress.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}", refresh=False)
 
         try:
-            with host.training_denoiser(model, adapter, arguments.checkpointing) as denoise:
+            with host.training_denoiser(model, adapter, config.gradient_checkpointing) as denoise:
                 result = train(
-                    adapter, data, model.alphas_cumprod, denoise, config, on_event, state, arguments.resume, process
+                    adapter, data, model.alphas_cumprod, denoise, config, on_event, state, config.resume, process
                 )
         except KeyboardInterrupt:
             progress.close()

@@ -32,6 +32,7 @@ class TokenMask:
         self.weights = weights
         self.rows = rows
         self._selected: dict[tuple[int, ...], TokenMask] = {}
+        self._spread: dict[tuple[tuple[int, int, float], ...], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def on_cpu(self) -> Tensor:
@@ -50,9 +51,21 @@ class TokenMask:
         return (self.on_cpu != 0).any(dim=-1).flatten().nonzero().flatten().to(self.weights.device)
 
     @cached_property
-    def owned(self) -> Tensor:
-        """The weights at `places`, [p, n]."""
-        return self.weights.flatten(0, 1)[self.places]
+    def worked(self) -> Tensor:
+        """The weights of the tokens that are worked on: at `places` [p, n], or of the batch rows `rows` [b, T, n]."""
+        return self.weights if self.rows is not None else self.weights.flatten(0, 1)[self.places]
+
+    def spread(self, channels: Sequence[int], pairs: Sequence[Pair]) -> Tensor:
+        """w_i · s_i of the tokens that are worked on, for every inner value of the concepts `channels`:
+        [p, R] or [b, T, R]. The number of concepts adds no operation to it."""
+        key = tuple((i, pair[0].shape[0], pair[2]) for i, pair in zip(channels, pairs, strict=True))
+        if key not in self._spread:
+            device, dtype = self.weights.device, self.weights.dtype
+            index = [torch.full((rank,), i, device=device) for i, rank, _ in key]
+            scale = [torch.full((rank,), scale, dtype=dtype, device=device) for _, rank, scale in key]
+            self._spread[key] = torch.cat(index), torch.cat(scale)
+        own, scales = self._spread[key]
+        return self.worked.index_select(-1, own) * scales
 
     def select(self, channels: Sequence[int]) -> TokenMask:
         """The same tokens for some of the concepts, in that order; itself for all of them."""
@@ -64,53 +77,28 @@ class TokenMask:
         return self._selected[key]
 
 
-def tiled(weights: Tensor, batch: int, tokens: int) -> Tensor | None:
-    """A mask [b, t, n] for a text [batch, tokens, d] that the host has repeated, or None where it cannot fit.
-
-    Hosts tile texts of unequal length to a common multiple, and some packs run a block on part of the batch with extra
-    rows of their own: a mask that does not fit must not land on the wrong rows. One row serves a batch only where the
-    batch is one row repeated.
-    """
-    if weights.shape[0] != batch or tokens % weights.shape[1]:
-        return None
-    return weights if weights.shape[1] == tokens else weights.repeat(1, tokens // weights.shape[1], 1)
-
-
-def low_rank_sum(x: Tensor, pairs: Sequence[Pair], weights: Tensor) -> Tensor:
+def low_rank_sum(x: Tensor, pairs: Sequence[Pair], *, factor: Tensor) -> Tensor:
     """Σ_i w_i · s_i · B_i A_i x for each token.
 
     Args:
         x: tokens [..., d_in].
         pairs: of each concept (A [r_i, d_in], B [d_out, r_i], s_i).
-        weights: [..., n], how much of each token is concept i's.
+        factor: w_i · s_i of each token, for every inner value of concept i: [..., R], see `TokenMask.spread`.
 
     Returns:
         [..., d_out] in the widest dtype of the pairs. A token that is not concept i's gets exactly nothing of it,
         also where B_i A_i x is not finite there.
     """
     dtype = pairs[0][0].dtype
-    for down, _, _ in pairs[1:]:
-        dtype = torch.promote_types(dtype, down.dtype)
-    if len(pairs) == 1:
-        down, up, scale = pairs[0]
-        inner = x.to(dtype) @ down.t()
-        return (inner * (weights.to(dtype) * scale)).masked_fill(weights == 0, 0.0) @ up.t()
-    down = torch.cat([pair[0].to(dtype) for pair in pairs])
-    up = torch.cat([pair[1].to(dtype) for pair in pairs], dim=1)
-    factor = spread(weights, pairs).to(dtype)
+    for other in {pair[0].dtype for pair in pairs} - {dtype}:
+        dtype = torch.promote_types(dtype, other)
+    down, up, _ = pairs[0]
+    if len(pairs) > 1:
+        down = torch.cat([pair[0].to(dtype) for pair in pairs])
+        up = torch.cat([pair[1].to(dtype) for pair in pairs], dim=1)
     inner = x.to(dtype) @ down.t()  # [..., R]
-    return (inner * factor).masked_fill(factor == 0, 0.0) @ up.t()
-
-
-def spread(weights: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """w_i · s_i for every inner value: [..., n] to [..., R]."""
-    return torch.cat(
-        [
-            (weights[..., i : i + 1] * pair[2]).expand(*weights.shape[:-1], pair[0].shape[0])
-            for i, pair in enumerate(pairs)
-        ],
-        dim=-1,
-    )
+    # Filled, not multiplied by zero: what one concept's adapter makes of another's token may be infinite.
+    return (inner * factor.to(dtype)).masked_fill(factor == 0, 0.0) @ up.t()
 
 
 def add_at(out: Tensor, places: Tensor, added: Tensor) -> Tensor:

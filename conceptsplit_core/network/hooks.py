@@ -146,7 +146,9 @@ class KeptChanges:
     def text(self, context: Tensor, mask: TokenMask) -> KeptText:
         """The entry of this text [B, L, d] under this mask; a new one if it has not been met."""
         rows = context.flatten(0, 1)[mask.places]
-        known = next((text for text in self.texts if text.holds(rows, mask)), None) or KeptText(mask.on_cpu, rows)
+        known = next((text for text in self.texts if text.holds(rows, mask)), None) or KeptText(
+            mask.on_cpu.clone(), rows
+        )
         self.texts = [known, *(text for text in self.texts if text is not known)][: self.limit]
         return known
 
@@ -205,15 +207,17 @@ class Hooks:
 
 
 @contextmanager
-def learning(network: NetworkMap, kind: Any, adapter: Any) -> Iterator[Callable[[Tensor | None], None]]:
+def learning(
+    network: NetworkMap, kind: Any, adapter: Any, scope: Scope | None = None
+) -> Iterator[Callable[[Tensor | None], None]]:
     """`adapter` on the modules of a network while it learns.
 
     Gives a function that publishes the row mask [B, L, 1] of the passes to come, None for passes without the adapter.
     It stays published until the next: with checkpointing the backward pass runs the layers again. Pixels are all the
-    concept's.
+    concept's. scope: where the adapter acts while it learns; its kind's place by default.
     """
     hooks = Hooks()
-    groups = (Group(kind, (Member(adapter, 1.0),), (0,), kind.scope),)
+    groups = (Group(kind, (Member(adapter, 1.0),), (0,), scope or kind.scope),)
 
     def publish(mask: Tensor | None) -> None:
         if mask is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,9 +26,10 @@ CHECKPOINT_FORMAT = "conceptsplit.training"
 
 
 def _fingerprint(adapter: LowRankAdapter, data: TrainData, config: TrainConfig) -> str:
-    """What must be the same for a checkpoint to continue this run; `steps` and `save_every` may change."""
-    facts = {k: v for k, v in asdict(config).items() if k not in ("steps", "save_every")}
-    digest = hashlib.sha256(json.dumps([facts, adapter.layers, adapter.info.rank, adapter.info.alpha]).encode())
+    """What must be the same for a checkpoint to continue this run."""
+    digest = hashlib.sha256(
+        json.dumps([config.lasting, adapter.layers, adapter.info.rank, adapter.info.alpha]).encode()
+    )
     digest.update(data.latents.detach().float().cpu().contiguous().numpy().tobytes())
     if data.masks is not None:
         digest.update(data.masks.detach().float().cpu().contiguous().numpy().tobytes())

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def train_options(folder, model, out, name="tom", word="cat", **more):
-    options = {"steps": 4, "batch": 2, "size": 64, "rank": 2, "store": "fp32", "lr": 1e-2, **more}
+    options = {"steps": 4, "batch_size": 2, "size": 64, "rank": 2, "store": "fp32", "learning_rate": 1e-2, **more}
     flat = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
     return ["train", "--images", folder, "--class-word", word, "--name", name, "--model", model, "--out", out, *flat]
 
@@ -148,11 +148,11 @@ def test_resuming_other_settings_is_refused(call, refused, tmp_path, cat_folder,
     out = tmp_path / "tom.safetensors"
     assert call(*train_options(cat_folder, model_folder, out, save_every=2))[0] == 0
     assert "other images, prompts or settings" in refused(
-        *train_options(cat_folder, model_folder, out, lr=1e-3), "--resume"
+        *train_options(cat_folder, model_folder, out, learning_rate=1e-3), "--resume"
     )
 
 
-@pytest.mark.parametrize("extra", [("--checkpointing",), ("--precision", "bf16"), ("--precision", "fp16")])
+@pytest.mark.parametrize("extra", [("--gradient-checkpointing",), ("--precision", "bf16"), ("--precision", "fp16")])
 def test_lean_modes_train_too(call, tmp_path, cat_folder, model_folder, extra):
     out = tmp_path / "tom.safetensors"
     code, _, err = call(*train_options(cat_folder, model_folder, out), *extra)
@@ -223,9 +223,9 @@ def test_two_processes_train_what_one_trains(call, tmp_path, cat_folder, model_f
     """Each process takes its half of the batch, gradients are averaged: the same adapter up to rounding."""
     pytest.importorskip("accelerate")
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    code, _, err = call(*train_options(cat_folder, model_folder, one, batch=4))
+    code, _, err = call(*train_options(cat_folder, model_folder, one, batch_size=4))
     assert code == 0, err
-    done = launch(launcher, train_options(cat_folder, model_folder, two, batch=4), tmp_path)
+    done = launch(launcher, train_options(cat_folder, model_folder, two, batch_size=4), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("after 4 steps") == 1
     alone, shared = load_file(one), load_file(two)
@@ -236,10 +236,11 @@ def test_two_processes_train_what_one_trains(call, tmp_path, cat_folder, model_f
 
 def test_a_batch_that_cannot_be_shared_is_refused(refused, monkeypatch, tmp_path, cat_folder, model_folder):
     """Before the processes meet, so that none waits for another."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     out = tmp_path / "x.safetensors"
     assert "A batch of 3 cannot be shared by 2 processes" in refused(
-        *train_options(cat_folder, model_folder, out, batch=3)
+        *train_options(cat_folder, model_folder, out, batch_size=3)
     )
 
 
@@ -296,7 +297,7 @@ def test_sample_writes_pictures_maps_and_how_they_were_made(call, tmp_path, mode
         picture = Image.open(out.with_name(f"both-{seed}.png"))
         assert picture.size == (96, 64) and picture.info["prompt"] == "a <rex> and a <tom>"
         settings = json.loads(picture.info["settings"])
-        assert settings["adapters"] == {"rex": 1.0, "tom": 0.5} and settings["loda"]["steps"] == 2
+        assert settings["adapters"] == {"rex": 1.0, "tom": 0.5} and settings["loda"]["loda_steps"] == 2
         assert picture.info["seed"] == str(seed)
         assert Image.open(out.with_name(f"both-{seed}-maps.png")).width > 5 * 256
     again = tmp_path / "again.png"

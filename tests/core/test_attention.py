@@ -1,101 +1,292 @@
+"""The two equations that touch attention: V′ = V + Σ δᵀ s B A c, as hooks apply it, and the maps M of bound rows."""
+
+import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.method.attention import attend, bound_attention
-from conceptsplit_core.method.tova import apply_value_delta, bound_rows, value_delta
-from conceptsplit_core.network.hooks import ValueState, hook_values, match_mask, remove_hooks
+from conceptsplit_core.method.tova import TokenMask, add_at, low_rank_sum
+from conceptsplit_core.network.hooks import Group, Hooks, Member, PassPlan, learning
+from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"
+TO_V = f"{ATTENTION}.to_v"
+ROWS, WIDTH, OUT = 7, 5, 6
 
 
-def setup(b=3, rows=7, ctx=5, dv=6, rank=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
-    return (
-        make(b, rows, ctx),
-        make(b, rows, dv),
-        [(make(rank, ctx), make(dv, rank), 0.5), (make(rank, ctx), make(dv, rank), 2.0)],
-    )
+class Layer(nn.Module):
+    """One value projection where a network map finds it."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(11)
+        self.to_v = nn.Linear(WIDTH, OUT, bias=False, dtype=dtype).requires_grad_(False)
+
+    def network(self):
+        attention = AttentionSite(ATTENTION, "", 1, False)
+        return NetworkMap("unknown", {TO_V: Site(TO_V, "to_v", "text")}, (attention,), lambda: self)
 
 
-def test_delta_is_the_formula_at_bound_rows_and_zero_elsewhere():
-    context, _, deltas = setup()
-    mask = torch.zeros(3, 7, 2, dtype=torch.float64)
-    mask[1, 2, 0] = mask[1, 4, 1] = mask[2, 4, 1] = mask[2, 2, 1] = 1
-    out = value_delta(context, mask, deltas)
-    expected = torch.zeros_like(out)
-    for i, (a, b, s) in enumerate(deltas):
-        expected += mask[..., i : i + 1] * s * (context @ a.t() @ b.t())
-    torch.testing.assert_close(out, expected)
-    assert not out[0].any(), "the unconditional row stays as it is"
+def adapter_for(seed=0, rank=2, alpha=0.0, dtype=torch.float64):
+    info = AdapterInfo(f"x{seed}", "dog", rank=rank, alpha=alpha or float(rank))
+    adapter = LowRankAdapter.create({TO_V: (WIDTH, OUT)}, info, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    adapter.down = {TO_V: torch.randn(rank, WIDTH, generator=g, dtype=dtype)}
+    adapter.up = {TO_V: torch.randn(OUT, rank, generator=g, dtype=dtype)}
+    return adapter
+
+
+def run(layer, members, mask, text, kept=None):
+    """What `layer` gives for a text while adapters act: the whole way, through the hook."""
+    hooks = Hooks()
+    members = tuple(Member(adapter, strength) for adapter, strength in members)
+    groups = (Group(KINDS["value"], members, tuple(range(len(members))), "rows"),)
+    hooks.install(layer.network(), groups)
+    tokens = None if mask is None else TokenMask(mask)
+    hooks.plan = PassPlan(groups, lambda _: tokens, kept=kept)
+    try:
+        return layer.to_v(text)
+    finally:
+        hooks.remove()
+
+
+def expected(layer, members, mask, text):
+    """V + Σ_i δ_iᵀ s_i (α_i/r_i) B_i A_i c, written out."""
+    value = torch.einsum("blc,vc->blv", text, layer.to_v.weight)
+    for i, (adapter, strength) in enumerate(members):
+        a, b = adapter.down[TO_V], adapter.up[TO_V]
+        scale = strength * adapter.info.alpha / a.shape[0]
+        value = value + scale * torch.einsum("bl,blc,rc,vr->blv", mask[..., i], text, a, b)
+    return value
+
+
+def text_of(batch=3, seed=0, rows=ROWS):
+    return torch.randn(batch, rows, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mask_of(*entries, batch=3, concepts=2, rows=ROWS):
+    mask = torch.zeros(batch, rows, concepts, dtype=torch.float64)
+    for b, row, concept, weight in entries:
+        mask[b, row, concept] = weight
+    return mask
+
+
+class Counter(TorchDispatchMode):
+    """The tensor operations of a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_values_follow_the_formula_at_bound_rows_and_stay_bit_equal_elsewhere():
+    layer, text = Layer(), text_of()
+    members = [(adapter_for(1, alpha=1.0), 0.5), (adapter_for(2, rank=3, alpha=6.0), -2.0)]
+    # Row 4 of image 2 is both concepts', and only a quarter the second's.
+    mask = mask_of((1, 2, 0, 1), (1, 4, 1, 1), (2, 4, 0, 1), (2, 4, 1, 0.25))
+    out, plain = run(layer, members, mask, text), layer.to_v(text)
+    torch.testing.assert_close(out, expected(layer, members, mask, text))
+    differs = (out != plain).any(-1)
+    assert differs.nonzero().tolist() == [[1, 2], [1, 4], [2, 4]], "the unconditional row 0 stays as it is"
 
 
 def test_each_row_of_a_batch_has_its_own_binding():
-    context, value, deltas = setup()
-    mask = torch.zeros(3, 7, 1, dtype=torch.float64)
-    mask[0, 1], mask[1, 5] = 1, 1
-    changed = (apply_value_delta(value, context, mask, deltas[:1]) != value).any(dim=-1)
+    layer, text = Layer(), text_of()
+    mask = mask_of((0, 1, 0, 1), (1, 5, 0, 1), concepts=1)
+    changed = (run(layer, [(adapter_for(), 1.0)], mask, text) != layer.to_v(text)).any(dim=-1)
     assert changed.nonzero().tolist() == [[0, 1], [1, 5]]
 
 
 def test_two_concepts_on_one_row_add_up():
-    context, _, deltas = setup()
-    mask = torch.zeros(3, 7, 2, dtype=torch.float64)
-    mask[0, 3] = 1
-    both = value_delta(context, mask, deltas)
-    one = value_delta(context, mask[..., :1], deltas[:1]) + value_delta(context, mask[..., 1:], deltas[1:])
-    torch.testing.assert_close(both, one)
+    layer, text = Layer(), text_of()
+    members = [(adapter_for(1), 1.0), (adapter_for(2), 0.5)]
+    mask = mask_of((0, 3, 0, 1), (0, 3, 1, 1))
+    plain = layer.to_v(text)
+    alone = [run(layer, members[i : i + 1], mask[..., i : i + 1], text) - plain for i in range(2)]
+    assert all(one[0, 3].all() for one in alone)
+    torch.testing.assert_close(run(layer, members, mask, text) - plain, alone[0] + alone[1])
 
 
 def test_concepts_together_are_the_concepts_one_by_one():
     """Ranks, numbers of rows and scales may all differ; what a concept makes of another's row never shows."""
-    g = torch.Generator().manual_seed(3)
-    make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
-    context = make(2, 9, 5)
-    deltas = [(make(r, 5), make(6, r), s) for r, s in ((2, 1.0), (4, 0.5), (1, -2.0), (3, 0.0))]
-    mask = torch.zeros(2, 9, 4, dtype=torch.float64)
-    mask[1, 2, 0] = mask[1, 3, 0] = mask[0, 7, 0] = mask[1, 8, 3] = 1
-    mask[1, 3, 1], mask[1, 5, 2] = 0.25, 1
-    deltas[2][0][:, :] *= 1e300  # on any row but its own this overflows
-    context[1, 3], context[1, 5] = 1e10, 1e-300
-    out = value_delta(context, mask, deltas)
-    alone = [value_delta(context, mask[..., i : i + 1], deltas[i : i + 1]) for i in range(3)]
+    layer, text = Layer(), text_of(2, seed=3, rows=9)
+    members = [
+        (adapter_for(s, rank=r), strength) for s, (r, strength) in enumerate([(2, 1.0), (4, 0.5), (1, -2.0), (3, 0.0)])
+    ]
+    entries = [(1, 2, 0, 1), (1, 3, 0, 1), (0, 7, 0, 1), (1, 8, 3, 1), (1, 3, 1, 0.25), (1, 5, 2, 1)]
+    mask = mask_of(*entries, batch=2, concepts=4, rows=9)
+    members[2][0].down[TO_V] *= 1e300  # on any row but its own this overflows
+    text[1, 3], text[1, 5] = 1e10, 1e-300
+    plain = layer.to_v(text)
+    out = run(layer, members, mask, text)
+    alone = [run(layer, members[i : i + 1], mask[..., i : i + 1], text) - plain for i in range(3)]
     assert torch.isfinite(out).all()
-    torch.testing.assert_close(out, sum(alone))
-    assert not out[1, 8].any()
+    torch.testing.assert_close(out - plain, sum(alone), rtol=1e-6, atol=1e-5)
+    assert torch.equal(out[1, 8], plain[1, 8]), "strength 0"
+
+
+def test_a_token_gets_exactly_nothing_of_a_concept_that_it_is_not_of():
+    """Also where the concept's change of it is not finite: of one concept and of several, by factor and by weight."""
+    pair = (torch.full((1, 2), 1e30), torch.ones(3, 1), 1.0)
+    tokens, weights = torch.tensor([[1e30, 1.0], [1.0, 2.0]]), torch.tensor([[[0.0, 1.0], [0.5, 0.0]]])
+    for pairs in ([pair], [pair, (torch.ones(2, 2), torch.full((3, 2), 1e-30), 0.5)]):
+        added = low_rank_sum(tokens, pairs, factor=TokenMask(weights).spread(range(len(pairs)), pairs))
+        assert added[0].tolist() == pytest.approx([0.0 if len(pairs) == 1 else 1.0] * 3)
+        assert added[1].tolist() == pytest.approx([1.5e30] * 3)
 
 
 def test_the_number_of_concepts_adds_no_operation_per_layer():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counter(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += 1
-            return func(*args, **(kwargs or {}))
-
-    counts = {}
+    layer, counts = Layer(), {}
+    text = text_of(rows=12)
     for n in (2, 8):
-        context, _, deltas = setup(rows=12)
-        mask = torch.zeros(3, 12, n, dtype=torch.float64)
-        for i in range(n):
-            mask[1, i, i] = 1
-        rows = bound_rows(mask)
-        many = (deltas * 4)[:n]
-        value_delta(context, mask, many, rows)
+        members = tuple(Member(adapter_for(i), 0.5) for i in range(n))
+        tokens = TokenMask(mask_of(*((1, i, i, 1) for i in range(n)), concepts=n, rows=12))
+        group = Group(KINDS["value"], members, tuple(range(n)), "rows")
+        site, out = Site(TO_V, "to_v", "text"), layer.to_v(text)
+        plan = PassPlan((group,), lambda _, tokens=tokens: tokens)
+        plan.change(group, site, layer.to_v, text, out)  # tokens are looked up once per pass
         with Counter() as counter:
-            value_delta(context, mask, many, rows)
-        counts[n] = counter.count
+            plan.change(group, site, layer.to_v, text, out)
+        counts[n] = counter.names
     assert counts[2] == counts[8]
 
 
+def test_operations_of_several_concepts_are_those_of_two_at_pixels_too():
+    """A convolution of each concept would cost a whole layer each."""
+    from conceptsplit_core.adapters.factors import ConvPair, weighted_change
+
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 5, 4, generator=g)
+    for n in (2, 5):
+        factors = [
+            (i, 0.5 + i, ConvPair(torch.randn(2, 3, 3, 3, generator=g), torch.randn(4, 2, 1, 1, generator=g), 0.7))
+            for i in range(n)
+        ]
+        weights = torch.rand(1, 20, n, generator=g)
+        mask = TokenMask(weights, torch.tensor([0]))
+        weighted_change(factors, conv, x, mask)
+        with Counter() as counter:
+            added = weighted_change(factors, conv, x, mask)
+        wanted = sum(
+            (0.5 + i) * 0.7 * nn.functional.conv2d(nn.functional.conv2d(x, one.down, padding=1), one.up)
+            * weights[..., i].view(1, 1, 5, 4)
+            for i, _, one in factors
+        )  # fmt: skip
+        torch.testing.assert_close(added, wanted)
+        assert counter.names.count("convolution") == 2
+
+
 def test_nothing_bound_returns_the_same_tensor():
-    context, value, deltas = setup()
-    assert apply_value_delta(value, context, torch.zeros(3, 7, 2), deltas) is value
-    silent = [(a, b, 0.0) for a, b, _ in deltas]
-    assert apply_value_delta(value, context, torch.ones(3, 7, 2), silent) is value
-    assert apply_value_delta(value, context, torch.ones(3, 7, 2), [None, None]) is value
+    layer, text = Layer(), text_of()
+    site, out = Site(TO_V, "to_v", "text"), layer.to_v(text)
+    ones = TokenMask(torch.ones(3, ROWS, 2))
+    change = lambda members, mask: KINDS["value"].change(members, site, layer.to_v, text, out, mask)
+    both = (Member(adapter_for(1), 1.0), Member(adapter_for(2), 1.0))
+    assert change(both, ones) is not None
+    assert change(both, TokenMask(torch.zeros(3, ROWS, 2))) is None
+    assert change(tuple(Member(one.adapter, 0.0) for one in both), ones) is None
+    elsewhere = Site(TO_V.replace("mid_block", "down_blocks.0"), "to_v", "text")
+    assert KINDS["value"].change(both, elsewhere, layer.to_v, text, out, ones) is None
+    for mask in (None, torch.zeros(3, ROWS, 2)):
+        assert torch.equal(run(layer, [(one.adapter, 1.0) for one in both], mask, text), out)
+
+
+def test_a_mask_that_is_selected_from_keeps_order_and_tokens():
+    weights = torch.tensor([[[0.0, 0.5, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.25]]])
+    mask = TokenMask(weights)
+    assert mask.bound == (True, True, True) and mask.places.tolist() == [0, 2]
+    assert mask.select((0, 1, 2)) is mask
+    chosen = mask.select((2, 1))
+    assert chosen is mask.select([2, 1]), "made once"
+    assert chosen.worked.tolist() == [[0.0, 0.5], [0.25, 0.0]]
+    only = mask.select((1,))
+    assert only.places.tolist() == [0] and mask.select((0,)).bound == (True,)
+    pixels = TokenMask(weights.repeat(2, 1, 1), torch.tensor([3, 1])).select((2, 0))
+    assert pixels.rows.tolist() == [3, 1] and pixels.bound == (True, True)
+    assert torch.equal(pixels.worked, weights.repeat(2, 1, 1)[..., [2, 0]])
+
+
+def test_adding_makes_a_new_tensor_of_rows_of_tokens_and_of_convolutions():
+    out = torch.zeros(2, 3, 4)
+    added = add_at(out, torch.tensor([1, 5, 5]), torch.arange(12.0).view(3, 4))
+    assert not out.any() and added[0, 1].tolist() == [0, 1, 2, 3] and added[1, 2].tolist() == [12, 14, 16, 18]
+    assert added.count_nonzero() == 7
+    image = add_at(torch.zeros(3, 2, 4, 5).half(), torch.tensor([2]), torch.ones(1, 2, 4, 5))
+    assert image.dtype == torch.float16 and image[2].all() and not image[:2].any()
+
+
+def test_an_adapter_that_learns_gets_its_gradient_through_the_hook():
+    """Against finite differences, and from its own rows alone."""
+    layer, text, mask = Layer(), text_of(2, seed=5), mask_of((1, 2, 0, 1), (0, 4, 0, 0.5), batch=2, concepts=1)
+    adapter = adapter_for(4, rank=3, alpha=1.5)
+    names = list(adapter.sites)
+    a, b = (table[names[0]].clone().requires_grad_(True) for table in (adapter.down, adapter.up))
+
+    def values(a, b):
+        adapter.down[TO_V], adapter.up[TO_V] = a, b
+        with learning(layer.network(), kind_of(adapter), adapter) as publish:
+            publish(mask)
+            return layer.to_v(text)
+
+    assert torch.autograd.gradcheck(values, (a, b))
+    (gradient,) = torch.autograd.grad(values(a, b)[0, 3].sum(), a, allow_unused=True)
+    assert gradient is None or not gradient.any(), "row 3 is not the concept's"
+    (gradient,) = torch.autograd.grad(values(a, b)[1, 2].sum(), a)
+    assert gradient.any()
+
+
+def test_learning_follows_the_mask_that_is_published_and_ends_clean():
+    layer, text, adapter = Layer(), text_of(2), adapter_for()
+    plain = layer.to_v(text)
+    weight = layer.to_v.weight.clone()
+    with learning(layer.network(), kind_of(adapter), adapter) as publish:
+        assert torch.equal(layer.to_v(text), plain), "no mask yet"
+        for entry in ((0, 1, 0, 1), (1, 6, 0, 1)):
+            publish(mask_of(entry, batch=2, concepts=1))
+            for _ in range(2):  # with checkpointing the layer runs again in the backward pass
+                assert (layer.to_v(text) != plain).any(-1).nonzero().tolist() == [list(entry[:2])]
+        publish(mask_of((0, 1, 0, 1), batch=1, concepts=1))
+        assert torch.equal(layer.to_v(text), plain), "a mask of another batch lands nowhere"
+        publish(None)
+        assert torch.equal(layer.to_v(text), plain)
+    assert not layer.to_v._forward_hooks
+    assert torch.equal(layer.to_v.weight, weight) and torch.equal(layer.to_v(text), plain)
+
+
+def test_hooks_move_to_the_denoiser_that_the_host_exchanges_and_leave_nothing():
+    first, second, text = Layer(), Layer(), text_of(1)
+    adapter, mask = adapter_for(), mask_of((0, 2, 0, 1), batch=1, concepts=1)
+    groups = (Group(KINDS["value"], (Member(adapter, 1.0),), (0,), "rows"),)
+    hooks = Hooks()
+    hooks.plan = PassPlan(groups, lambda _: TokenMask(mask))
+    for _ in range(2):
+        hooks.install(first.network(), groups)
+    assert len(first.to_v._forward_hooks) == 1
+    hooks.install(second.network(), groups)
+    assert not first.to_v._forward_hooks and len(second.to_v._forward_hooks) == 1
+    assert (second.to_v(text) != first.to_v(text)).any(-1).nonzero().tolist() == [[0, 2]]
+    hooks.remove()
+    hooks.remove()
+    assert not second.to_v._forward_hooks and torch.equal(second.to_v(text), first.to_v(text))
+
+
+def test_strength_scales_the_change_linearly():
+    layer, text, adapter = Layer(), text_of(1), adapter_for()
+    mask, plain = torch.ones(1, ROWS, 1, dtype=torch.float64), layer.to_v(text)
+    added = {s: run(layer, [(adapter, s)], mask, text) - plain for s in (0.5, 1.0, -1.0)}
+    torch.testing.assert_close(added[0.5] * 2, added[1.0])
+    torch.testing.assert_close(-added[-1.0], added[1.0])
+
+
+# --- maps -----------------------------------------------------------------------------------------------------
 
 
 def test_bound_attention_equals_the_full_softmax():
@@ -121,6 +312,22 @@ def test_bound_attention_gradient_against_finite_differences():
     assert torch.autograd.gradcheck(lambda q, k: bound_attention(q, k, 2, mask), (q, k))
 
 
+def test_a_gradient_pass_keeps_nothing_of_the_size_of_all_logits():
+    """SDXL has 60 such layers of 6 MB and more each: between the passes only queries and keys may live."""
+    batch, heads, pixels, rows = 2, 4, 96, 77
+    q = torch.randn(batch, pixels, 8, requires_grad=True)
+    k = torch.randn(batch, rows, 8, requires_grad=True)
+    mask = torch.zeros(batch, rows, 2)
+    mask[:, 3, 0] = mask[:, 8, 1] = 1
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        maps = bound_attention(q, k, heads, mask)
+        kept = list(saved)
+    assert maps.requires_grad and sum(kept) < batch * heads * pixels * rows / 10
+    maps.square().sum().backward()
+    assert q.grad.any() and k.grad.any()
+
+
 def test_bound_attention_survives_large_logits_and_reads_the_bias():
     q = torch.full((1, 2, 4), 200.0)
     k = torch.cat([torch.full((1, 1, 4), 200.0), torch.zeros(1, 2, 4)], dim=1)
@@ -135,64 +342,3 @@ def test_attend_with_zero_bias_equals_without():
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, n, 8, generator=g) for n in (6, 4, 4))
     torch.testing.assert_close(attend(q, k, v, 2, torch.zeros(2, 6, 4)), attend(q, k, v, 2))
-
-
-def adapter_for(layers, seed=0, rank=2):
-    adapter = LowRankAdapter.create(layers, AdapterInfo("x", "dog", rank=rank, alpha=float(rank)), seed)
-    for up in adapter.up.values():
-        up.normal_(generator=torch.Generator().manual_seed(seed + 1))
-    return adapter
-
-
-def test_hook_changes_only_bound_rows_and_leaves_nothing_behind():
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn2"
-    to_v = nn.Linear(5, 6, bias=False)
-    weights = to_v.weight.clone()
-    x = torch.randn(2, 7, 5)
-    plain = to_v(x)
-    adapter = adapter_for({layer: (5, 6)})
-    state = ValueState(None, (adapter,), (1.0,))
-    handles = hook_values({layer: to_v}, state)
-    assert torch.equal(to_v(x), plain), "no mask: bit-equal"
-    mask = torch.zeros(2, 7, 1)
-    state.mask = mask
-    assert torch.equal(to_v(x), plain), "empty mask: bit-equal"
-    mask = mask.clone()
-    mask[1, 3] = 1
-    state.mask = mask
-    changed = (to_v(x) != plain).any(-1)
-    assert changed.nonzero().tolist() == [[1, 3]]
-    assert layer in state.used
-    state.strengths = (0.0,)
-    assert torch.equal(to_v(x), plain), "strength 0: bit-equal"
-    state.strengths = (1.0,)
-    state.clear()
-    assert torch.equal(to_v(x), plain)
-    remove_hooks(handles)
-    remove_hooks(handles)
-    assert not to_v._forward_hooks
-    assert torch.equal(to_v.weight, weights)
-
-
-def test_strength_scales_the_delta_linearly():
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn2"
-    to_v = nn.Linear(5, 6, bias=False).double()
-    adapter = adapter_for({layer: (5, 6)})
-    x = torch.randn(1, 3, 5, dtype=torch.float64)
-    out = {}
-    for strength in (0.5, 1.0, -1.0):
-        state = ValueState(torch.ones(1, 3, 1), (adapter,), (strength,))
-        handles = hook_values({layer: to_v}, state)
-        out[strength] = to_v(x) - nn.functional.linear(x, to_v.weight)
-        remove_hooks(handles)
-    torch.testing.assert_close(out[0.5] * 2, out[1.0])
-    torch.testing.assert_close(-out[-1.0], out[1.0])
-
-
-def test_mask_follows_a_tiled_context_and_refuses_a_strange_one():
-    mask = torch.zeros(2, 3, 1)
-    mask[1, 2] = 1
-    tiled = match_mask(mask, 2, 6)
-    assert tiled[..., 0].nonzero().tolist() == [[1, 2], [1, 5]]
-    assert match_mask(mask, 3, 3) is None
-    assert match_mask(mask, 2, 4) is None

@@ -237,7 +237,7 @@ def adapters(draw, sharp=False):
     count, rank = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     block = draw(st.sampled_from(["down_blocks.1", "mid_block", "up_blocks.2"]))
     layers = {
-        f"{block}.attentions.{i}.transformer_blocks.0.attn2": (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+        f"{block}.attentions.{i}.transformer_blocks.0.attn2.to_v": (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
         for i in range(count)
     }
     info = AdapterInfo(
@@ -289,7 +289,7 @@ def test_truncation_loses_less_the_more_rank_is_kept(adapter):
     assert told[-1] == pytest.approx(0, abs=1e-6)
 
 
-LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 
 
 @settings(max_examples=300)
@@ -298,8 +298,12 @@ def test_any_tensor_name_is_a_layers_side_or_nothing(key):
     parsed = canonical_key(key)
     if parsed is not None:
         layer, side = parsed
-        assert side in ("down", "up") and layer.endswith("attn2") and layer in key
-        assert canonical_key(f"unet.{layer}.to_v.lora_{'A' if side == 'down' else 'B'}.weight") == parsed
+        assert (
+            side in ("lora_A", "lora_B", "alpha")
+            and layer.endswith("attn2.to_v")
+            and layer.removesuffix(".to_v") in key
+        )
+        assert side == "alpha" or canonical_key(f"unet.{layer}.{side}.weight") == parsed
 
 
 @st.composite
@@ -314,7 +318,7 @@ def safetensors_like(draw):
         },
     )
     sides = st.sampled_from(["lora_A", "lora_B", "original_linear.lora_A", "lora.down", "x"])
-    header = draw(st.dictionaries(safe_text | sides.map(lambda s: f"unet.{LAYER}.to_v.{s}.weight"), entry, max_size=4))
+    header = draw(st.dictionaries(safe_text | sides.map(lambda s: f"unet.{LAYER}.{s}.weight"), entry, max_size=4))
     facts = st.sampled_from(["rank", "alpha", "format", "format_version", "training", "concept", "base", "context_dim"])
     if draw(st.booleans()):
         header["__metadata__"] = draw(

@@ -14,8 +14,9 @@ from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers import sampling as host_sample
 from conceptsplit_core.method.loda import LodaTrace, separate
 from conceptsplit_core.method.maps import separation_loss
+from conceptsplit_core.method.updates import UPDATE_RULES
 from conceptsplit_core.network.grid import aggregate
-from conceptsplit_core.settings import STEP_RULES, LodaConfig
+from conceptsplit_core.settings import LodaConfig
 
 TEXT = "a photo of a <rex> and a <tom>"
 NAMES = ["rex", "tom"]
@@ -173,7 +174,7 @@ def test_the_loda_gradient_is_the_slope_of_the_loss(load, family, divergence):
 
 @every_family
 @pytest.mark.parametrize("sampler", host.SAMPLERS)
-@pytest.mark.parametrize("rule", STEP_RULES)
+@pytest.mark.parametrize("rule", list(UPDATE_RULES))
 def test_loda_lowers_its_loss(load, family, sampler, rule):
     model = load(family)
     config = LodaConfig(

@@ -110,9 +110,15 @@ class Graph:
         given = {
             "concept_name": "bobo", "class_word": [pictures, 1], "file_name": name, "steps": steps, "batch_size": 1,
             "learning_rate": 0.002, "rank": 4, "seed": 0, "templates": "a {}\na photo of a {}", "save_every": 2,
+            "sample_every": 0,
         }  # fmt: skip
         inputs = {"model": self.model, "clip": self.clip, "vae": self.vae, "images": [pictures, 0], **given, **more}
-        return self.add("ConceptSplitTrain", **inputs)
+        return self.add("ConceptSplitTrain", **self.optioned("ConceptSplitTrainOptions", TRAIN_OPTIONS, inputs))
+
+    def optioned(self, kind: str, rare: set[str], inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a node, with those named in `rare` on its options node."""
+        key = self.add(kind, **{name: value for name, value in inputs.items() if name in rare})
+        return {**{name: value for name, value in inputs.items() if name not in rare}, "options": [key, 0]}
 
     def texts(self, text: str) -> tuple[list[Any], list[Any]]:
         return tuple([self.add("CLIPTextEncode", text=t, clip=self.clip), 0] for t in (text, ""))  # type: ignore[return-value]
@@ -129,7 +135,8 @@ class Graph:
         if loda is None:
             key = self.add("KSampler", **given)
         else:
-            key = self.add("ConceptSplitKSampler", **given, **{**LODA, **loda})
+            loda = self.optioned("ConceptSplitLodaOptions", {"map_downscale"}, {**LODA, **loda})
+            key = self.add("ConceptSplitKSampler", **given, **loda)
         picture = [self.add("VAEDecode", samples=[key, 0], vae=self.vae), 0]
         self.save(picture)
         if preview:
@@ -152,6 +159,7 @@ class Graph:
         self.add("PreviewImage", images=picture)
 
 
+TRAIN_OPTIONS = {"save_every", "resume", "gradient_checkpointing"}
 LODA = {"loda_steps": 3, "loda_strength": 0.02, "afg": True, "loda_iterations": 2}
 TWO, WORDS = "a <pixa> and a <nero>", "a red star and a blue heart"
 
@@ -213,6 +221,11 @@ def training(graph: Graph, rng: random.Random) -> None:
     graph.sample("a <bobo>")
 
 
+def no_maps(graph: Graph, rng: random.Random) -> None:
+    """Without concepts: the preview says that there are no maps."""
+    graph.sample(WORDS, {}, True, seed=rng.randrange(1000))
+
+
 def trained_file(graph: Graph, rng: random.Random) -> None:
     graph.load("first.safetensors")
     graph.load("demo_nero.safetensors")
@@ -231,6 +244,7 @@ GOOD: dict[str, Callable[[Graph, random.Random], None]] = {
     "words only, LODA and preview": words_only,
     "LODA switched off": switched_off,
     "one concept, LODA says so": one_concept,
+    "preview without maps": no_maps,
     "guider": guider,
     "train, apply, sample": training,
     "file trained before": trained_file,
@@ -265,9 +279,6 @@ def bad_inputs() -> dict[str, tuple[Callable[[Graph], None], str]]:
     def no_marks(g: Graph) -> None:
         marked(g, " , ").sample(WORDS)
 
-    def no_maps(g: Graph) -> None:
-        g.sample(WORDS, {}, True)
-
     def no_such_level(g: Graph) -> None:
         marked(g).sample(WORDS, {"map_downscale": "8"})
 
@@ -282,7 +293,6 @@ def bad_inputs() -> dict[str, tuple[Callable[[Graph], None], str]]:
         "template without braces": (nan, "exactly one {}"),
         "empty class word": (no_word, "class word"),
         "no word to mark": (no_marks, "no word to mark"),
-        "preview without maps": (no_maps, "no attention maps"),
         "a level the model lacks": (no_such_level, "no cross-attention at 1/8"),
         "resuming another training": (other_resume, "belongs to a training with other images"),
     }

@@ -20,7 +20,7 @@ from ...text.binding import Binding, BoundPrompt, bind
 from ...text.concepts import Concept, shown
 from ...text.layout import SpecialTokens, TextLayout, layout_of
 from .model import KEY
-from .texts import TextBook
+from .texts import BoundTexts
 
 log = logging.getLogger("ConceptSplit")
 
@@ -32,13 +32,25 @@ class BoundText:
     """What a conditioning carries: the text as encoded, and which of its rows belong to whom.
 
     rows: how many rows the text has, so that rows which others put behind it are noticed.
-    book: the other texts of the same encoder that are in use, by which those rows may be recognised.
+    known: the other texts of the same encoder that are in use, by which those rows may be recognised.
     """
 
     text: str
     bindings: tuple[Binding, ...]
     rows: int = 0
-    book: TextBook | None = field(default=None, compare=False, repr=False)
+    known: BoundTexts | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class TextLora:
+    """A LoRA's part for the text encoder, which acts at the rows of its concept.
+
+    patches: as `CLIP.add_patches` takes them.
+    """
+
+    concept: str
+    patches: Mapping[Any, Any]
+    strength: float
 
 
 class BoundChunks(list):
@@ -72,9 +84,10 @@ class ConceptCLIP(_AnyCLIP):
     """Mixed over whatever class the CLIP at hand has (see `with_concepts`); never built directly."""
 
     conceptsplit_concepts: tuple[Concept, ...] = ()
+    conceptsplit_loras: tuple[TextLora, ...] = ()
 
     def clone(self, *args: Any, **kwargs: Any) -> comfy.sd.CLIP:
-        return _with_class(super().clone(*args, **kwargs), self.conceptsplit_concepts)
+        return _with_class(super().clone(*args, **kwargs), self.conceptsplit_concepts, self.conceptsplit_loras)
 
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
         stock = super().tokenize
@@ -107,13 +120,31 @@ class ConceptCLIP(_AnyCLIP):
         carried = carried_by(self, tokens)
         out = super().encode_from_tokens(tokens, return_pooled, return_dict)
         if return_dict:
-            out[KEY] = carried and carried.encoded(self, out["cond"])
+            bound = None if carried is None else carried.encoded(self, out["cond"])
+            out[KEY] = bound
+            if bound is not None:
+                out["cond"] = self._with_loras(out["cond"], bound, super().clone, tokens)
         elif carried is not None and carried.bindings:
             log.warning(
                 '[ConceptSplit] A text node drops the bindings of prompt "%s": encode it with CLIP Text Encode.',
                 shown(carried.text),
             )
         return out
+
+    def _with_loras(
+        self, encoded: torch.Tensor, bound: BoundText, clone: Callable[[], comfy.sd.CLIP], tokens: Any
+    ) -> torch.Tensor:
+        """The text [1, L, d] in which each concept's rows come from the encoder with that concept's LoRA alone."""
+        for lora in self.conceptsplit_loras:
+            rows = [row for one in bound.bindings if one.concept == lora.concept for row in one.rows]
+            if not rows:
+                continue
+            patched = clone()
+            patched.add_patches(dict(lora.patches), lora.strength)
+            own = patched.encode_from_tokens(tokens, return_dict=True)["cond"]
+            encoded = encoded.clone()
+            encoded[:, rows] = own[:, rows].to(encoded)
+        return encoded
 
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         out = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
@@ -141,7 +172,13 @@ def with_concepts(clip: comfy.sd.CLIP, concepts: Sequence[Concept]) -> comfy.sd.
                 "name."
             )
         known = (*known, concept)
-    return _with_class(clip.clone(), known)
+    return _with_class(clip.clone(), known, getattr(clip, "conceptsplit_loras", ()))
+
+
+def with_text_lora(clip: comfy.sd.CLIP, concept: str, patches: Mapping[Any, Any], strength: float) -> comfy.sd.CLIP:
+    """A clone of a CLIP that knows `concept`, which encodes that concept's rows with these patches."""
+    loras = getattr(clip, "conceptsplit_loras", ())
+    return _with_class(clip.clone(), concepts_of(clip), (*loras, TextLora(concept, patches, strength)))
 
 
 def concepts_of(clip: comfy.sd.CLIP) -> tuple[Concept, ...]:
@@ -175,7 +212,7 @@ class CarriedText:
             bindings = tuple(replace(one, rows=self.layout.rows(one.rows, self.tokens, rows)) for one in bindings)
         # On the encoder, because only its own texts can stand beside each other in one run, and every CLIP made of it,
         # whatever concepts it knows, has to find them.
-        texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, TextBook())
+        texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, BoundTexts())
         texts.add(text, bindings)
         return BoundText(self.text, bindings, rows, texts)
 
@@ -234,13 +271,14 @@ def _concept_class(base: Any) -> Any:
     return base if issubclass(base, ConceptCLIP) else type("ConceptCLIP", (ConceptCLIP, base), {})
 
 
-def _with_class(clip: comfy.sd.CLIP, concepts: tuple[Concept, ...]) -> comfy.sd.CLIP:
+def _with_class(clip: comfy.sd.CLIP, concepts: tuple[Concept, ...], loras: tuple[TextLora, ...]) -> comfy.sd.CLIP:
     # The host has no hook around tokenize, encode and clone, and other packs subclass CLIP and put attributes on it.
     # Changing the class of this one object keeps all of that; a wrapper object would be no CLIP to them, and methods
     # set on the object would be lost in the host's own clone().
     base: Any = type(clip)
     clip.__class__ = _concept_class(base)
     clip.conceptsplit_concepts = concepts
+    clip.conceptsplit_loras = loras
     return clip
 
 

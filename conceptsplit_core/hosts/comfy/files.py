@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -29,6 +30,33 @@ def register_folder() -> None:
     own = [os.path.join(folder_paths.models_dir, FOLDER), str(DEMO_ADAPTERS)]
     paths = [*given, *(path for path in own if path not in given)]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+
+
+def lora_names() -> list[str]:
+    """LoRA files of models/loras for the UI."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+
+
+def lora_path(name: str) -> Path:
+    """The LoRA file behind a name from the UI.
+
+    Raises:
+        ConceptSplitError: there is none, or the name leads out of the folder.
+    """
+    _refuse_strange(name, "loras")
+    found = folder_paths.get_full_path("loras", name)
+    if found is None:
+        raise ConceptSplitError(f"There is no LoRA {name!r} in models/loras: refresh the page, or copy the file first.")
+    return Path(found)
+
+
+def fingerprint(name: str, path_of: Callable[[str], Path]) -> str:
+    """Another text whenever the file behind a name is another."""
+    try:
+        status = os.stat(path_of(name))
+    except (ConceptSplitError, OSError):
+        return f"{name}:missing"
+    return f"{name}:{status.st_mtime_ns}:{status.st_size}"
 
 
 def adapter_names() -> list[str]:
@@ -100,10 +128,10 @@ def save_reduced(adapter: LowRankAdapter, name: str, rank: int) -> LowRankAdapte
     return adapter
 
 
-def _refuse_strange(name: str) -> None:
+def _refuse_strange(name: str, folder: str = FOLDER) -> None:
     parts = name.replace("\\", "/").split("/")
     if not name.strip() or ".." in parts or os.path.isabs(name) or re.match(r"^[A-Za-z]:", name) or "\0" in name:
-        raise ConceptSplitError(f"The file name {name[:60]!r} cannot be used: choose one inside models/{FOLDER}.")
+        raise ConceptSplitError(f"The file name {name[:60]!r} cannot be used: choose one inside models/{folder}.")
 
 
 def _inside(path: Path, root: str | os.PathLike[str]) -> bool:

@@ -20,6 +20,7 @@ from ...adapters.lora import LoraAdapter, LoraReport, loha_factor, lokr_factor, 
 from ...errors import ConceptSplitError
 from ...method.tova import Pair
 from ...network.site import NetworkMap
+from ...text.concepts import Concept, word_name
 from .model import network_map
 
 log = logging.getLogger("ConceptSplit")
@@ -46,6 +47,21 @@ def read_words(path: Path) -> list[str]:
     except Exception:  # the reader raises anything on a damaged file; reading it in earnest says so
         return []
     return trained_words(metadata or {})
+
+
+def concept_of(path: Path, name: str, words: str) -> Concept:
+    """The concept of a LoRA: under the name given or the file's own, for the words given or those the file proposes.
+
+    Raises:
+        ConceptSplitError: nobody says which words it was trained on.
+    """
+    name = name or word_name(path.stem)
+    proposed = read_words(path) if not words.strip() else []
+    if not words.strip() and not proposed:
+        raise ConceptSplitError(
+            f"{path.name} does not say which words it was trained on: write them into words, for instance 'ohwx woman'."
+        )
+    return Concept(name, words.strip() or proposed[0])
 
 
 def read_lora(

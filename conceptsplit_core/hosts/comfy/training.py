@@ -185,14 +185,9 @@ def train_adapter(
     masks: Tensor | None,
     concept: Concept,
     templates: Sequence[str],
-    rank: int,
-    alpha: float,
     config: TrainConfig,
-    gradient_checkpointing: bool = False,
     checkpoint_path: Path | None = None,
-    resume: bool = False,
     on_event: Callable[[TrainEvent], None] | None = None,
-    sample_every: int = 0,
     on_sample: Callable[[int, Tensor], None] | None = None,
 ) -> TrainResult:
     """Trains a value adapter on a few pictures of one concept; the MODEL stays as it is.
@@ -200,8 +195,7 @@ def train_adapter(
     Args:
         images: [N, H, W, C] in 0…1.  masks: [N or 1, H, W], 1 on the concept, or None.
         config: its prediction type is replaced by the model's own.
-        sample_every: steps between two pictures drawn with the adapter as it then is, from one fixed noise; 0 is never.
-        on_sample: receives (step, picture [1, H, W, 3]).
+        on_sample: receives (step, picture [1, H, W, 3]), drawn with the adapter as it then is, from one fixed noise.
 
     Raises:
         ConceptSplitError: bad input, told in one sentence.
@@ -225,8 +219,8 @@ def train_adapter(
         concept.class_word,
         network.family,
         next(iter(shapes.values()))[0],
-        rank,
-        alpha or rank,
+        config.rank,
+        config.alpha or config.rank,
         kind,
         facts,
     )
@@ -241,7 +235,7 @@ def train_adapter(
         alphas_cumprod = _own(1.0 / (sampling.sigmas.double() ** 2 + 1.0))
 
     model = model.clone()
-    rows = config.batch_size * (1 if gradient_checkpointing else 4)  # activations are kept for the backward pass
+    rows = config.batch_size * (1 if config.gradient_checkpointing else 4)  # activations are kept for the backward pass
     need = model.memory_required([rows, *latents.shape[1:]])
     comfy.model_management.load_models_gpu([model], memory_required=need, force_full_load=True)
     device = model.load_device
@@ -255,13 +249,14 @@ def train_adapter(
         if on_event is not None:
             on_event(event)
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if on_sample is not None and sample_every and (event.step % sample_every == 0 or event.step == event.steps):
+        every = config.sample_every
+        if on_sample is not None and every and (event.step % every == 0 or event.step == event.steps):
             with pause():
                 on_sample(event.step, draw(model, clip, vae, adapter.detached(), concept, templates[0], latents))
             adopt_parameters(model.model)  # sampling may have loaded the model anew
 
-    with objective(model.model, adapter, gradient_checkpointing) as (denoise, pause):
-        result = train(adapter, data, alphas_cumprod, denoise, config, watched, checkpoint_path, resume)
+    with objective(model.model, adapter, config.gradient_checkpointing) as (denoise, pause):
+        result = train(adapter, data, alphas_cumprod, denoise, config, watched, checkpoint_path, config.resume)
     return TrainResult(result.adapter.detached(), result.losses, result.seconds)
 
 

@@ -160,7 +160,7 @@ def patched(
     for channel, (adapter, strength) in enumerate(adapters):
         if adapter is None:
             continue
-        adapter.check_fits(network.shapes(name for name in adapter.sites if name in network.sites), network.family)
+        adapter.check_fits(network.shapes(adapter.sites), network.family)
         kind = kind_of(adapter)
         scope = (scopes[channel] if scopes is not None else None) or kind.scope
         if strength != 0.0:

@@ -82,6 +82,30 @@ def run(node_id: str, **inputs: Any) -> tuple[Any, ...]:
         return getattr(node(), node.FUNCTION)(**inputs)
 
 
+OPTIONS_NODES = {
+    "ConceptSplitKSampler": "ConceptSplitLodaOptions",
+    "ConceptSplitGuider": "ConceptSplitLodaOptions",
+    "ConceptSplitTrain": "ConceptSplitTrainOptions",
+}
+
+
+def split_options(node_id: str, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs of a node, and those of them that its options node takes."""
+    import nodes
+
+    types = nodes.NODE_CLASS_MAPPINGS[OPTIONS_NODES[node_id]].INPUT_TYPES()
+    rare = {name for group in types.values() for name in group}
+    return {k: v for k, v in given.items() if k not in rare}, {k: v for k, v in given.items() if k in rare}
+
+
+def run_with_options(node_id: str, **inputs: Any) -> tuple[Any, ...]:
+    """Runs a node that has an options node, and that one before it where inputs of it are given."""
+    inputs, rare = split_options(node_id, inputs)
+    if rare:
+        (inputs["options"],) = run(OPTIONS_NODES[node_id], **rare)
+    return run(node_id, **inputs)
+
+
 @pytest.fixture(scope="session")
 def base() -> Path:
     return BASE

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conftest import pack, run
+from .conftest import pack, run, run_with_options
 
 PROMPT = "a photo of a <rex> and a cat"
 
@@ -88,7 +88,7 @@ def sample_loda(model: Any, positive: Any, negative: Any, image: Any = None, **o
         "loda_iterations": 1,
         **options,
     }
-    out, maps = run(
+    out, maps = run_with_options(
         "ConceptSplitKSampler",
         model=model,
         positive=positive,

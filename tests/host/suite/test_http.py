@@ -20,6 +20,7 @@ from PIL import Image
 from .conftest import HOST, REPO
 
 WORKFLOWS = sorted((REPO / "tests" / "workflows_api").glob("*.json"))
+SAVED = sorted((REPO / "tests" / "fixtures" / "workflows").glob("*/api/every_node.json"))
 BOOT_SECONDS, RUN_SECONDS = 180, 600
 
 
@@ -124,7 +125,7 @@ def program(tmp_path_factory):
 def test_nodes_help_pages_and_templates_are_served(program):
     nodes = json.loads(program.get("/object_info"))
     ours = [name for name in nodes if name.startswith("ConceptSplit")]
-    assert len(ours) == 10
+    assert len(ours) == 12
     for name in ours:
         page = program.get(f"/extensions/comfyui-conceptsplit/docs/{name}.md").decode()
         assert page.startswith(f"# {nodes[name]['display_name']}"), name
@@ -137,7 +138,7 @@ def test_there_are_workflows():
     assert {path.stem for path in WORKFLOWS} == {path.stem for path in (REPO / "workflows").glob("*.json")} != set()
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*WORKFLOWS, *SAVED], ids=lambda path: path.stem)
 def test_workflow(program, path):
     prompt = json.loads(path.read_text())
     entry = program.run(prompt)

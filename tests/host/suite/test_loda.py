@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .conftest import pack, run
+from .conftest import pack, run, run_with_options
 from .helpers import (
     PROMPT,
     apply,
@@ -147,9 +147,21 @@ def test_fewer_than_two_concepts_is_plain_sampling_and_says_so(marked, text, cap
     assert torch.equal(out, sample(model, *conds))
     assert maps.trace is None
     assert sum("LODA needs two concepts" in line for line in told) == 1
-    errors = pack("conceptsplit_core.errors")
-    with pytest.raises(errors.ConceptSplitError, match="LODA did not run"):
-        run("ConceptSplitPreview", attention_maps=maps, images=torch.zeros(1, 64, 64, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"loda_steps": 0}])
+def test_preview_without_maps_is_a_sheet_that_says_so(marked, options):
+    """Case 37: the workflow failed with loda_steps 0 or with one concept."""
+    text = "a photo of a dog and a cat" if options else "a photo of a dog"
+    _, maps = sample_loda(marked[0], *two(marked[1], text), latent(batch=2), **options)
+    grey = torch.full((2, 48, 64, 3), 0.25)
+    grey[1] = 0.75
+    sheets, curve = run("ConceptSplitPreview", attention_maps=maps, images=grey)
+    assert sheets.shape[0] == 2 and curve.shape[0] == 1
+    for sheet, value in zip(sheets, (0.25, 0.75), strict=True):
+        left, right = sheet.chunk(2, dim=1)
+        assert ((left - value).abs() < 0.01).float().mean() > 0.5, "its picture on the left"
+        assert (right < 0.3).any(), "a sentence in dark letters on the right"
 
 
 @pytest.mark.parametrize("batch", [2, 3])
@@ -254,7 +266,7 @@ def test_steps_are_counted_through(marked):
 def test_guider_equals_the_sampler_node(marked):
     model, clip = marked
     conds = two(clip)
-    guider, maps = run(
+    guider, maps = run_with_options(
         "ConceptSplitGuider",
         model=model,
         positive=conds[0],

@@ -25,23 +25,7 @@ def test_this_host_draws_the_pair_that_diffusers_drew():
     positive, negative = encode(clip, settings["prompt"]), encode(clip, "")
     (empty,) = run("EmptyLatentImage", width=128, height=128, batch_size=1)
     given = {key: settings[key] for key in ("seed", "steps", "cfg")}
-    loda = settings["loda"]
-    chosen = {
-        "loda_steps": loda["loda_steps"],
-        "loda_strength": loda["loda_strength"],
-        "loda_iterations": loda["loda_iterations"],
-        "afg": loda["afg"],
-        "divergence": loda["divergence"],
-        "threshold": loda["threshold"],
-        "loda_rule": loda["loda_rule"],
-        "map_downscale": str(loda["map_downscale"]),
-        "map_smoothing": loda["map_smoothing"],
-        "map_part": loda["map_part"],
-        "afg_inside": loda["afg_inside"],
-        "afg_outside": loda["afg_outside"],
-        "afg_region": loda["afg_region"],
-        "afg_end": loda["afg_end"],
-    }
+    chosen = {**settings["loda"], "map_downscale": str(settings["loda"]["map_downscale"])}
     plain = sample(model, positive, negative, empty, **given)
     separated, _ = sample_loda(model, positive, negative, empty, **given, **chosen)
     for latents, expected in zip((plain, separated), kept, strict=True):

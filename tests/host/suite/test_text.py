@@ -71,6 +71,78 @@ def test_embeddings_take_their_rows(sd, base):
     assert rows(encode(clip, "a embedding:style <rex>")) == {"rex": (5,)}
 
 
+def test_an_edit_of_a_conditioning_in_place_changes_no_later_encoding(sd):
+    clip = mark(sd.clip, "rex:dog")
+    stock = encode(sd.clip, "a dog")[0]
+    for _ in range(2):
+        ours = encode(clip, "a <rex>")[0]
+        assert torch.equal(ours[0], stock[0])
+        assert torch.equal(ours[1]["pooled_output"], stock[1]["pooled_output"])
+        with torch.inference_mode():
+            ours[0].mul_(2)
+            ours[1]["pooled_output"].zero_()
+    assert "conceptsplit_encoded" not in vars(sd.clip.cond_stage_model)
+
+
+@pytest.mark.parametrize(
+    "words, text, stock, wanted",
+    [
+        ("rex:dog", "two <rex>s", "two dogs", {"rex": (2,)}),
+        ("star", "two stars", "two stars", {"star": (2,)}),
+        ("rex:dog", "a <REX>", "a dog", {"rex": (2,)}),
+        ("E\u0301mile:dog", "a <\u00c9mile>", "a dog", {"\u00c9mile": (2,)}),
+        ("शेरू:dog", "a <शेरू>", "a dog", {"शेरू": (2,)}),
+        ("rock'n'roll", "loud rock'n'roll", "loud rock'n'roll", {"rock_n_roll": (2, 3, 4, 5, 6)}),
+    ],
+)
+def test_names_and_words_of_every_kind(sd, words, text, stock, wanted):
+    ours = encode(mark(sd.clip, words), text)
+    assert rows(ours) == wanted
+    assert torch.equal(ours[0][0], encode(sd.clip, stock)[0][0])
+
+
+def test_a_word_of_several_parts_over_weights(sd):
+    ours = encode(mark(sd.clip, "teddy:polar bear"), "a polar (bear:1.2) here")
+    assert rows(ours) == {"teddy": (2, 3)}
+
+
+def test_an_emoji_is_a_word(sd):
+    ours = encode(mark(sd.clip, "🐶"), "a 🐶 and a cat")
+    ((name, found),) = rows(ours).items()
+    ids = [entry[0] for entry in sd.clip.tokenize("🐶")["l"][0]]
+    assert name == "dog_face" and len(found) == ids.index(49407) - 1 and found[0] == 2
+
+
+def test_a_weight_in_the_placeholder_is_the_bindings(sd):
+    ours = encode(mark(sd.clip, "rex:dog"), "a <rex:0.25> and <rex>")
+    bindings = ours[0][1]["conceptsplit"].bindings
+    assert [(one.rows, one.weight) for one in bindings] == [((2,), 0.25), ((4,), 1.0)]
+
+
+def test_an_embedding_token_in_brackets_stays_text(sd):
+    inner = sd.clip.tokenizer.clip_l
+    before = dict(inner.inv_vocab)
+    inner.inv_vocab[49409] = "<cat-toy>"  # as a tokenizer with a textual inversion in it has it
+    try:
+        assert rows(encode(mark(sd.clip, "rex:dog"), "a <rex> with <cat-toy>")) == {"rex": (2,)}
+    finally:
+        inner.inv_vocab = before
+
+
+def test_our_own_faults_are_not_taken_for_odd_prompts(sd, monkeypatch):
+    clip = mark(sd.clip, "rex:dog")
+    error = pack("conceptsplit_core.errors").ConceptSplitError
+    with pytest.raises(error, match="cannot read the prompt"):
+        clip.tokenize("embedding:")
+
+    def broken(*args, **kwargs):
+        raise TypeError("got multiple values for keyword argument")
+
+    monkeypatch.setattr(type(sd.clip.tokenizer), "tokenize_with_weights", broken)
+    with pytest.raises(TypeError, match="multiple values"):
+        clip.tokenize("a <rex>")
+
+
 def test_unknown_placeholder_is_one_sentence(sd):
     errors = pack("conceptsplit_core.errors")
     with pytest.raises(errors.ConceptSplitError, match="<fido>.*<rex>"):

@@ -1,0 +1,285 @@
+"""Every option of the terminal arrives where it is used, at a value that is not the default; and cases of that kind."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from conceptsplit_core import cli
+from conceptsplit_core.cli import common, options
+from conceptsplit_core.cli import sample as sample_command
+from conceptsplit_core.cli import train as train_command
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.settings import LodaConfig, TrainConfig
+from conceptsplit_core.settings import options as all_options
+
+ROOT = Path(__file__).parents[2]
+ADAPTER = ROOT / "tests" / "fixtures" / "adapters" / "v1_demo_pixa.safetensors"
+
+
+def actions(command: str) -> dict[str, argparse.Action]:
+    parser = next(a for a in options.build_parser()._actions if a.choices).choices[command]
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
+
+
+# Values that are not the default, no two numbers of one settings class alike.
+LODA = {
+    "loda_steps": 7,
+    "loda_iterations": 5,
+    "loda_strength": 0.125,
+    "loda_rule": "gradient",
+    "divergence": "bhattacharyya",
+    "threshold": 0.75,
+    "map_smoothing": 2.5,
+    "map_downscale": 4,
+    "map_part": "down",
+    "afg": False,
+    "afg_inside": 1.25,
+    "afg_outside": 9.5,
+    "afg_region": 0.375,
+    "afg_smoothing": 0.5,
+    "afg_end": 0.25,
+}
+TRAIN = {
+    "steps": 11,
+    "batch_size": 3,
+    "learning_rate": 0.0625,
+    "rank": 5,
+    "seed": 2**64 - 3,
+    "alpha": 1.5,
+    "weight_decay": 0.25,
+    "warmup": 4,
+    "max_grad_norm": 0.5,
+    "background_weight": 0.75,
+    "save_every": 6,
+    "resume": True,
+    "gradient_checkpointing": True,
+}
+
+
+def written(name: str, value: object) -> list[str]:
+    """An option as a user types it."""
+    dashed = name.replace("_", "-")
+    return [f"--{dashed}" if value else f"--no-{dashed}"] if isinstance(value, bool) else [f"--{dashed}", str(value)]
+
+
+def test_the_values_tried_are_all_options_and_none_is_a_default():
+    for config, values in ((LodaConfig, LODA), (TrainConfig, TRAIN)):
+        fresh = config()
+        assert values.keys() == all_options(config).keys() - options.NO_SAMPLES
+        assert all(getattr(fresh, name) != value for name, value in values.items())
+        numbers = [value for value in values.values() if not isinstance(value, (bool, str))]
+        assert len(numbers) == len(set(numbers))
+
+
+class Stop(Exception):
+    """Ends a command where the test has seen enough."""
+
+
+def received(monkeypatch, module, name, run) -> SimpleNamespace:
+    """What the function `name` of `module` is called with by `run`, which goes no further."""
+    seen = SimpleNamespace(args=(), kwargs={})
+
+    def stop(*args, **kwargs):
+        seen.args, seen.kwargs = args, kwargs
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, stop)
+        with pytest.raises(Stop):
+            run()
+    return seen
+
+
+@pytest.mark.parametrize("name", LODA)
+def test_each_loda_option_alone_reaches_the_config(name):
+    arguments = options.parse(["sample", "--prompt", "a", *written(name, LODA[name])])
+    assert sample_command.loda_config(arguments) == LodaConfig(**{name: LODA[name]})
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_each_training_option_alone_reaches_the_config(name):
+    arguments = options.parse(
+        ["train", "--images", "x", "--class-word", "c", "--name", "n", *written(name, TRAIN[name])]
+    )
+    assert train_command.train_config(arguments) == TrainConfig(**{name: TRAIN[name]})
+
+
+def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
+    out = tmp_path / "new" / "a.png"
+    line = [
+        "sample", "--prompt", "a <rex> and a heart", "--negative", "dull", "--adapter", f"rex={ADAPTER}:0.625",
+        "--class-word", "rex=star", "--words", "heart", "--steps", "13", "--cfg", "3.5", "--sampler", "euler",
+        "--seed", "21", "--batch", "2", "--size", "96x64", "--out", str(out), "--maps", "--model", "demo",
+        "--device", "cpu", "--precision", "bf16", "--prediction", "v_prediction", "--tokenizer", "x",
+    ]  # fmt: skip
+    line += [part for name, value in LODA.items() for part in written(name, value)]
+    spoken = {part[2:].replace("-", "_").removeprefix("no_") for part in line if part.startswith("--")}
+    assert spoken >= set(actions("sample")) - {"loda"}, "an option that this test does not try"
+
+    loading = received(monkeypatch, host.load, "load_model", lambda: cli.main(line))
+    assert loading.args == ("demo",) and loading.kwargs == {
+        "device": torch.device("cpu"), "dtype": torch.bfloat16, "prediction_type": "v_prediction", "tokenizer": "x",
+    }  # fmt: skip
+    line[line.index("--prediction") : line.index("--prediction") + 4] = []
+    sampling = received(monkeypatch, host, "sample", lambda: cli.main(line))
+    (conditioning,), negative = sampling.args[1:]
+    assert negative == "dull"
+    assert {binding.concept for binding in conditioning.bindings} == {"rex", "heart"}
+    given = sampling.kwargs
+    adapters = given.pop("adapters")
+    assert {name: strength for name, (_, strength) in adapters.items()} == {"rex": 0.625}
+    given.pop("progress")
+    assert given == {
+        "seeds": [21, 22], "concepts": ["rex", "heart"], "steps": 13, "guidance": 3.5, "size": (64, 96),
+        "sampler": "euler", "loda": LodaConfig(**LODA), "watch": (0, 7),
+    }  # fmt: skip
+    assert not out.parent.exists(), "looking whether the place can be written leaves nothing"
+    plain = received(monkeypatch, host, "sample", lambda: cli.main([*line, "--no-loda"]))
+    assert plain.kwargs["loda"] is None
+
+
+def test_demo_training_receives_every_option(monkeypatch, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(folder / "one.png")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    Image.new("L", (96, 64), 255).save(masks / "one.png")
+    out = tmp_path / "made.safetensors"
+    line = [
+        "train", "--images", str(folder), "--class-word", "star", "--name", "rex", "--masks", str(masks),
+        "--out", str(out), "--size", "96x64", "--template", "the {} there", "--store", "fp32", "--model", "demo",
+        "--device", "cpu", "--precision", "fp16", "--prediction", "v_prediction", "--tokenizer", "x",
+    ]  # fmt: skip
+    line += [part for name, value in TRAIN.items() for part in written(name, value)]
+    spoken = {part[2:].replace("-", "_") for part in line if part.startswith("--")}
+    assert spoken >= set(actions("train")), "an option that this test does not try"
+    loading = received(monkeypatch, host.load, "load_model", lambda: cli.main(line))
+    assert loading.kwargs["dtype"] == torch.float16 and loading.kwargs["tokenizer"] == "x"
+
+    line[line.index("--precision") : line.index("--precision") + 6] = []
+    training = received(monkeypatch, train_command, "train", lambda: cli.main(line))
+    adapter, data, _, _, config, _, state, resume, _ = training.args
+    assert config == TrainConfig(**TRAIN, prediction_type="epsilon")
+    assert resume is True and state.name == "made.training.safetensors"
+    assert (adapter.info.rank, adapter.info.alpha) == (5, 1.5)
+    assert [prompt.text for prompt in data.prompts] == ["the star there"]
+    assert data.latents.shape == (1, 8, 8, 12)
+    assert data.masks is not None
+    checkpointing = received(monkeypatch, host, "training_denoiser", lambda: cli.main(line))
+    assert checkpointing.args[2] is True
+
+
+# --- cases ----------------------------------------------------------------------------------------------------
+
+
+def sampled(monkeypatch, *line) -> dict:
+    return received(monkeypatch, host, "sample", lambda: cli.main(["sample", *line])).kwargs
+
+
+def test_demo_case_15_guidance_zero_is_none(monkeypatch, capsys):
+    assert sampled(monkeypatch, "--prompt", "a star", "--cfg", "0")["guidance"] == 1.0
+    assert "--cfg 0 is taken as 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["--prompt", "--negative"])
+def test_demo_case_16_weights_are_said_to_be_plain_text(monkeypatch, capsys, where):
+    line = {"--prompt": "a star", where: "a (blue star:1.3) there"}
+    sampled(monkeypatch, *(part for pair in line.items() for part in pair))
+    assert "(blue star:1.3) are ComfyUI's: here they are read as plain text" in capsys.readouterr().err
+    sampled(monkeypatch, "--prompt", "a star (the ratio is 2:3, nearly)")
+    assert "plain text" not in capsys.readouterr().err
+
+
+def test_demo_case_20_the_last_seed_and_the_one_after_it(call, tmp_path):
+    out = tmp_path / "x.png"
+    code, _, err = call(
+        "sample", "--prompt", "a star", "--seed", 2**64 - 1, "--batch", 2, "--steps", 1, "--size", 64, "--out", out
+    )
+    assert code == 0, err
+    assert {path.name for path in tmp_path.iterdir()} == {f"x-{2**64 - 1}.png", "x-0.png"}
+    assert options.parse(["sample", "--prompt", "a", "--seed", str(2**64 + 5)]).seed == 5
+    assert options.parse(["demo", "--first-seed", "-1"]).first_seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("page", ["cp1251", "ascii", "cp437"])
+def test_case_21_inspect_prints_under_any_code_page(page):
+    done = subprocess.run(
+        [sys.executable, "-m", "conceptsplit_core", "inspect", str(ADAPTER)],
+        cwd=ROOT, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": page, "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"<pixa>" in done.stdout and b"? " in done.stdout.replace(b"\xd7", b"?")
+
+
+@pytest.mark.parametrize("world", ["2", "many"])
+def test_case_22_what_another_launcher_left_is_one_sentence(refused, monkeypatch, cat_folder, tmp_path, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("RANK", raising=False)
+    said = refused(
+        "train", "--images", cat_folder, "--class-word", "cat", "--name", "tom", "--out", tmp_path / "x.safetensors"
+    )
+    assert f"WORLD_SIZE is {world}" in said and "unset WORLD_SIZE" in said
+
+
+def test_case_27_a_file_name_may_have_an_equals_sign(monkeypatch, tmp_path):
+    odd = tmp_path / "name_lr=1e-4.safetensors"
+    shutil.copy(ADAPTER, odd)
+    parse = sample_command.parse_adapter_option
+    assert parse(f"{odd}:0.8") == (None, odd, 0.8)
+    assert parse(str(odd)) == (None, odd, 1.0)
+    assert parse(f"rex={odd}:-0.5") == ("rex", odd, -0.5)
+    monkeypatch.chdir(tmp_path)
+    assert parse(f"{odd.name}:0.8") == (None, Path(odd.name), 0.8)
+    concepts, adapters = sample_command.load_concepts([f"{odd.name}:0.8"], [], "")
+    assert concepts[0].name == "pixa" and adapters["pixa"][1] == 0.8
+
+
+def test_a_strength_out_of_range_is_named(refused):
+    assert "strength is 40.0, use -4 to 4" in refused("sample", "--prompt", "a", "--adapter", f"{ADAPTER}:40")
+
+
+@pytest.mark.parametrize("kind", ["a file for a folder", "a folder of that name", "maps of one picture", "no right"])
+def test_case_29_a_place_that_cannot_be_written_is_refused_before_sampling(refused, monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(common, "open_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(sample_command, "open_model", lambda *_: pytest.fail("the model was opened"))
+    extra: list[str] = []
+    out = tmp_path / "a.png"
+    if kind == "a file for a folder":
+        (tmp_path / "file").write_text("x")
+        out = tmp_path / "file" / "deeper" / "a.png"
+    elif kind == "a folder of that name":
+        out.mkdir()
+    elif kind == "maps of one picture":
+        (tmp_path / "a-8-maps.png").mkdir()
+        extra = ["--batch", "2", "--seed", "7", "--maps"]
+    else:
+        if os.geteuid() == 0:
+            pytest.skip("root may write anywhere")
+        tmp_path.chmod(0o500)
+    before = sorted(tmp_path.rglob("*"))
+    assert "Cannot write" in refused("sample", "--prompt", "a star", "--out", out, *extra)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_existing_picture_is_no_obstacle_and_stays_until_the_new_one_is_there(tmp_path):
+    there = tmp_path / "a.png"
+    there.write_bytes(b"old")
+    sample_command.check_place(there)
+    assert there.read_bytes() == b"old"
+
+
+def test_output_that_is_no_text_file_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main([]) == 2

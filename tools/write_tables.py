@@ -1,0 +1,79 @@
+"""Writes the tables of settings in the help pages and the README from conceptsplit_core/settings.py.
+
+python tools/write_tables.py
+
+A table stands between two marks in its page; what is around them is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from conceptsplit_core.settings import (  # noqa: E402
+    LoaderConfig,
+    LodaConfig,
+    Option,
+    SampleConfig,
+    TrainConfig,
+    defaults,
+    options,
+    shown,
+)
+
+# Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it.
+PAGES: dict[str, tuple[Any, bool | None]] = {
+    "ConceptSplitLoader": (LoaderConfig, None),
+    "ConceptSplitApply": (LoaderConfig, None),
+    "ConceptSplitKSampler": (LodaConfig, False),
+    "ConceptSplitGuider": (LodaConfig, False),
+    "ConceptSplitLodaOptions": (LodaConfig, True),
+    "ConceptSplitTrain": (TrainConfig, False),
+    "ConceptSplitTrainOptions": (TrainConfig, True),
+}
+MARKS = re.compile(r"(<!-- settings -->\n).*?(\n<!-- end of settings -->)", re.DOTALL)
+
+
+def node_table(config: Any, advanced: bool | None) -> str:
+    """Every option of a node: name, default, range, what it does and when to change it."""
+    rows = ["| setting | default | range | what it does |", "|---|---|---|---|"]
+    for name, option in options(config, advanced).items():
+        rows.append(f"| {name} | {shown(defaults(config)[name])} | {limits(config, name, option)} | {option.text} |")
+    return "\n".join(rows)
+
+
+def limits(config: Any, name: str, option: Option) -> str:
+    return "on or off" if isinstance(defaults(config)[name], bool) else option.range
+
+
+def readme_table() -> str:
+    """The options that a user changes for a reason, and the reason."""
+    rows = ["| setting | meaning | default | when to change it |", "|---|---|---|---|"]
+    for config in (TrainConfig, LoaderConfig, SampleConfig, LodaConfig):
+        for name, option in options(config).items():
+            if option.change:
+                rows.append(f"| `{name}` | {option.label} | {shown(defaults(config)[name])} | {option.change} |")
+    return "\n".join(rows)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page with tables, and its text as it should be."""
+    tables = {ROOT / "web" / "docs" / f"{node}.md": node_table(*which) for node, which in PAGES.items()}
+    tables[ROOT / "README.md"] = readme_table()
+    for path, table in tables.items():
+        text = path.read_text(encoding="utf-8")
+        if len(MARKS.findall(text)) != 1:
+            raise SystemExit(f"{path.name} needs one pair of marks: <!-- settings --> and <!-- end of settings -->.")
+        before, after = MARKS.search(text).group(1, 2)  # type: ignore[union-attr]
+        yield path, text.replace(MARKS.search(text).group(), before + table + after)  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    for page, wanted in pages():
+        page.write_text(wanted, encoding="utf-8")
