@@ -36,9 +36,8 @@ def _loda_fields() -> list[Any]:
 
 def _prepared(model: Any, options: LodaConfig | None, given: dict[str, Any]) -> tuple[Any, AttentionMaps]:
     """The model that samples as the LODA inputs ask, and where maps will be."""
-    config = from_values(LodaConfig, given, options)
     maps = AttentionMaps()
-    return with_loda(model, config, maps), maps
+    return with_loda(model, from_values(LodaConfig, given, options), maps), maps
 
 
 class ConceptSplitLodaOptions(io.ComfyNode):

@@ -53,5 +53,5 @@ def run(arguments: argparse.Namespace) -> None:
 
         model = open_model(arguments)
         network = network_map(model)
-        adapter.check_fits(network.shapes(one for one in adapter.sites if one in network.sites), network.family)
+        adapter.check_fits(network.shapes(adapter.sites), network.family)
         print(f"  fits the model {arguments.model}")

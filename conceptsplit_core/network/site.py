@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -99,11 +99,13 @@ class NetworkMap:
         return find_module(self.root(), path)
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """Of each named Linear (d_in, d_out), read from the module, so that quantised storage does not matter."""
+        """(d_in, d_out) of those of `names` that are a Linear of this network, read from the module, so that quantised
+        storage does not matter."""
         found = {}
         for name in names:
-            module = self.module(name)
-            found[name] = (int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+            module: Any = self.module(name) if name in self.sites else None
+            if hasattr(module, "in_features"):
+                found[name] = (int(module.in_features), int(module.out_features))
         return found
 
     @property

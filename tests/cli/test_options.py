@@ -49,6 +49,9 @@ LODA = {
     "afg_region": 0.375,
     "afg_smoothing": 0.5,
     "afg_end": 0.25,
+    "plan_steps": 3,
+    "afg_rule": "by_place",
+    "area_rule": "top",
 }
 TRAIN = {
     "steps": 11,

@@ -24,7 +24,6 @@ from ...network.site import AttentionSite, find_module
 from .afg import Guidance, override
 from .model import KEY, network_map
 from .run import Run
-from .texts import Ambiguous, recognise, row_prints
 
 ROWS = "conceptsplit_rows"
 
@@ -34,17 +33,13 @@ class RowMasks:
 
     Args:
         mask: [B, L, 2n], for adapters and then for attention.
+        rows: batch rows whose texts nobody has looked at on the CPU, see `TokenMask`.
     """
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, mask: Tensor, rows: Tensor | None = None):
         self.mask = mask
         adapters, self.attended = mask.chunk(2, dim=-1)
-        self.adapters = TokenMask(adapters)
-
-    @cached_property
-    def owners(self) -> set[int]:
-        """Channels that own some row."""
-        return {channel for channel, bound in enumerate(self.adapters.bound) if bound}
+        self.adapters = TokenMask(adapters, rows)
 
     @cached_property
     def attends(self) -> bool:
@@ -56,44 +51,34 @@ class CallRows:
 
     The host tiles and batches masks and texts alike, so the masks of the call simply hold. Where another pack patches
     the text on its way into the layer (attention couple, NegPip, IPAdapter's older form), or the shapes tell that
-    something has been changed, each text is recognised by its rows instead: rows that are nobody's stay nobody's.
+    something has been changed, each text is recognised by its rows instead, without waiting for the device: rows that
+    are nobody's stay nobody's.
     """
 
     def __init__(self, run: Run, mask: Tensor, patched: bool):
         self.run = run
         self.given = RowMasks(mask)
         self.patched = patched
-        self._known: dict[tuple[tuple[int, ...], ...], RowMasks] = {}
+        self._last: tuple[Tensor, RowMasks] | None = None
 
     def fit(self, context: Tensor) -> RowMasks:
-        """The masks for the text [B, L, d] that a layer reads; worked out once for equal texts."""
+        """The masks for the text [B, L, d] that a layer reads; worked out once for its keys and values."""
         if not self.patched and context.shape[:2] == self.given.mask.shape[:2]:
             return self.given
-        prints = tuple(map(tuple, row_prints(context)))
-        if prints not in self._known:
-            self._known[prints] = RowMasks(self._recognised(prints).to(self.given.mask))
-        return self._known[prints]
+        if self._last is None or self._last[0] is not context:
+            mask = self.run.texts.index.mask(context).to(self.given.mask)
+            self._last = (context, RowMasks(mask, torch.arange(len(mask), device=mask.device)))
+        return self._last[1]
 
     def adapters(self, context: Tensor) -> TokenMask:
         """The rows at which adapters act."""
         fitted = self.fit(context)
-        self.run.notes.rows(self.given.owners, fitted.owners)
+        if fitted is not self.given or not self._noted:
+            self.run.notes.rows(self.given.adapters.weights, fitted.adapters.weights)
+            self._noted = True
         return fitted.adapters
 
-    def _recognised(self, prints: tuple[tuple[int, ...], ...]) -> Tensor:
-        channels = len(self.run.concepts.names)
-        mask = torch.zeros(len(prints), len(prints[0]), 2 * channels)
-        for place, row in enumerate(prints):
-            text = None
-            try:
-                for texts in self.run.texts.known():
-                    text = text or recognise(row, texts, channels)
-            except Ambiguous:
-                self.run.texts.ambiguous = True
-            for index, one in enumerate(row):
-                if text is not None and one in text.owners:
-                    mask[place, index] = torch.tensor(text.owners[one])
-        return mask
+    _noted = False
 
 
 class CallPixels:

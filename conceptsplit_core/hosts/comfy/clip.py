@@ -20,7 +20,7 @@ from ...text.binding import Binding, BoundPrompt, bind
 from ...text.concepts import Concept, shown
 from ...text.layout import SpecialTokens, TextLayout, layout_of
 from .model import KEY
-from .texts import TextBook
+from .texts import BoundTexts
 
 log = logging.getLogger("ConceptSplit")
 
@@ -32,13 +32,13 @@ class BoundText:
     """What a conditioning carries: the text as encoded, and which of its rows belong to whom.
 
     rows: how many rows the text has, so that rows which others put behind it are noticed.
-    book: the other texts of the same encoder that are in use, by which those rows may be recognised.
+    known: the other texts of the same encoder that are in use, by which those rows may be recognised.
     """
 
     text: str
     bindings: tuple[Binding, ...]
     rows: int = 0
-    book: TextBook | None = field(default=None, compare=False, repr=False)
+    known: BoundTexts | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class CarriedText:
             bindings = tuple(replace(one, rows=self.layout.rows(one.rows, self.tokens, rows)) for one in bindings)
         # On the encoder, because only its own texts can stand beside each other in one run, and every CLIP made of it,
         # whatever concepts it knows, has to find them.
-        texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, TextBook())
+        texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, BoundTexts())
         texts.add(text, bindings)
         return BoundText(self.text, bindings, rows, texts)
 

@@ -51,9 +51,7 @@ def with_adapter(model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter)
             f"The concept <{loaded.name}> is loaded twice: remove one of its loaders or give one another concept name."
         )
     network = network_map(model.model)
-    loaded.adapter.check_fits(
-        network.shapes(name for name in loaded.adapter.sites if name in network.sites), network.family
-    )
+    loaded.adapter.check_fits(network.shapes(loaded.adapter.sites), network.family)
     return _patched(model, replace(patch, adapters=(*patch.adapters, loaded)))
 
 
@@ -103,7 +101,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     patch = patch_of(guider.model_patcher)
     carried = [text for conds in guider.conds.values() for cond in conds if (text := _carried(cond)) is not None]
-    books = list({id(text.book): text.book for text in carried if text.book is not None}.values())
+    encoders = list({id(text.known): text.known for text in carried if text.known is not None}.values())
     bindings: dict[int, tuple[Binding, ...]] = {}
     ambiguous = False
     names = [loaded.name for loaded in patch.adapters]
@@ -117,14 +115,14 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     names = list(dict.fromkeys(names))
     options = guider.model_options.setdefault("transformer_options", {})
     # Regional texts that another pack has taken in are no conditionings of this run.
-    taken_in = set().union(*(book.concepts() for book in books)) if _patches_texts(guider, options) else set()
+    taken_in = set().union(*(one.concepts() for one in encoders)) if _patches_texts(guider, options) else set()
     _warn_of_idle(patch, mentioned | taken_in)
     silent = not patch.loda and all(loaded.strength == 0.0 for loaded in patch.adapters)
     if silent or not (mentioned or any(loaded.name in taken_in for loaded in patch.adapters)):
         return executor(*args, **kwargs)
 
-    run = _run(guider, patch, tuple(names), books)
-    run.texts.ambiguous = ambiguous
+    run = _run(guider, patch, tuple(names), encoders)
+    run.texts.joined_ambiguously = ambiguous
     for kind, conds in guider.conds.items():
         for cond in conds:
             if cond.get("cross_attn") is None:
@@ -144,7 +142,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def _run(guider: Any, patch: Patch, names: tuple[str, ...], books: list[Any]) -> Run:
+def _run(guider: Any, patch: Patch, names: tuple[str, ...], encoders: list[Any]) -> Run:
     by_name = {loaded.name: loaded for loaded in patch.adapters}
     sampling = guider.model_patcher.get_model_object("model_sampling")
     loaded = tuple(by_name.get(name) for name in names)
@@ -155,7 +153,7 @@ def _run(guider: Any, patch: Patch, names: tuple[str, ...], books: list[Any]) ->
         for one in loaded
     )
     model = guider.model_patcher.model
-    texts = RunTexts(names, compute_dtype(model), books)
+    texts = RunTexts(names, compute_dtype(model), encoders)
     return Run(patch, Concepts(names, loaded, spans), model, network_map(model), texts)
 
 
@@ -170,9 +168,9 @@ def _bindings(cond: Mapping[str, Any]) -> tuple[tuple[Binding, ...], bool]:
     carried, text = _carried(cond), cond.get("cross_attn")
     if carried is None:
         return (), False
-    if carried.book is None or text is None or text.shape[1] <= carried.rows:
+    if carried.known is None or text is None or text.shape[1] <= carried.rows:
         return carried.bindings, False
-    joined, ambiguous = carried.book.joined(text, carried.rows)
+    joined, ambiguous = carried.known.joined(text, carried.rows)
     return (*carried.bindings, *joined), ambiguous
 
 

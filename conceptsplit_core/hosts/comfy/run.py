@@ -19,7 +19,7 @@ from ...network.site import NetworkMap
 from ...settings import LodaConfig
 from ...text.binding import Binding, row_mask
 from .model import KEY
-from .texts import KnownText, TextBook, known_text, row_prints
+from .texts import BoundTexts, TextIndex, fingerprints
 
 log = logging.getLogger("ConceptSplit")
 
@@ -137,57 +137,59 @@ class Concepts:
 
 @dataclass
 class RunTexts:
-    """Every conditioning of a run as text [1, L, d] and row mask [L, 2n], and what their encoders have made besides.
-
-    Fingerprints of rows tell texts apart that other packs have moved.
-    """
+    """Every conditioning of a run as text [1, L, d] and row mask [L, 2n], and what their encoders have made besides."""
 
     names: tuple[str, ...]
     dtype: torch.dtype
-    books: Sequence[TextBook] = ()
+    encoders: Sequence[BoundTexts] = ()
     own: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    ambiguous: bool = False
-    _known: list[list[KnownText]] = field(default_factory=list)
+    joined_ambiguously: bool = False
 
-    def known(self) -> list[list[KnownText]]:
-        """Texts by fingerprints, in the order they are looked for: of this run, of their encoders and still in use,
-        of their encoders earlier."""
-        if not self._known:
-            own = [known_text(row_prints(text[:1].to(self.dtype))[0], mask) for text, mask in self.own]
-            self._known = [own]
-            for in_use in (True, False):
-                level = []
-                for prints, bindings in (one for book in self.books for one in book.texts(self.dtype, in_use)):
-                    mask = row_mask(bindings, self.names, len(prints))
-                    if bool(mask.any()):
-                        # A text that is no conditioning of this run has values; LODA and AFG know nothing of it.
-                        level.append(known_text(prints, torch.cat([mask, torch.zeros_like(mask)], dim=-1)))
-                self._known.append(level)
-        return self._known
+    @cached_property
+    def index(self) -> TextIndex:
+        """By which texts are recognised that other packs have moved: those of this run first, then those of their
+        encoders that are still in use, then the others."""
+        ranks = [[(fingerprints(text[:1].to(self.dtype))[0], mask) for text, mask in self.own]]
+        for found in zip(*(encoder.ranks(self.dtype) for encoder in self.encoders), strict=True):
+            texts = [
+                (prints, row_mask(bindings, self.names, len(prints))) for part in found for prints, bindings in part
+            ]
+            # A text that is no conditioning of this run has values; LODA and AFG know nothing of it.
+            ranks.append([(prints, torch.cat([m, torch.zeros_like(m)], dim=-1)) for prints, m in texts if m.any()])
+        return TextIndex(ranks, len(self.names))
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether some text could be either of two. Waits for the device: read it when the run is over."""
+        return self.joined_ambiguously or ("index" in vars(self) and self.index.ambiguous)
 
 
 @dataclass
 class Notes:
     """What other packs have kept from working, said once the run is over.
 
-    found, missed: channels whose rows were found in the text of some layer, and in that of none of them.
+    found, wanted: of each channel, whether its rows were found in the text of some layer, and whether they should have
+        been; bool [n] on the layers' device, read at the end.
     afg_skipped: AFG met a cross-attention that it could not guide.
     """
 
-    found: set[int] = field(default_factory=set)
-    missed: set[int] = field(default_factory=set)
+    found: Tensor | None = None
+    wanted: Tensor | None = None
     afg_skipped: bool = False
 
-    def rows(self, wanted: set[int], found: set[int]) -> None:
-        self.missed |= wanted - found
-        self.found |= found
+    def rows(self, wanted: Tensor, found: Tensor) -> None:
+        """Row masks [B, L, n] of a call as the host gave them, and as they were found in a layer's text."""
+        wanted, found = (mask.ne(0).flatten(0, 1).any(dim=0) for mask in (wanted, found))
+        self.wanted = wanted if self.wanted is None else self.wanted | wanted
+        self.found = found if self.found is None else self.found | found
 
     def warn(self, run: Run, expected: set[str]) -> None:
         """Logs it. expected: concepts whose texts other packs have taken in."""
         active = {one.name for one in run.patch.adapters if one.strength != 0.0}
         names = run.concepts.names
-        idle = {names[index] for index in self.missed - self.found} & active
-        idle |= {name for name in expected & active if names.index(name) not in self.found}
+        found = set() if self.found is None else {names[i] for i in self.found.nonzero().flatten().tolist()}
+        wanted = set() if self.wanted is None else {names[i] for i in self.wanted.nonzero().flatten().tolist()}
+        idle = (wanted | expected) & active - found
         ambiguous = run.texts.ambiguous
         if idle:
             log.warning(

@@ -8,8 +8,8 @@ here by a fingerprint, an exact integer sum over their bits, which does not depe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -184,65 +184,3 @@ class BoundTexts:
                 unclear = True
             start += max(1, longest)
         return tuple(found), unclear
-
-
-# What `patch` calls until it asks a TextIndex.
-class TextBook(BoundTexts):
-    def texts(self, dtype: torch.dtype, in_use: bool) -> list[tuple[tuple[int, ...], tuple[Binding, ...]]]:
-        found = self.ranks(dtype)[0 if in_use else 1]
-        return [(tuple(prints.tolist()), bindings) for prints, bindings in found]
-
-
-def row_prints(text: Tensor) -> list[list[int]]:
-    return fingerprints(text).tolist()
-
-
-@dataclass(frozen=True)
-class KnownText:
-    """One text by its rows: their fingerprints in order, and the row masks of those that somebody owns."""
-
-    prints: tuple[int, ...]
-    owners: Mapping[int, tuple[float, ...]]
-    distinct: frozenset[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "distinct", frozenset(self.prints))
-
-
-def known_text(prints: Sequence[int], mask: Tensor) -> KnownText:
-    """A text from the fingerprints of its rows and its row mask [L, n]."""
-    return KnownText(
-        tuple(prints), {prints[row]: tuple(mask[row].tolist()) for row in mask.any(dim=-1).nonzero().flatten().tolist()}
-    )
-
-
-class Ambiguous(Exception):
-    """Two texts have the same rows and different owners."""
-
-
-def recognise(row: Sequence[int], texts: Iterable[KnownText], values: int) -> KnownText | None:
-    """The text that stands in a batch row of these fingerprints; None if none does with at least half of its rows.
-
-    Half, because texts with the same beginning share its rows and still are different texts, while a pack may take
-    every second one of doubled rows.
-
-    Args:
-        values: how many channels of the row masks, from the first on, decide whether owners differ.
-
-    Raises:
-        Ambiguous: see there.
-    """
-    there = set(row)
-    best: list[KnownText] = []
-    most = 0
-    for text in texts:
-        count = len(there & text.distinct)
-        if 2 * count >= len(text.distinct) and count >= most:
-            best = [*best, text] if count == most else [text]
-            most = count
-    if not best:
-        return None
-    owners = [{key: mask[:values] for key, mask in text.owners.items() if any(mask[:values])} for text in best]
-    if any(other != owners[0] for other in owners[1:]):
-        raise Ambiguous
-    return max(best, key=lambda text: sum(map(sum, text.owners.values())))

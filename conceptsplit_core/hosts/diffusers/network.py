@@ -24,7 +24,7 @@ from ...network.grid import map_size
 from ...network.hooks import Group, Hooks, KeptChanges, Member, PassPlan, Scope, everything, remove_hooks
 from ...network.probe import Probe
 from ...network.site import AttentionSite, NetworkMap
-from .load import DiffusersModel
+from .model import DiffusersModel
 
 
 def network_map(model: DiffusersModel) -> NetworkMap:
@@ -193,7 +193,7 @@ def patched(
     for channel, (adapter, strength) in enumerate(adapters):
         if adapter is None:
             continue
-        adapter.check_fits(network.shapes(name for name in adapter.sites if name in network.sites), network.family)
+        adapter.check_fits(network.shapes(adapter.sites), network.family)
         kind = kind_of(adapter)
         scope = (scopes[channel] if scopes is not None else None) or kind.scope
         if strength != 0.0:

@@ -30,6 +30,9 @@ LODA_RARE = {
     "afg_region": 0.375,
     "afg_smoothing": 0.5,
     "afg_end": 0.25,
+    "plan_steps": 3,
+    "afg_rule": "by_place",
+    "area_rule": "top",
 }
 LOADER = {"concept_name": "fido", "strength": 0.625, "class_word": "cat", "start_percent": 0.25, "end_percent": 0.75}
 TRAIN_BASIC = {
