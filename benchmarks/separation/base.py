@@ -103,8 +103,8 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
         alpha = float(model.alphas_cumprod[level])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(level))
         with host.patched(model) as patch, patch.capturing(list(factors), mask) as maps:
+            found = maps  # the pass is left at the last map
             host.call_unet(model, alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise, level, context)
-            found = dict(maps)
         for factor in sorted(set(factors.values())):
             size = level_sizes(tuple(latents.shape[-2:]))[factor]
             m = aggregate([v for k, v in found.items() if factors[k] == factor], size)
