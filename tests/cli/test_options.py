@@ -52,6 +52,7 @@ LODA = {
     "plan_steps": 3,
     "afg_rule": "by_place",
     "area_rule": "top",
+    "suppression": 0.6875,
 }
 TRAIN = {
     "steps": 11,

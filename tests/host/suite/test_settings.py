@@ -33,6 +33,7 @@ LODA_RARE = {
     "plan_steps": 3,
     "afg_rule": "by_place",
     "area_rule": "top",
+    "suppression": 0.6875,
 }
 LOADER = {"concept_name": "fido", "strength": 0.625, "class_word": "cat", "start_percent": 0.25, "end_percent": 0.75}
 TRAIN_BASIC = {
