@@ -112,6 +112,24 @@ def test_b14_another_rank_is_named(tmp_path):
         train(wide, data(), ALPHAS, toy_denoise(wide), TrainConfig(steps=4), None, path, resume=True)
 
 
+def test_another_kind_is_named(tmp_path):
+    path = tmp_path / "rex.checkpoint"
+    adapter = new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    keys = new_adapter().with_info(kind="key")
+    with pytest.raises(ConceptSplitError, match="with kind value then and key now"):
+        train(keys, data(), ALPHAS, toy_denoise(keys), TrainConfig(steps=4), None, path, resume=True)
+
+
+@pytest.mark.parametrize("continued", ["save_every", "sample_every", "gradient_checkpointing"])
+def test_what_changes_nothing_may_differ(tmp_path, continued):
+    path = tmp_path / "rex.checkpoint"
+    adapter, fresh = new_adapter(), new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    config = TrainConfig(steps=4, **{continued: 7 if continued.endswith("every") else True})
+    assert len(train(fresh, data(), ALPHAS, toy_denoise(fresh), config, None, path, resume=True).losses) == 4
+
+
 def test_case_18_pictures_encoded_again_may_differ_in_the_last_bit(tmp_path):
     path = tmp_path / "rex.checkpoint"
     adapter = new_adapter()

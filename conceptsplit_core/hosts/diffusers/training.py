@@ -84,9 +84,14 @@ def training_denoiser(
 
     Args:
         checkpointing: recompute activations in the backward pass: about a third slower, far less memory.
+
+    Raises:
+        ConceptSplitError: an adapter of another model.
     """
+    network = network_map(model)
+    adapter.check_fits(network.shapes(adapter.sites), network.family)
     was = bool(getattr(model.unet, "is_gradient_checkpointing", False))
-    with learning(network_map(model), kind_of(adapter), adapter) as publish:
+    with learning(network, kind_of(adapter), adapter) as publish:
         if checkpointing and not was:
             model.unet.enable_gradient_checkpointing()
         try:

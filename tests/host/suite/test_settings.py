@@ -154,7 +154,7 @@ def test_guider_with_options(spy, sd):
     patched = spy(pack("nodes.sample"), "with_loda")
     positive, negative = encode(sd.clip, "a dog"), encode(sd.clip, "dull")
     (options,) = run("ConceptSplitLodaOptions", **LODA_RARE)
-    guider, _ = run(
+    (guider,) = run(
         "ConceptSplitGuider", model=sd.model, positive=positive, negative=negative, options=options, cfg=3.5,
         **LODA_BASIC,
     )  # fmt: skip
