@@ -47,9 +47,10 @@ def launched() -> Launch:
     missing = [name for name, text in zip(names, numbers, strict=True) if not text.isdecimal()]
     missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
+        wrong = f" but {missing[0]} is not set as a launcher does it"
         raise ConceptSplitError(
-            f"WORLD_SIZE is set to {numbers[0][:20]} but {missing[0]} is not set as a launcher does it: unset "
-            "WORLD_SIZE to train in one process, or start with `accelerate launch` or torchrun."
+            f"WORLD_SIZE is set to {numbers[0][:20]}{', which is no number' if 'WORLD_SIZE' in missing else wrong}: "
+            "unset WORLD_SIZE to train in one process, or start with `accelerate launch` or torchrun."
         )
     world, rank, local = map(int, numbers)
     return Launch(rank, world, local)

@@ -238,7 +238,7 @@ def test_words_are_separated_without_any_adapter(load):
 def biases(model, conds, regions, config, guidance, size):
     """AFG's biases as a run of that size makes them."""
     batch = host_sample._batch(model, conds, NAMES, conds[0].context.shape[1])
-    guided = batch.guided(host.encode_text(model, ""), len(conds)) if guidance != 1.0 else None
+    guided = batch.guided(host.encode_text(model, ""), NAMES, len(conds)) if guidance != 1.0 else None
     with host.patched(model) as patch:
         drawing = host_sample._Drawing(model, patch, batch, guided, guidance, "ddim", 2, size, config)
         return drawing.bias(regions), batch.mask
