@@ -1,4 +1,4 @@
-"""LoRAs, each on its own concept: merged weights where one acts everywhere, the base model to the bit where none does."""
+"""LoRAs, each on its own concept: merged weights where one acts everywhere, and no bit changed where none does."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def sites_of(family, text=True, image=True):
 
 
 def lora(model, sites, seed=0, word="dog"):
-    """A LoRA of every form a file may have, and the dense ΔW that each form means, worked out on its own.
+    """A LoRA of every form a file may have, and the dense ΔW that each form means, worked out on its own. Scales, as
+    strengths in these tests, are numbers that float32 holds exactly.
 
     Returns:
         (adapter, ΔW by site).
@@ -123,14 +124,14 @@ def test_everywhere_is_merged_weights_in_both_branches(load, family):
     adapter, dense = lora(model, sites_of(family) + time)
     other, second = lora(model, sites_of(family)[2:9], seed=7)
     base = call(model, text, pooled)
-    with_one = run(model, [(adapter, 0.6), (None, 0.0)], ["everywhere", None], mask, None, text, pooled)
-    both = [(adapter, 0.6), (other, -1.3)]
+    with_one = run(model, [(adapter, 0.625), (None, 0.0)], ["everywhere", None], mask, None, text, pooled)
+    both = [(adapter, 0.625), (other, -1.25)]
     with_two = run(model, both, ["everywhere", "everywhere"], mask, None, text, pooled)
     assert torch.equal(call(model, text, pooled), base), "nothing stays on the model"
-    wanted = call(merge(load(family, dtype=torch.float64), dense, 0.6), text, pooled)
+    wanted = call(merge(load(family, dtype=torch.float64), dense, 0.625), text, pooled)
     near(with_one, wanted)
     assert ((with_one - base).abs().amax(dim=(1, 2, 3)) > 1e-2).all()
-    merged = merge(merge(load(family, dtype=torch.float64), dense, 0.6), second, -1.3)
+    merged = merge(merge(load(family, dtype=torch.float64), dense, 0.625), second, -1.25)
     near(with_two, call(merged, text, pooled))
     assert (with_two - with_one).abs().max() > 1e-2
 
@@ -143,10 +144,10 @@ def test_a_region_of_the_whole_picture_is_merged_weights_in_the_conditional_bran
     rows = torch.zeros_like(mask)
     rows[1, :, 0] = 1
     base = call(model, text, pooled)
-    merged = call(merge(load(family, dtype=torch.float64), dense, 0.8), text, pooled)
+    merged = call(merge(load(family, dtype=torch.float64), dense, 0.75), text, pooled)
     ones = torch.ones(2, 2, *LATENT, dtype=torch.float64)
     for areas in (ones, None):
-        out = run(model, [(adapter, 0.8), (None, 0.0)], None, rows, areas, text, pooled)
+        out = run(model, [(adapter, 0.75), (None, 0.0)], None, rows, areas, text, pooled)
         assert torch.equal(out[0], base[0])
         near(out[1], merged[1])
     assert (merged[1] - base[1]).abs().max() > 1e-2
@@ -170,7 +171,7 @@ def test_text_rows_of_others_stay_bit_equal(load, family):
         return dict(seen)
 
     plain = outputs()
-    with host.patched(model, [(None, 0.0), (adapter, 0.7)]) as patch:
+    with host.patched(model, [(None, 0.0), (adapter, 0.625)]) as patch:
         patch.publish(mask, torch.zeros(2, 2, *LATENT), LATENT)  # areas are of no matter to text
         routed = outputs()
     own = mask[1, :, 1] != 0
@@ -178,7 +179,7 @@ def test_text_rows_of_others_stay_bit_equal(load, family):
     for site in sites:
         assert torch.equal(routed[site][0], plain[site][0])
         assert torch.equal(routed[site][1, ~own], plain[site][1, ~own])
-        near(routed[site][1, own] - plain[site][1, own], 0.7 * text[1, own].double() @ dense[site].t())
+        near(routed[site][1, own] - plain[site][1, own], 0.625 * text[1, own].double() @ dense[site].t())
 
 
 @every_family
@@ -358,7 +359,7 @@ def test_a_region_of_nobody_is_refused(load):
 
 
 @pytest.mark.parametrize("sampler", host.SAMPLERS)
-@pytest.mark.parametrize(("steps", "plan"), [(5, 1), (1, 0), (2, 1)])
+@pytest.mark.parametrize(("steps", "plan"), [(5, 2), (1, 0), (2, 1)])
 def test_a_plan_is_drawn_by_the_base_model_and_thrown_away(load, sampler, steps, plan):
     """What a run finds by a plan is what it draws when it is told so, from the same noise."""
     model = load(dtype=torch.float64)
