@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conceptsplit_core.adapters import KINDS, AdapterInfo, GatedAdapter, load_adapter, save_adapter
+from conceptsplit_core.adapters import KINDS, GatedAdapter, load_adapter, save_adapter
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
@@ -190,29 +190,23 @@ def learn(
     path = cache / f"{recipe_name}-{name}-{key}.safetensors"
     if path.exists():
         return load_adapter(path)
-    kind, network = KINDS[recipe.kind], host.network_map(model)
-    concept = Concept(name, CONCEPTS[name].class_word)
+    network, concept = host.network_map(model), Concept(name, CONCEPTS[name].class_word)
     rank = 1 if recipe.kind == "perfusion" else learning.rank
-    info = AdapterInfo(
-        name, concept.class_word, model.family, network.context_dim, rank, float(rank), kind=recipe.kind,
-        prediction_type=model.prediction_type,
-    )  # fmt: skip
+    adapter: Any = host.new_adapter(model, concept, rank, rank, learning.seed, kind=recipe.kind)
     images, masks = pictures_of(name, learning)
     given = {"": None, "given": masks}.get(recipe.masks)
     if recipe.masks == "attention":
         given = subject_masks(model, images, concept)
     data = host.training_data(model, images, concept, model.templates or ("a {}",), given)
-    sites = [site.name for site in network.sites.values() if kind.changes(site)]
-    adapter = kind.create(network.shapes(sites), info, learning.seed)
     if isinstance(adapter, GatedAdapter):
         encodings = torch.stack([prompt.context[list(prompt.rows)].mean(dim=0) for prompt in data.prompts])
-        adapter.lock(encodings, second_moment(model), {site: network.module(site) for site in sites})
+        adapter.lock(encodings, second_moment(model), {site: network.module(site) for site in adapter.up})
     config = TrainConfig(
         steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate * recipe.rate,
         seed=learning.seed, prediction_type=model.prediction_type,
     )  # fmt: skip
     levels = learning.timesteps(len(model.alphas_cumprod))
-    with hooks.learning(network, kind, adapter, recipe.scope) as publish:
+    with hooks.learning(network, KINDS[recipe.kind], adapter, recipe.scope) as publish:
 
         def denoise(batch: TrainBatch) -> Tensor:
             publish(batch.mask)

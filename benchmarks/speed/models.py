@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers.load import UNET_CONFIGS, VAE_CONFIG
+from conceptsplit_core.hosts.diffusers.configs import UNET_CONFIGS, VAE_CONFIG
 from conceptsplit_core.text.binding import Binding, Concept
 from conceptsplit_core.train.data import TrainBatch
 

@@ -14,8 +14,9 @@ import torch
 
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.settings import LodaConfig, TrainConfig
-from conceptsplit_core.train.data import Process, Prompt, TrainData, make_batch
+from conceptsplit_core.train.data import Process, TrainData, make_batch
 from conceptsplit_core.train.loop import batch_loss, train
+from conceptsplit_core.train.prompts import Prompt
 
 from . import models, programs
 from .meter import in_turn

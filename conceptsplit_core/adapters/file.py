@@ -221,10 +221,18 @@ def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any]
     if not 0 < info.rank <= 65536 or not abs(info.alpha) < 1e6:
         raise ConceptSplitError(f"{name} says rank {info.rank} and alpha {info.alpha}, which is not possible.")
     for site, alpha in alphas.items():
-        # Scales of single layers go into B, so that the file's α/r holds for all of them.
-        if f"{site}.lora_B.weight" in pairs:
-            own = float(alpha) / pairs[f"{site}.lora_A.weight"].shape[0]
-            pairs[f"{site}.lora_B.weight"] = pairs[f"{site}.lora_B.weight"] * (own * info.rank / info.alpha)
+        up = pairs.get(f"{site}.lora_B.weight")
+        if alpha.numel() != 1:
+            raise ConceptSplitError(f"{name} holds {alpha.numel()} values of alpha for {site}, not one: it is damaged.")
+        if up is None or up.ndim != 2:
+            continue
+        # Scales of single layers go into B, in a precision that they do not leave, so that one α/r holds for all.
+        up = up.float() * (float(alpha) / max(1, up.shape[1]) * info.rank / info.alpha)
+        if not (reach := largest(up)) <= MAX_VALUE:
+            raise ConceptSplitError(
+                f"{name} scales {site} by alpha to values far too large ({reach:.3g}): it is damaged."
+            )
+        pairs[f"{site}.lora_B.weight"] = up
     return KINDS[kind].read(pairs, info)
 
 

@@ -56,6 +56,11 @@ class GatedAdapter:
     def parameters(self) -> list[Tensor]:
         return [self.up[site] for site in sorted(self.up)]
 
+    def to(self, device: torch.device | str) -> GatedAdapter:
+        """The adapter with all its tensors on `device`."""
+        up = {site: value.to(device) for site, value in self.up.items()}
+        return GatedAdapter(self.info, self.target.to(device), self.direction.to(device), up)
+
     def moved(self) -> bool:
         """Whether it changes anything."""
         return bool(self.direction.any())

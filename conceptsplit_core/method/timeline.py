@@ -63,9 +63,9 @@ class Timeline:
         self.trace = LodaTrace(concepts=concepts, settings=asdict(self.config))
         self.afg: Tensor | None = None
         self.areas: Tensor | None = None
-        if len(self.given) == len(concepts):
+        if self.given and len(self.given) == len(concepts):
             size = next(iter(self.given.values())).shape[-2:]
-            self._take(torch.zeros(1, len(concepts), *size))
+            self._take(torch.zeros(max(map(len, self.given.values())), len(concepts), *size))
 
     @property
     def located(self) -> bool:
@@ -74,10 +74,11 @@ class Timeline:
 
     @property
     def plan_steps(self) -> int:
-        """Steps to draw as a plan and to throw away; 0 where the places are known or nobody asks for areas."""
+        """Steps to draw as a plan and to throw away; 0 where the places are known or nobody asks for areas. The maps
+        are read at the step that follows."""
         if self.located or not self.routed:
             return 0
-        return self.config.plan_steps
+        return min(self.config.plan_steps, self.total - 1)
 
     @property
     def optimised_steps(self) -> int:

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from conceptsplit_core import adapters
-from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
 from conceptsplit_core.adapters.file import canonical_key, load_adapter, parse_adapter, save_adapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 
 LAYERS = {
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2": (8, 12),
-    "mid_block.attentions.0.transformer_blocks.0.attn2": (8, 16),
-    "up_blocks.1.attentions.2.transformer_blocks.0.attn2": (8, 12),
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v": (8, 12),
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (8, 16),
+    "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_v": (8, 12),
 }
 
 
@@ -57,7 +57,7 @@ def test_file_round_trip_keeps_tensors_and_facts(tmp_path):
     for layer in LAYERS:
         assert torch.equal(back.down[layer], adapter.down[layer])
         assert torch.equal(back.up[layer], adapter.up[layer])
-    assert sorted(load_file(path)) == sorted(f"unet.{layer}.to_v.lora_{s}.weight" for layer in LAYERS for s in "AB")
+    assert sorted(load_file(path)) == sorted(f"unet.{layer}.lora_{s}.weight" for layer in LAYERS for s in "AB")
     assert not stat.S_IMODE(os.stat(path).st_mode) & 0o111
     assert os.listdir(path.parent) == ["rex.safetensors"], "no temporary file is left"
 
@@ -73,11 +73,11 @@ def test_half_precision_is_the_default_and_small(tmp_path):
 @pytest.mark.parametrize(
     "pattern",
     [
-        "unet.{layer}.to_v.lora_{s}.weight",
-        "unet.{layer}.to_v.original_linear.lora_{s}.weight",
-        "unet.{layer}.to_v.original_linear.lora_{s}.default.weight",
-        "{layer}.to_v.lora_{s}.default_0.weight",
-        "base_model.model.{layer}.to_v.lora_{s}.weight",
+        "unet.{layer}.lora_{s}.weight",
+        "unet.{layer}.original_linear.lora_{s}.weight",
+        "unet.{layer}.original_linear.lora_{s}.default.weight",
+        "{layer}.lora_{s}.default_0.weight",
+        "base_model.model.{layer}.lora_{s}.weight",
     ],
 )
 def test_names_of_diffusers_and_of_the_papers_trainer_load(pattern):
@@ -93,15 +93,21 @@ def test_names_of_diffusers_and_of_the_papers_trainer_load(pattern):
     assert back.scale(next(iter(LAYERS))) == 1.0, "alpha = rank when the file does not say"
 
 
-def test_down_up_names_load():
+def test_every_spelling_of_a_tensors_name_is_read():
     layer = next(iter(LAYERS))
-    assert canonical_key(f"unet.{layer}.to_v.lora.down.weight") == (layer, "down")
-    assert canonical_key(f"unet.{layer}.processor.to_v_lora.up.weight") == (layer, "up")
+    attention = layer.removesuffix(".to_v")
+    assert canonical_key(f"unet.{layer}.lora.down.weight") == (layer, "lora_A")
+    assert canonical_key(f"unet.{attention}.processor.to_v_lora.up.weight") == (layer, "lora_B")
+    assert canonical_key(f"{layer}.lora_down.weight") == (layer, "lora_A")
+    assert canonical_key(f"unet.{layer}.alpha") == (layer, "alpha")
+    assert canonical_key(f"unet.{attention}.to_out.0.lora_B.weight") == (f"{attention}.to_out.0", "lora_B")
+    assert canonical_key(f"unet.{attention}.processor.to_out_lora.up.weight") == (f"{attention}.to_out.0", "lora_B")
     for key in (
-        f"unet.{layer}.to_k.lora_A.weight",
-        f"unet.{layer}.to_v.weight",
+        f"unet.{layer}.weight",
         "text_encoder.x.to_v.lora_A.weight",
-        layer.replace("attn2", "attn1") + ".to_v.lora_A.weight",
+        f"lora_unet_{layer.replace('.', '_')}.lora_down.weight",
+        f"unet.{attention}.ff.net.2.lora_A.weight",
+        f"unet.{layer}.lora_A.bias",
     ):
         assert canonical_key(key) is None, key
 
@@ -109,29 +115,29 @@ def test_down_up_names_load():
 def test_other_adapters_are_an_error_not_silently_dropped():
     adapter, layer = make(), next(iter(LAYERS))
     tensors = {
-        f"unet.{layer}.to_{p}.lora_{s}.weight": (adapter.down if s == "A" else adapter.up)[layer].clone()
+        f"unet.{layer[:-1]}{p}.lora_{s}.weight": (adapter.down if s == "A" else adapter.up)[layer].clone()
         for p in "kv"
         for s in "AB"
     }
-    with pytest.raises(ConceptSplitError, match="to_k") as error:
+    with pytest.raises(ConceptSplitError, match=r"to_k.*not a value projection.*LoRA Concept Loader") as error:
         parse_adapter(save(tensors), "lora.safetensors")
     one_sentence(error)
 
 
-def test_delta_follows_strength_alpha_and_device_dtype():
+def test_a_factor_follows_strength_alpha_and_device_dtype():
     adapter = make(rank=3)
     layer = next(iter(LAYERS))
-    a, b, scale = adapter.delta(layer, torch.device("cpu"), torch.float64)
+    a, b, scale = adapter.factor(layer, torch.device("cpu"), torch.float64)
     assert a.dtype == b.dtype == torch.float64
     assert scale == 2.0
-    assert adapter.delta("nowhere", torch.device("cpu"), torch.float32) is None
-    assert adapter.delta(layer, torch.device("cpu"), torch.float64)[0] is a, "copied once"
+    assert adapter.factor("nowhere", torch.device("cpu"), torch.float32) is None
+    assert adapter.factor(layer, torch.device("cpu"), torch.float64)[0] is a, "copied once"
 
 
-def test_delta_made_in_inference_mode_serves_a_gradient_pass():
+def test_a_factor_made_in_inference_mode_serves_a_gradient_pass():
     adapter, layer = make(), next(iter(LAYERS))
     with torch.inference_mode():
-        a, b, _ = adapter.delta(layer, torch.device("cpu"), torch.float64)
+        a, b, _ = adapter.factor(layer, torch.device("cpu"), torch.float64)
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     (x @ a.t() @ b.t()).sum().backward()
     assert x.grad.abs().sum() > 0
@@ -145,7 +151,7 @@ def test_fit_is_checked_by_family_layer_and_shape():
         adapter.check_fits(LAYERS, "sdxl")
     one_sentence(error)
     with pytest.raises(ConceptSplitError, match="No layer") as error:
-        adapter.check_fits({"down_blocks.9.attentions.0.transformer_blocks.0.attn2": (8, 12)})
+        adapter.check_fits({"down_blocks.9.attentions.0.transformer_blocks.0.attn2.to_v": (8, 12)})
     one_sentence(error)
     with pytest.raises(ConceptSplitError, match="maps 8 to 12 values.*768 to 320") as error:
         adapter.check_fits(dict.fromkeys(LAYERS, (768, 320)))
@@ -230,7 +236,8 @@ def test_truncated_files_are_one_sentence():
 @pytest.mark.parametrize(
     "key,value",
     [
-        ("format_version", "2"),
+        ("format_version", "0"),
+        ("format_version", "3"),
         ("format_version", '"x"'),
         ("format_version", "null"),
         ("rank", "-1"),
@@ -266,7 +273,7 @@ def test_values_that_are_not_finite_are_refused_both_ways(tmp_path):
         save_adapter(adapter, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     layer = next(iter(LAYERS))
-    names = [f"unet.{layer}.to_v.lora_{side}.weight" for side in "AB"]
+    names = [f"unet.{layer}.lora_{side}.weight" for side in "AB"]
     data = save(dict(zip(names, (adapter.down[layer], adapter.up[layer]), strict=True)))
     with pytest.raises(ConceptSplitError, match="not finite"):
         parse_adapter(data)
@@ -276,14 +283,14 @@ def test_half_a_layer_and_shapes_that_do_not_pair_are_refused():
     layer = next(iter(LAYERS))
     a = torch.zeros(2, 8)
     for tensors in (
-        {f"unet.{layer}.to_v.lora_A.weight": a},
-        {f"unet.{layer}.to_v.lora_A.weight": a, f"unet.{layer}.to_v.lora_B.weight": torch.zeros(12, 3)},
-        {f"unet.{layer}.to_v.lora_A.weight": a[0], f"unet.{layer}.to_v.lora_B.weight": torch.zeros(12, 2)},
-        {f"unet.{layer}.to_v.lora_A.weight": a.int(), f"unet.{layer}.to_v.lora_B.weight": torch.zeros(12, 2)},
+        {f"unet.{layer}.lora_A.weight": a},
+        {f"unet.{layer}.lora_A.weight": a, f"unet.{layer}.lora_B.weight": torch.zeros(12, 3)},
+        {f"unet.{layer}.lora_A.weight": a[0], f"unet.{layer}.lora_B.weight": torch.zeros(12, 2)},
+        {f"unet.{layer}.lora_A.weight": a.int(), f"unet.{layer}.lora_B.weight": torch.zeros(12, 2)},
         {
-            f"unet.{layer}.to_v.lora_A.weight": a,
-            f"{layer}.to_v.lora_A.weight": a.clone(),
-            f"unet.{layer}.to_v.lora_B.weight": torch.zeros(12, 2),
+            f"unet.{layer}.lora_A.weight": a,
+            f"{layer}.lora_A.weight": a.clone(),
+            f"unet.{layer}.lora_B.weight": torch.zeros(12, 2),
         },
     ):
         with pytest.raises(ConceptSplitError) as error:
@@ -291,13 +298,21 @@ def test_half_a_layer_and_shapes_that_do_not_pair_are_refused():
         one_sentence(error)
 
 
-def test_missing_too_large_and_folder_are_one_sentence(tmp_path):
-    big = tmp_path / "big.safetensors"
-    save_file({"x": torch.zeros(1000)}, big)
-    for path, limit in ((tmp_path / "no.safetensors", 10**9), (big, 100), (tmp_path, 10**9)):
-        with pytest.raises(ConceptSplitError) as error:
-            load_adapter(path, max_bytes=limit)
+def test_missing_files_and_folders_are_one_sentence(tmp_path):
+    for path in (tmp_path / "no.safetensors", tmp_path):
+        with pytest.raises(ConceptSplitError, match="There is no file") as error:
+            load_adapter(path)
         one_sentence(error)
+
+
+def test_a_file_above_the_limit_is_refused_however_good_it_is(tmp_path):
+    path = tmp_path / "rex.safetensors"
+    save_adapter(make(rank=700), path, torch.float64)
+    size = path.stat().st_size
+    assert load_adapter(path, max_bytes=size).info.rank == 700
+    with pytest.raises(ConceptSplitError, match=r"rex\.safetensors is \d+ MiB, more than .* can be") as error:
+        load_adapter(path, max_bytes=size - 1)
+    one_sentence(error)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -342,9 +357,189 @@ def test_values_no_half_precision_model_can_hold_are_refused_both_ways(tmp_path)
     adapter.up[layer][0, 0] = 1e30
     with pytest.raises(ConceptSplitError, match="far too large"):
         save_adapter(adapter, tmp_path / "a.safetensors", torch.float32)
-    names = [f"unet.{layer}.to_v.lora_{side}.weight" for side in "AB"]
+    names = [f"unet.{layer}.lora_{side}.weight" for side in "AB"]
     with pytest.raises(ConceptSplitError, match=r"far too large \(1e\+30\)"):
         parse_adapter(save(dict(zip(names, (adapter.down[layer], adapter.up[layer]), strict=True))))
+
+
+def pairs_of(adapter):
+    """The tensors of an adapter under this project's names."""
+    tables = {"A": adapter.down, "B": adapter.up}
+    return {f"unet.{site}.lora_{s}.weight": tables[s][site].clone() for site in adapter.sites for s in "AB"}
+
+
+def test_a_pair_of_two_precisions_loads_and_works():
+    adapter = make()
+    tensors = pairs_of(adapter)
+    for name in tensors:
+        tensors[name] = tensors[name].half() if "lora_A" in name else tensors[name].float()
+    back = parse_adapter(save(tensors))
+    for site in LAYERS:
+        for dtype in (torch.float16, torch.float32, torch.bfloat16):
+            a, b, _ = back.factor(site, torch.device("cpu"), dtype)
+            assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(b @ a, (adapter.up[site] @ adapter.down[site]).to(dtype), atol=0.1, rtol=0.05)
+    smaller, _ = back.truncated(2)
+    assert parse_adapter(adapters.adapter_bytes(smaller, None)).rank_of(site) == 2
+
+
+def test_alpha_tensors_scale_their_own_layer():
+    """kohya's way: one number a layer. A layer without has the file's alpha."""
+    adapter = make(rank=3)
+    first, second, third = LAYERS
+    tensors = pairs_of(adapter) | {
+        f"unet.{first}.alpha": torch.tensor(1.5),
+        f"unet.{second}.alpha": torch.tensor([0.75]),
+    }
+    back = parse_adapter(save(tensors))
+    for site, wanted in ((first, 0.5), (second, 0.25), (third, 1.0)):
+        a, b, scale = back.factor(site, torch.device("cpu"), torch.float32)
+        torch.testing.assert_close(scale * b @ a, wanted * adapter.up[site] @ adapter.down[site])
+    again = parse_adapter(adapters.adapter_bytes(back, None))
+    a, b, scale = again.factor(first, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(scale * b @ a, 0.5 * adapter.up[first] @ adapter.down[first])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (torch.tensor(float("nan")), "not finite"),
+        (torch.tensor([1.0, 2.0]), "alpha"),
+        (torch.tensor([]), "alpha"),
+        (torch.tensor(60000.0), "far too large"),
+    ],
+)
+def test_an_alpha_of_no_use_is_one_sentence(alpha, message):
+    adapter, site = make(rank=1), next(iter(LAYERS))
+    adapter.up[site] = torch.full_like(adapter.up[site], 100.0)
+    with pytest.raises(ConceptSplitError, match=message) as error:
+        parse_adapter(save(pairs_of(adapter) | {f"unet.{site}.alpha": alpha}), "x.safetensors")
+    one_sentence(error)
+
+
+def test_alphas_of_half_precision_layers_do_not_overflow():
+    """0.01 · 2 of a B that half precision rounds to nothing, and back."""
+    adapter, site = make(rank=2), next(iter(LAYERS))
+    adapter.up[site] = torch.full_like(adapter.up[site], 3e-4)
+    tensors = {name: tensor.half() for name, tensor in pairs_of(adapter).items()}
+    back = parse_adapter(save(tensors | {f"unet.{site}.alpha": torch.tensor(1e-3)}))
+    a, b, scale = back.factor(site, torch.device("cpu"), torch.float32)
+    wanted = 0.5e-3 * adapter.up[site].half().float() @ adapter.down[site].half().float()
+    torch.testing.assert_close(scale * b @ a, wanted, rtol=1e-3, atol=0)
+
+
+def peft_scale(back, adapter):
+    """By what the file's scale differs from B A, of every layer."""
+    found = set()
+    for site in LAYERS:
+        a, b, scale = back.factor(site, torch.device("cpu"), torch.float32)
+        found.add(round(float((scale * b @ a).norm() / (adapter.up[site] @ adapter.down[site]).norm()), 5))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("facts", "wanted"),
+    [
+        ({"lora_alpha": 8, "r": 4}, 2.0),
+        ({"lora_alpha": 6.0, "r": 4, "use_rslora": True}, 3.0),
+        ({"r": 4}, 1.0),
+        ({"lora_alpha": None, "r": 4}, 1.0),
+        ({"lora_alpha": True, "r": 4}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("where", ["header", "header without prefix", "beside"])
+def test_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, where):
+    adapter = make(rank=4, alpha=4.0)
+    tensors = pairs_of(adapter)
+    path = tmp_path / ("adapter_model.safetensors" if where == "beside" else "rex.safetensors")
+    metadata = {"format": "pt"}
+    if where == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **facts}))
+    else:
+        prefix = "unet." if where == "header" else ""
+        metadata["lora_adapter_metadata"] = json.dumps({f"{prefix}{key}": value for key, value in facts.items()})
+    save_file(tensors, path, metadata=metadata)
+    assert peft_scale(load_adapter(path), adapter) == {wanted}
+
+
+def test_a_config_beside_a_file_of_another_name_is_not_its_own(tmp_path):
+    adapter = make(rank=4, alpha=4.0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}))
+    save_file(pairs_of(adapter), tmp_path / "rex.safetensors")
+    assert peft_scale(load_adapter(tmp_path / "rex.safetensors"), adapter) == {1.0}
+
+
+@pytest.mark.parametrize("text", ["{nope", "[1]", '"lora_alpha"', "[" * 5000])
+def test_peft_facts_that_cannot_be_read(tmp_path, text):
+    """In the header they are the file's own and damaged; beside it they may be anybody's."""
+    adapter = make(rank=4, alpha=4.0)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(pairs_of(adapter), path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    assert peft_scale(load_adapter(path), adapter) == {1.0}
+    save_file(pairs_of(adapter), path, metadata={"lora_adapter_metadata": text})
+    with pytest.raises(ConceptSplitError, match="lora_adapter_metadata") as error:
+        load_adapter(path)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}.alpha"),
+        ("lora_unet_{}.hada_w1_a", "lora_unet_{}.hada_w1_b", "lora_unet_{}.alpha"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",),
+    ],
+)
+def test_a_lora_file_names_the_loader_that_takes_it(names):
+    layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {name.format(layer): torch.ones(2, 2) for name in names}
+    with pytest.raises(ConceptSplitError, match=r"it is a LoRA; load it with LoRA Concept Loader\.") as error:
+        parse_adapter(save(tensors, metadata={"ss_network_dim": "2"}), "style.safetensors")
+    one_sentence(error)
+    assert str(error.value).startswith("style.safetensors contains ")
+
+
+def test_kinds_of_pairs_travel_with_their_projections(tmp_path):
+    """The kind decides which projections a file may hold, and comes back with it."""
+    attention = next(iter(LAYERS)).removesuffix(".to_v")
+    sites = {f"{attention}.to_k": (8, 12), f"{attention}.to_v": (8, 10)}
+    adapter = KINDS["key_value"].create(sites, AdapterInfo("rex", "dog", rank=2, alpha=1.0, kind="key_value"), 3)
+    adapter.up[f"{attention}.to_k"].normal_()
+    save_adapter(adapter, tmp_path / "rex.safetensors", torch.float32)
+    back = load_adapter(tmp_path / "rex.safetensors")
+    assert kind_of(back) is KINDS["key_value"] and back.layers == sites
+    assert all(torch.equal(back.up[site], adapter.up[site]) for site in sites)
+    data = rewrite((tmp_path / "rex.safetensors").read_bytes(), lambda h: h["__metadata__"].update(kind="value"))
+    with pytest.raises(ConceptSplitError, match="to_k.*not a value projection"):
+        parse_adapter(data, "rex.safetensors")
+
+
+def test_a_kind_nobody_has_registered_is_refused_with_those_known(tmp_path):
+    data = rewrite(good_bytes(), lambda h: h["__metadata__"].update(kind="perfusion_9"))
+    with pytest.raises(ConceptSplitError, match="kind 'perfusion_9'.*knows value, .*update the node pack") as error:
+        parse_adapter(data, "x.safetensors")
+    one_sentence(error)
+    with pytest.raises(ConceptSplitError, match="'rex' is of kind 'perfusion_9'"):
+        save_adapter(make(kind="perfusion_9"), tmp_path / "x.safetensors")
+
+
+def test_the_norm_that_inspect_prints_has_the_scale_in_it(tmp_path, capsys):
+    from conceptsplit_core.cli import main
+
+    printed = {}
+    for alpha in (3.0, 6.0):
+        adapter = make(rank=3, alpha=alpha)
+        save_adapter(adapter, tmp_path / "rex.safetensors", torch.float32)
+        main(["inspect", str(tmp_path / "rex.safetensors")])
+        lines = capsys.readouterr().out.splitlines()
+        printed[alpha] = {
+            words[0]: float(words[-1]) for line in lines if len(words := line.split()) > 4 and "attn2" in line
+        }
+    assert set(printed[3.0]) == set(LAYERS)
+    for site in LAYERS:
+        assert printed[3.0][site] == pytest.approx(float((adapter.up[site] @ adapter.down[site]).norm()), abs=1e-3)
+        assert printed[6.0][site] == pytest.approx(2 * printed[3.0][site], abs=2e-3)
 
 
 def test_a_header_larger_than_any_adapters_is_not_parsed():

@@ -99,8 +99,8 @@ def test_kept_to_rows_it_changes_no_other(layers, moment):
     everywhere, kept = run(layers, [one], x)[1], run(layers, [one], x, mask=(mask,))[1]
     plain = layers[VALUE](x)
     torch.testing.assert_close(kept[1, 3] - plain[1, 3], 0.5 * (everywhere[1, 3] - plain[1, 3]))
-    kept[1, 3] = plain[1, 3]
-    assert torch.equal(kept, plain)
+    others = torch.arange(10) != 8
+    assert torch.equal(kept.flatten(0, 1)[others], plain.flatten(0, 1)[others])
 
 
 def test_a_file_reads_back_and_odd_ones_are_refused(layers, moment):

@@ -65,7 +65,7 @@ def adapter_for() -> Callable[..., LowRankAdapter]:
 
     def make(model: Any, name: str = "rex", word: str = "dog", rank: int = 4, seed: int = 0) -> LowRankAdapter:
         info = AdapterInfo(concept=name, class_word=word, base=model.family, rank=rank, alpha=float(rank))
-        adapter = LowRankAdapter.create(host.layer_shapes(model.unet), info, seed)
+        adapter = LowRankAdapter.create(host.network_map(model).value_shapes, info, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         for layer, up in adapter.up.items():
             adapter.up[layer] = torch.randn(up.shape, generator=generator) * 0.1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from tiny import REX, bound, every_family, inputs, stock_pipeline
+from tiny import REX, attentions, bound, every_family, inputs, layers_at, stock_pipeline
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import load as diffusers_load
+from conceptsplit_core.hosts.diffusers import configs, single_file
 from conceptsplit_core.hosts.diffusers import network as host_network
 from conceptsplit_core.method.attention import bound_attention
 from conceptsplit_core.network.grid import level_sizes
@@ -24,33 +26,86 @@ def test_full_size_families_have_the_known_number_of_layers(family, count):
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(diffusers_load.UNET_CONFIGS[family])
-    layers = host.layer_shapes(unet)
-    assert len(layers) == count
-    assert host.family_of(unet) == family
+        unet = UNet2DConditionModel.from_config(configs.UNET_CONFIGS[family])
+    network = host.network_map(SimpleNamespace(unet=unet, family=family))
+    layers = network.value_shapes
+    assert len(layers) == len(network.attention) == count
+    assert host.family_of(unet) == network.family == family
+    assert network.context_dim == unet.config.cross_attention_dim
     assert {d_ctx for d_ctx, _ in layers.values()} == {unet.config.cross_attention_dim}
     order = [name.split("_")[0] for name in layers]
     assert order == sorted(order, key=["down", "mid", "up"].index)
+    assert {site.early for site in network.attention} == {True, False}
+    assert [site.name for site in network.attention if site.early] == [n for n in attention_names(unet) if "down" in n]
+
+
+def attention_names(unet):
+    """Cross-attention layers in the order of diffusers' own walk through the UNet."""
+    stages = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    names = {module: name for name, module in unet.named_modules()}
+    return [
+        names[block.attn2]
+        for stage in stages
+        for transformer in getattr(stage, "attentions", [])
+        for block in transformer.transformer_blocks
+    ]
 
 
 @every_family
-@pytest.mark.parametrize("side", [16, 13])
-def test_layer_factors_are_the_sizes_the_unet_really_uses(load, family, side):
+def test_layers_are_listed_in_the_order_in_which_they_run(load, family):
+    model = load(family)
+    cond, _ = bound(model)
+    ran = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in attentions(model).items()
+    ]
+    with torch.no_grad():
+        host.call_unet(model, *inputs(model), cond.context, cond.pooled)
+    for hook in hooks:
+        hook.remove()
+    assert ran == [site.name for site in host.network_map(model).attention] == attention_names(model.unet)
+
+
+@every_family
+@pytest.mark.parametrize("size", [(16, 16), (13, 20)])
+def test_downscales_are_the_sizes_the_unet_really_uses(load, family, size):
     model = load(family)
     cond, mask = bound(model)
-    x, t = inputs(model, side=side)
-    names = list(host.cross_attention_layers(model.unet))
-    with host.patched(model) as patch, torch.no_grad(), patch.capturing(names, mask, leave=False) as maps:
+    x, t = inputs(model, size=size)
+    network = host.network_map(model)
+    with host.patched(model) as patch, torch.no_grad(), patch.capturing(list(attentions(model)), mask) as maps:
         host.call_unet(model, x, t, cond.context, cond.pooled)
-    sizes = level_sizes((side, side))
-    for name, factor in host.layer_factors(model.unet).items():
-        h, w = sizes[factor]
-        assert maps[name].shape == (1, 2, h * w)
+    sizes = level_sizes(size)
+    for site in network.attention:
+        h, w = sizes[site.downscale]
+        assert maps[site.name].shape == (1, 2, h * w)
+
+
+def test_what_a_module_reads_is_text_pixels_or_time(load):
+    """Text: what cross-attention projects to keys and values, and nothing else."""
+    sites = host.network_map(load("sdxl")).sites
+    text = {name for name, site in sites.items() if site.reads == "text"}
+    assert text == {f"{name}.to_{part}" for name in attention_names(load("sdxl").unet) for part in "kv"}
+    time = {name for name, site in sites.items() if site.reads == "time"}
+    assert {"time_embedding.linear_1", "add_embedding.linear_2", "down_blocks.0.resnets.0.time_emb_proj"} <= time
+    assert all("emb" in name for name in time)
+    for name in ("conv_in", "mid_block.resnets.0.conv1", "mid_block.attentions.0.proj_in"):
+        assert sites[name].reads == "image"
 
 
 def test_a_unet_without_cross_attention_is_refused():
-    with pytest.raises(ConceptSplitError, match="no text cross-attention"):
-        host.cross_attention_layers(torch.nn.Linear(2, 2))
+    unet = torch.nn.Linear(2, 2)
+    unet.config = SimpleNamespace(down_block_types=("DownBlock2D",))
+    with pytest.raises(ConceptSplitError, match="This UNet has no UNet with cross-attention|no .*cross-attention"):
+        host.network_map(SimpleNamespace(unet=unet, family="unknown"))
+
+
+def test_fused_projections_are_refused_with_the_way_out(load):
+    model = load()
+    model.unet.fuse_qkv_projections()
+    with pytest.raises(ConceptSplitError, match=r"are fused: call unfuse_qkv_projections\(\) first"):
+        host.network_map(model)
 
 
 # --- text -----------------------------------------------------------------------------------------------------
@@ -104,12 +159,12 @@ def test_a_silent_adapter_is_bit_equal_to_the_base_model(load, adapter_for, fami
     x, t = inputs(model)
     adapter = adapter_for(model)
     if how == "zero up weights":
-        adapter = LowRankAdapter.create(host.layer_shapes(model.unet), adapter.info, 0)
+        adapter = LowRankAdapter.create(host.network_map(model).value_shapes, adapter.info, 0)
     with torch.no_grad():
         plain = host.call_unet(model, x, t, cond.context, cond.pooled)
         chosen = (None if how == "no adapter" else adapter, 0.0 if how == "strength 0" else 1.0)
         with host.patched(model, [chosen, (None, 0.0)]) as patch:
-            patch.state.mask = None if how == "nothing bound" else mask
+            patch.publish(None if how == "nothing bound" else mask)
             assert torch.equal(host.call_unet(model, x, t, cond.context, cond.pooled), plain)
 
 
@@ -119,7 +174,7 @@ def test_values_change_on_bound_rows_of_the_conditional_branch_only(load, adapte
     cond, mask = bound(model)
     neg = host.encode_text(model, "")
     adapter = adapter_for(model)
-    layers = host.cross_attention_layers(model.unet)
+    layers = attentions(model)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def run():
@@ -139,17 +194,41 @@ def test_values_change_on_bound_rows_of_the_conditional_branch_only(load, adapte
 
     plain = run()
     with host.patched(model, [(adapter, 1.0), (None, 0.0)]) as patch:
-        patch.state.mask = torch.cat([torch.zeros_like(mask), mask])
+        patch.publish(torch.cat([torch.zeros_like(mask), mask]))
         changed = run()
     rows = set(next(b.rows for b in cond.bindings if b.concept == "rex"))
     for name, (before, after) in seen.items():
         differs = (before != after).any(dim=-1)
         assert not differs[0].any(), name
         assert set(differs[1].nonzero().flatten().tolist()) == rows, name
-        expected = cond.context[0, sorted(rows)] @ adapter.down[name].t() @ adapter.up[name].t()
+        down, up = adapter.down[f"{name}.to_v"], adapter.up[f"{name}.to_v"]
+        expected = torch.einsum("lc,rc,vr->lv", cond.context[0, sorted(rows)], down, up)
         torch.testing.assert_close((after - before)[1, sorted(rows)], expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(plain[0], changed[0])
     assert not torch.equal(plain[1], changed[1])
+
+
+def test_sizes_that_sdxl_is_told_are_those_of_the_stock_pipeline(load, folder):
+    """(height, width) of the picture, no crop, (height, width) of the target: where they differ."""
+    model, told = load("sdxl"), {}
+    pipe = stock_pipeline("sdxl", folder("sdxl"))
+
+    def watch(name):
+        return lambda _m, _a, kwargs: told.update({name: kwargs["added_cond_kwargs"]["time_ids"]})
+
+    hooks = [
+        unet.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, unet in (("ours", model.unet), ("theirs", pipe.unet))
+    ]
+    cond = host.encode_text(model, "a photo of a dog")
+    x, t = inputs(model, size=(11, 19))
+    with torch.no_grad():
+        host.call_unet(model, x, t, cond.context, cond.pooled)
+    pipe("a photo of a dog", num_inference_steps=1, guidance_scale=1.0, height=88, width=152, output_type="latent")
+    for hook in hooks:
+        hook.remove()
+    assert told["theirs"].tolist() == [[88, 152, 0, 0, 88, 152]]
+    assert torch.equal(told["ours"], told["theirs"])
 
 
 @every_family
@@ -162,7 +241,7 @@ def test_the_model_is_the_same_bits_after_an_exception(load, adapter_for, family
         plain = host.call_unet(model, x, t, cond.context, cond.pooled)
     adapters = [(adapter_for(model), 1.0), (None, 0.0)]
     with pytest.raises(RuntimeError, match="stop"), host.patched(model, adapters) as patch:
-        patch.state.mask = mask
+        patch.publish(mask)
         host.call_unet(model, x, t, cond.context, cond.pooled)
         raise RuntimeError("stop")
     for module in model.unet.modules():
@@ -187,17 +266,20 @@ def test_an_adapter_of_unknown_family_is_refused_by_its_shapes(load, adapter_for
 # --- maps -----------------------------------------------------------------------------------------------------
 
 
-@every_family
-def test_capturing_maps_does_not_change_the_output(load, family):
-    model = load(family)
-    cond, mask = bound(model)
-    x, t = inputs(model)
-    with torch.no_grad():
-        plain = host.call_unet(model, x, t, cond.context, cond.pooled)
-        with host.patched(model) as patch, patch.capturing(list(patch.layers), mask, leave=False) as maps:
-            seen = host.call_unet(model, x, t, cond.context, cond.pooled)
-    assert len(maps) == len(patch.layers)
-    assert torch.equal(plain, seen)
+def in_full(model, wanted, mask, *call):
+    """Maps from a pass that nobody leaves, read by forward hooks of this test alone; and the pass's output."""
+    got = {}
+    network = host.network_map(model)
+    hooks = []
+    for name in wanted:
+        for part in ("to_q", "to_k"):
+            keep = lambda _m, _i, out, key=(name, part): got.update({key: out})
+            hooks.append(network.module(f"{name}.{part}").register_forward_hook(keep))
+    out = host.call_unet(model, *call)
+    for hook in hooks:
+        hook.remove()
+    heads = {name: attentions(model)[name].heads for name in wanted}
+    return {name: bound_attention(got[name, "to_q"], got[name, "to_k"], heads[name], mask) for name in wanted}, out
 
 
 @every_family
@@ -205,10 +287,10 @@ def test_maps_are_the_attention_the_layer_really_pays(load, family):
     model = load(family)
     cond, mask = bound(model)
     x, t = inputs(model)
-    name, attn = list(host.cross_attention_layers(model.unet).items())[3]
+    name, attn = list(attentions(model).items())[3]
     grabbed = {}
     watcher = attn.register_forward_pre_hook(lambda _m, args, kwargs: grabbed.update(x=args[0]), with_kwargs=True)
-    with torch.no_grad(), host.patched(model) as patch, patch.capturing([name], mask, leave=False) as maps:
+    with torch.no_grad(), host.patched(model) as patch, patch.capturing([name], mask) as maps:
         host.call_unet(model, x, t, cond.context, cond.pooled)
     watcher.remove()
     q = attn.head_to_batch_dim(attn.to_q(grabbed["x"]))
@@ -223,35 +305,40 @@ def test_maps_are_the_attention_the_layer_really_pays(load, family):
 def test_leaving_after_the_last_map_is_exact_and_runs_less(load, family):
     model = load(family)
     cond, mask = bound(model)
-    x, t = inputs(model)
-    factors = host.layer_factors(model.unet)
-    wanted = [name for name, factor in factors.items() if factor == 4]
+    x, t = inputs(model, size=(12, 20))
+    wanted = layers_at(model, 4)
+    call = (x, t, cond.context, cond.pooled)
     ran = []
     tail = model.unet.conv_out.register_forward_hook(lambda *_: ran.append(1))
-    with torch.no_grad(), host.patched(model) as patch:
-        with patch.capturing(wanted, mask, leave=False) as full:
-            host.call_unet(model, x, t, cond.context, cond.pooled)
+    with torch.no_grad():
+        full, plain = in_full(model, wanted, mask, *call)
         assert ran == [1]
-        with patch.capturing(wanted, mask) as short:
-            host.call_unet(model, x, t, cond.context, cond.pooled)
-        assert ran == [1]
+        with host.patched(model) as patch:
+            with patch.capturing(wanted, mask) as short:
+                host.call_unet(model, *call)
+            assert ran == [1]
+            assert torch.equal(host.call_unet(model, *call), plain), "nothing is left behind"
     tail.remove()
-    assert set(full) == set(short) == set(wanted)
+    assert set(short) == set(wanted)
     assert all(torch.equal(full[name], short[name]) for name in wanted)
+    assert not any(module._forward_hooks for module in model.unet.modules())
 
 
 def test_an_attention_bias_reaches_the_layer_as_it_reaches_the_map(load):
     model = load()
     cond, mask = bound(model)
-    x, t = inputs(model)
-    name, attn = next(iter(host.cross_attention_layers(model.unet).items()))
+    x, t = inputs(model, size=(16, 12))
+    name, attn = next(iter(attentions(model).items()))
     rows = list(next(b.rows for b in cond.bindings if b.concept == "rex"))
-    bias = torch.zeros(1, 16 * 16, 77)
+    bias = torch.zeros(1, 16 * 12, 77)
     bias[:, :, rows] = -1e8
     with torch.no_grad(), host.patched(model) as patch:
+        plain = host.call_unet(model, x, t, cond.context, cond.pooled)
         patch.bias = {name: bias}
-        with patch.capturing([name], mask, leave=False) as maps:
-            out = host.call_unet(model, x, t, cond.context, cond.pooled)
+        out = host.call_unet(model, x, t, cond.context, cond.pooled)
+        assert not torch.equal(out, plain)
+        with patch.capturing([name], mask) as maps:
+            host.call_unet(model, x, t, cond.context, cond.pooled)
         assert maps[name][0, 0].max() == 0 and maps[name][0, 1].min() > 0
         # Forbidding a row is the same as changing it: nothing of it can be seen in that layer.
         other = attn.to_v.register_forward_hook(lambda _m, _i, v: v.index_fill(1, torch.tensor(rows), 7.0))
@@ -319,7 +406,7 @@ def test_a_folder_with_a_part_missing_names_it(folder, tmp_path):
 def test_a_checkpoint_file_without_a_tokenizer_says_so(tmp_path):
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     path = _save(tmp_path / "model.safetensors", {key: torch.zeros(8, 768)})
-    assert diffusers_load.detect_file(path) == ("sd15", "epsilon")
+    assert single_file.detect_file(path) == single_file.CheckpointKind("sd15", "epsilon")
     with pytest.raises(ConceptSplitError, match="--tokenizer"):
         host.load_model(path)
 
@@ -358,11 +445,11 @@ def test_a_file_of_the_papers_trainer_loads(load, tmp_path, wrapped, name):
     from conceptsplit_core.adapters.file import load_adapter
 
     model = load()
-    shapes = host.layer_shapes(model.unet)
+    shapes = host.network_map(model).value_shapes
     config = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["attn2.to_v"])
     model.unet.add_adapter(config, adapter_name=name)
     if wrapped:
-        for attn in host.cross_attention_layers(model.unet).values():
+        for attn in attentions(model).values():
             attn.to_v = OriginalLinear(attn.to_v)
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.unet, adapter_name=name))
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state, weight_name="paper.safetensors")
@@ -384,7 +471,7 @@ def test_our_file_loads_in_diffusers_as_a_lora(load, folder, adapter_for, tmp_pa
     cond, _ = bound(model)
     x, t = inputs(model)
     with torch.no_grad(), host.patched(model, [(again, 1.0)]) as patch:
-        patch.state.mask = torch.ones(1, 77, 1)
+        patch.publish(torch.ones(1, 77, 1))
         ours = host.call_unet(model, x, t, cond.context)
     pipe = stock_pipeline("sd15", folder("sd15"))
     pipe.load_lora_weights(tmp_path / "rex.safetensors")
@@ -406,7 +493,7 @@ def test_an_adapter_file_round_trips_through_the_model(load, adapter_for, tmp_pa
     outs = []
     for chosen in (adapter, again):
         with torch.no_grad(), host.patched(model, [(chosen, 1.0), (None, 0.0)]) as patch:
-            patch.state.mask = mask
+            patch.publish(mask)
             outs.append(host.call_unet(model, x, t, cond.context, cond.pooled))
     assert torch.equal(*outs)
     assert isinstance(again.info, AdapterInfo) and again.info.base == family

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import REX, TOM, bound, every_family, inputs, stock_pipeline
+from tiny import REX, TOM, bound, every_family, inputs, layers_at, stock_pipeline
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
@@ -15,7 +15,7 @@ from conceptsplit_core.hosts.diffusers import sampling as host_sample
 from conceptsplit_core.method.loda import LodaTrace, separate
 from conceptsplit_core.method.maps import separation_loss
 from conceptsplit_core.method.updates import UPDATE_RULES
-from conceptsplit_core.network.grid import aggregate
+from conceptsplit_core.network.grid import aggregate, level_sizes
 from conceptsplit_core.settings import LodaConfig
 
 TEXT = "a photo of a <rex> and a <tom>"
@@ -140,7 +140,7 @@ def objective(model, cond, mask, sigma, config, names, grid):
 
     def loss(x_sigma):
         with host.patched(model) as patch:
-            patch.state.mask = mask
+            patch.publish(mask)
             with patch.capturing(names, mask) as maps:
                 found = maps
                 host.call_unet(model, x_sigma / (sigma**2 + 1) ** 0.5, torch.tensor([700]), cond.context, cond.pooled)
@@ -157,7 +157,7 @@ def test_the_loda_gradient_is_the_slope_of_the_loss(load, family, divergence):
     model = load(family, dtype=torch.float64)
     cond, mask = bound(model)
     config = LodaConfig(divergence=divergence)
-    names = [name for name, factor in host.layer_factors(model.unet).items() if factor == 4]
+    names = layers_at(model, 4)
     loss = objective(model, cond, mask.double(), 3.0, config, names, (4, 4))
     x = inputs(model)[0].double() * 3
     leaf = x.clone().requires_grad_(True)
@@ -199,13 +199,13 @@ def test_the_first_update_is_the_same_in_both_samplers_coordinates(load, family)
     """σ-space and variance-preserving hosts optimise the same latent: scaling x and σ must not change the update."""
     model = load(family)
     cond, mask = bound(model)
-    names = [name for name, factor in host.layer_factors(model.unet).items() if factor == 4]
+    names = layers_at(model, 4)
     config, sigma = LodaConfig(loda_steps=1, loda_iterations=1), 5.0
     x = inputs(model)[0] * (sigma**2 + 1) ** 0.5
 
     def maps_of(x_sigma):
         with host.patched(model) as patch:
-            patch.state.mask = mask
+            patch.publish(mask)
             with patch.capturing(names, mask) as maps:
                 found = maps
                 host.call_unet(model, x_sigma / (sigma**2 + 1) ** 0.5, torch.tensor([700]), cond.context, cond.pooled)
@@ -235,22 +235,49 @@ def test_words_are_separated_without_any_adapter(load):
     assert not torch.equal(plain.latents, moved.latents)
 
 
+def biases(model, conds, regions, config, guidance, size):
+    """AFG's biases as a run of that size makes them."""
+    batch = host_sample._batch(model, conds, NAMES, conds[0].context.shape[1])
+    guided = batch.guided(host.encode_text(model, ""), NAMES, len(conds)) if guidance != 1.0 else None
+    with host.patched(model) as patch:
+        drawing = host_sample._Drawing(model, patch, batch, guided, guidance, "ddim", 2, size, config)
+        return drawing.bias(regions), batch.mask
+
+
 def test_guidance_regions_touch_only_the_conditional_branch(load):
     model = load()
-    _, mask = bound(model)
-    areas = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
-    areas[0, 0, 0, 0] = areas[0, 1, 3, 3] = True
-    factors = host.layer_factors(model.unet)
-    sizes = {1: (16, 16), 2: (8, 8), 4: (4, 4), 8: (2, 2)}
-    made = host_sample._biases(areas, mask, factors, sizes, LodaConfig(), torch.float32, guided=True)
-    for name, bias in made.items():
-        h, w = sizes[factors[name]]
-        assert bias.shape == (2, h * w, 77)
-        assert not bias[0].any()
-        touched = set(bias[1].any(dim=0).nonzero().flatten().tolist())
-        assert touched == set(mask[0].sum(-1).nonzero().flatten().tolist())
-    half = host_sample._biases(areas, mask, factors, sizes, LodaConfig(afg_outside=1e8), torch.float16, guided=False)
-    assert all(torch.isfinite(bias).all() for bias in half.values())
+    regions = torch.zeros(2, 2, 3, 5, dtype=torch.bool)
+    regions[0, 0, 0, 1] = regions[0, 1, 2, 4] = regions[1, 1, 1, 1] = True
+    conds = prompts(model, TEXT, "the <tom> on a table, two <rex>")
+    config = LodaConfig(afg_inside=2.0, afg_outside=5.0)
+    made, mask = biases(model, conds, regions, config, 7.5, (96, 160))
+    sizes = level_sizes((12, 20))
+    assert set(made) == {site.name for site in host.network_map(model).attention}
+    for site in host.network_map(model).attention:
+        (h, w), bias = sizes[site.downscale], made[site.name]
+        assert bias.shape == (4, h * w, 77)
+        assert not bias[:2].any()
+        for image in range(2):
+            touched = set(bias[2 + image].any(dim=0).nonzero().flatten().tolist())
+            rows = {
+                row
+                for i, name in enumerate(NAMES)
+                for row in mask[image, :, i].nonzero().flatten().tolist()
+                if regions[image, i].any()
+            }
+            assert touched == rows
+    # At the regions' own size: inside +2, outside -5, each concept at its own rows.
+    (name, *_), rex = layers_at(model, 4), int(mask[0, :, 0].nonzero()[0])
+    assert made[name][2, :, rex].view(3, 5).tolist() == torch.where(regions[0, 0], 2.0, -5.0).tolist()
+
+
+def test_a_guidance_beyond_half_precision_is_its_largest_number(load):
+    model = load(dtype=torch.float16)
+    regions = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    regions[0, 0, 0, 0] = regions[0, 1, 3, 3] = True
+    made, _ = biases(model, prompts(model, TEXT), regions, LodaConfig(afg_outside=1e8), 1.0, (128, 128))
+    assert all(bias.dtype == torch.float16 and torch.isfinite(bias).all() for bias in made.values())
+    assert all(bias.shape[0] == 1 and bias.min() < -6e4 for bias in made.values())
 
 
 def test_afg_lets_go_where_it_is_told_to(load):
@@ -294,6 +321,61 @@ def test_half_precision_stays_finite(load, adapter_for, dtype):
         loda=LodaConfig(loda_steps=2),
     )
     assert torch.isfinite(result.latents).all() and result.latents.dtype == torch.float32
+
+
+def test_watched_maps_are_those_of_the_steps_own_call(load, adapter_for):
+    """A ddim run without LODA, read in the call that draws: same latent, same scale, same text, adapters in force."""
+    from conceptsplit_core.method.attention import bound_attention
+
+    model, config = load(), LodaConfig()
+    conds = prompts(model, TEXT, "the <tom> on a table, two <rex>")
+    options = {"seeds": [1, 2], "steps": 3, "size": (96, 160), "concepts": NAMES, "guidance": 4.0}
+    options["adapters"] = {"tom": (adapter_for(model, "tom", "cat"), 1.0)}
+    plain = host.sample(model, conds, **options)
+    wanted, parts, calls = layers_at(model, 4), {}, []
+    network = host.network_map(model)
+    hooks = [
+        network.module(f"{name}.{part}").register_forward_hook(
+            lambda _m, _i, out, key=(name, part): parts.update({key: out[-2:]})
+        )
+        for name in wanted
+        for part in ("to_q", "to_k")
+    ]
+    mask = host_sample._batch(model, conds, NAMES, 77).mask
+
+    def step_is_done(done, steps):
+        maps = [
+            bound_attention(parts[name, "to_q"], parts[name, "to_k"], network.module(name).heads, mask)
+            for name in wanted
+        ]
+        calls.append(torch.stack(maps).mean(0).unflatten(-1, (3, 5)))
+
+    host.sample(model, conds, progress=step_is_done, **options)
+    for hook in hooks:
+        hook.remove()
+    seen = host.sample(model, conds, watch=[0, 2], **options)
+    assert torch.equal(seen.latents, plain.latents), "looking changes nothing"
+    assert sorted(seen.watched) == [0, 2] and config.map_part == "auto"
+    for step, maps in seen.watched.items():
+        torch.testing.assert_close(maps, calls[step], rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(calls[0], calls[2], rtol=1e-3)
+
+
+def test_a_picture_that_is_not_finite_ends_with_the_step_and_a_way_out(load, adapter_for):
+    model, adapter = load(), adapter_for(load())
+    adapter.up = {site: tensor.fill_(float("inf")) for site, tensor in adapter.up.items()}
+    done = []
+    with pytest.raises(ConceptSplitError, match="non-finite at step 1 of 3: lower the strength") as error:
+        host.sample(
+            model,
+            prompts(model, TEXT),
+            seeds=[1],
+            steps=3,
+            concepts=NAMES,
+            adapters={"rex": (adapter, 1.0)},
+            progress=lambda *at: done.append(at),
+        )
+    assert not done and "\n" not in str(error.value)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------

@@ -162,11 +162,30 @@ def stock_pipeline(family: str, folder: Path) -> Any:
     return pipe
 
 
-def inputs(model: Any, batch: int = 1, side: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [batch, 4, side, side] and timesteps of one UNet call."""
+def inputs(
+    model: Any, batch: int = 1, size: tuple[int, int] = (16, 16), seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [batch, 4, *size] and timesteps of one UNet call."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, 4, side, side, generator=generator).to(model.dtype)
+    x = torch.randn(batch, 4, *size, generator=generator).to(model.dtype)
     return x, torch.tensor([500] * batch)
+
+
+def attentions(model: Any) -> dict[str, Any]:
+    """The modules of the cross-attention layers, in the order of a forward pass."""
+    network = host.network_map(model)
+    return {site.name: network.module(site.name) for site in network.attention}
+
+
+def layers_at(model: Any, downscale: int) -> list[str]:
+    """Names of the cross-attention layers of one resolution."""
+    return [site.name for site in host.network_map(model).attention if site.downscale == downscale]
+
+
+def guided(cond: Any, neg: Any, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Text, pooled text and row mask of a batch of two: unconditional, then conditional."""
+    pooled = None if cond.pooled is None else torch.cat([neg.pooled, cond.pooled])
+    return torch.cat([neg.context, cond.context]), pooled, torch.cat([torch.zeros_like(mask), mask])
 
 
 def bound(model: Any, text: str = "a photo of a <rex> and a <tom>") -> tuple[Any, torch.Tensor]:

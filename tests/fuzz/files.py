@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import struct
 import sys
@@ -25,14 +26,16 @@ from typing import Any
 
 import torch
 
-from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.base import AdapterInfo, Member, kind_of
 from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.method.tova import value_delta
+from conceptsplit_core.method.tova import TokenMask, add_at
+from conceptsplit_core.network.site import Site
 from conceptsplit_core.settings import TrainConfig
-from conceptsplit_core.train.data import Prompt, TrainData
+from conceptsplit_core.train.data import TrainData
 from conceptsplit_core.train.loop import train
+from conceptsplit_core.train.prompts import Prompt
 
 from . import watch
 
@@ -133,7 +136,10 @@ def mutate(good: bytes, rng: random.Random, other: bytes) -> tuple[str, bytes]:
         entry["shape"] = [rows, count // rows]
     elif kind == "metadata":
         table = header.setdefault("__metadata__", {"format": "pt"})
-        field = rng.choice([*table, "unknown", "", "rank", "alpha", "format", "format_version", "training", "base"])
+        field = rng.choice([
+            *table, "unknown", "", "rank", "alpha", "format", "format_version", "training", "base", "kind",
+            "lora_adapter_metadata",
+        ])  # fmt: skip
         table[field] = rng.choice(JUNK)
         if rng.random() < 0.05:
             header["__metadata__"] = rng.choice(JUNK)
@@ -145,7 +151,8 @@ def mutate(good: bytes, rng: random.Random, other: bytes) -> tuple[str, bytes]:
             [key.replace("to_v", "to_k"), key.replace("attn2", "attn1"), key.replace("unet.", ""), "", "x" * 5000,
              "unet..", key.replace("lora_A", "lora_B"), key.replace("lora_B", "lora_A"), key + ".", "\n" + key,
              key + "\n", key.replace(".to_v", ".to_v.original_linear"), key.replace("unet.", "../"), "\ud800",
-             key.replace("0", "٠"), rng.choice(keys), "__metadata__", key.upper()]
+             key.replace("0", "٠"), rng.choice(keys), "__metadata__", key.upper(),
+             re.sub(r"to_v\..*", "to_v.alpha", key), key.replace(".to_v", ".to_out.0")]
         )  # fmt: skip
         header[renamed] = header.pop(key)
     return kind, join(header, body)
@@ -163,10 +170,10 @@ def outcome(read: Any) -> str:
     if not (isinstance(facts.concept, str) and isinstance(facts.training, dict) and 0 < facts.rank <= 65536):
         return "adapter with facts of no use"
     for layer, (ctx, dv) in adapter.layers.items():
-        delta = adapter.delta(layer, torch.device("cpu"), torch.float32)
-        if delta is None or delta[0].shape[1] != ctx or delta[1].shape[0] != dv or not math.isfinite(delta[2]):
+        pair = adapter.factor(layer, torch.device("cpu"), torch.float32)
+        if pair is None or pair[0].shape[1] != ctx or pair[1].shape[0] != dv or not math.isfinite(pair[2]):
             return f"adapter of no use in {layer}"
-        if not torch.isfinite(delta[0].half()).all() or not torch.isfinite(delta[1].half()).all():
+        if not torch.isfinite(pair[0].half()).all() or not torch.isfinite(pair[1].half()).all():
             return f"values that a half-precision model cannot hold in {layer}"
     return "adapter"
 
@@ -230,8 +237,8 @@ def large_file_memory() -> dict[str, float]:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         for name, layers, rank in (
-            ("one layer", {"mid_block.attentions.0.transformer_blocks.0.attn2": (8192, 8192)}, 2048),
-            ("many layers", {f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2": (2048, 1280)
+            ("one layer", {"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (8192, 8192)}, 2048),
+            ("many layers", {f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2.to_v": (2048, 1280)
                              for i in range(70)}, 128),
         ):  # fmt: skip
             adapter = LowRankAdapter.create(layers, AdapterInfo("rex", "dog", "sdxl", 2048, rank, 1.0), 0)
@@ -250,7 +257,7 @@ def large_file_memory() -> dict[str, float]:
 
 # --- training checkpoints -------------------------------------------------------------------------------------
 
-LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
+SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn2.to_v", "to_v", "text")
 
 
 class SmallTraining:
@@ -261,15 +268,18 @@ class SmallTraining:
         prompts = [Prompt("a dog", torch.randn(8, 6, generator=g), (2,))]
         self.data = TrainData(torch.randn(2, 4, 3, 3, generator=g), prompts)
         self.base = torch.randn(4, 6, generator=g) * 0.1
+        self.layer = torch.nn.Linear(6, 4, bias=False)
         self.alphas = torch.cumprod(1 - torch.linspace(1e-3, 0.02, 50), 0)
 
     def run(self, steps: int, checkpoint: Path, resume: bool) -> Any:
-        adapter = LowRankAdapter.create({LAYER: (6, 4)}, AdapterInfo("rex", "dog", rank=2, alpha=2.0), 0)
+        adapter = LowRankAdapter.create({SITE.name: (6, 4)}, AdapterInfo("rex", "dog", rank=2, alpha=2.0), 0)
 
         def denoise(batch: Any) -> torch.Tensor:
             value = batch.context @ self.base.t()
-            added = value_delta(batch.context, batch.mask, [adapter.delta(LAYER, value.device, value.dtype)])
-            return batch.x_t * 0.5 + (value if added is None else value + added).mean(dim=1)[:, :, None, None]
+            members, rows = (Member(adapter, 1.0),), TokenMask(batch.mask)
+            found = kind_of(adapter).change(members, SITE, self.layer, batch.context, value, rows)
+            value = value if found is None else add_at(value, *found)
+            return batch.x_t * 0.5 + value.mean(dim=1)[:, :, None, None]
 
         config = TrainConfig(steps=steps, batch_size=1, learning_rate=1e-2, save_every=0)
         return train(adapter, self.data, self.alphas, denoise, config, checkpoint=checkpoint, resume=resume)

@@ -24,7 +24,7 @@ from ...network.grid import map_size
 from ...network.hooks import Group, Hooks, KeptChanges, Member, PassPlan, Scope, everything, remove_hooks
 from ...network.probe import Probe
 from ...network.site import AttentionSite, NetworkMap
-from .load import DiffusersModel
+from .model import DiffusersModel
 
 
 def network_map(model: DiffusersModel) -> NetworkMap:

@@ -22,7 +22,7 @@ from ...network.grid import aggregate, choose_layers, level_sizes
 from ...network.hooks import KeptChanges, Scope
 from ...settings import LodaConfig
 from ...text.binding import row_mask
-from .load import DiffusersModel
+from .model import DiffusersModel
 from .network import Patch, call_unet, patched
 from .pictures import decode_latents
 from .text import Conditioning, _tile, empty_conditioning
@@ -101,6 +101,10 @@ class _Drawing:
     Args:
         batch: the conditional rows. guided: with the unconditional rows before them, or None without guidance.
         size: (height, width) in pixels.
+
+    Attributes:
+        planning: adapters are silent.
+        areas: [B or 1, n, h, w], where routed adapters act; None is everywhere.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class _Drawing:
         factors = {site.name: site.downscale for site in patch.network.attention}
         self.factor, self.layers = choose_layers(factors, config.map_downscale, config.map_part)
         self.planning = False
+        self.areas: Tensor | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -148,7 +153,7 @@ class _Drawing:
     def maps(self, x: Tensor, step: int, sigma: float) -> Tensor:
         """Maps [B, n, h, w] of x₀ + σ·ε at a step, of the conditional branch alone; leaves the UNet at the last layer
         that is needed."""
-        self._publish(self.batch.mask, None)
+        self._publish(self.batch)
         bias, self.patch.bias = self.patch.bias, {}
         try:
             with (
@@ -163,18 +168,20 @@ class _Drawing:
             self.patch.bias = bias
         return aggregate(list(maps.values()), level_sizes(self.latent)[self.factor])
 
-    def _publish(self, mask: Tensor, areas: Tensor | None) -> None:
-        self.patch.publish(None if self.planning else mask, areas, self.latent)
+    def _publish(self, batch: _Batch) -> None:
+        areas, count = self.areas, batch.mask.shape[0]
+        if areas is not None:
+            areas = areas.to(self.model.device).expand(self.batch.mask.shape[0], -1, -1, -1)
+            areas = areas.repeat(count // areas.shape[0], 1, 1, 1)
+        self.patch.publish(None if self.planning else batch.mask, areas, self.latent)
 
     @torch.no_grad()
-    def step(self, x: Tensor, index: int, areas: Tensor | None) -> Tensor:
-        """The latent after one step of the sampler. areas: [B, n, h, w] of routed adapters."""
+    def step(self, x: Tensor, index: int) -> Tensor:
+        """The latent after one step of the sampler."""
         t = self.scheduler.timesteps[index]
         scaled = self.scheduler.scale_model_input(x, t)
         batch = self.guided or self.batch
-        if areas is not None and self.guided is not None:
-            areas = torch.cat([areas, areas])
-        self._publish(batch.mask, areas)
+        self._publish(batch)
         inputs = torch.cat([scaled, scaled]) if self.guided is not None else scaled
         with self.patch.suppressing(batch.mask, self.config.suppression, self.latent):
             out = call_unet(self.model, inputs, t, batch.context, batch.pooled, self.size)
@@ -243,6 +250,9 @@ def sample(
     positive = list(positive) * (count if len(positive) == 1 else 1)
     adapters = adapters or {}
     names = tuple(concepts) or tuple(adapters)
+    strange = next((name for name in masks or {} if name not in names), None)
+    if strange is not None:
+        raise ConceptSplitError(f"A region is given for '{strange}', and this run's concepts are {', '.join(names)}.")
     height, width = size or (model.default_size, model.default_size)
     factor = model.pixel_factor
     if height % factor or width % factor or min(height, width) < factor:
@@ -265,22 +275,24 @@ def sample(
     loaded = [adapters.get(name, (None, 0.0)) for name in names]
     acts_in = [(scopes or {}).get(name) for name in names]
     config = (loda or LodaConfig()).for_schedule(steps)
-    given = {names.index(name): mask for name, mask in (masks or {}).items() if name in names}
+    given = {names.index(name): mask for name, mask in (masks or {}).items()}
     watched: dict[int, Tensor] = {}
     with patched(model, loaded, acts_in, KeptChanges()) as patch:
         drawing = _Drawing(model, patch, batch, guided, guidance, sampler, steps, (height, width), config)
         routed = any(group.scope == "region" for group in patch.groups)
-        timeline = None
-        if loda is not None:
-            timeline = Timeline(loda, steps, names, drawing.maps, routed, given)
+        if loda is None and routed and given:
+            # Without LODA nobody looks for the other concepts: they act on the whole picture.
+            given = {i: given.get(i, torch.ones(1, *drawing.latent)) for i in range(len(names))}
+            loda = LodaConfig(loda_steps=0, afg=False)
+        timeline = None if loda is None else Timeline(loda, steps, names, drawing.maps, routed, given)
         x = start * drawing.scheduler.init_noise_sigma
         ahead = 0 if timeline is None else timeline.plan_steps
         total = ahead + steps
-        if timeline is not None and ahead:
+        if timeline is not None and routed and not timeline.located:
             drawing.planning = True
             for index in range(ahead):
                 x = _begin(timeline, drawing, x, index)
-                x = drawing.step(x, index, None)
+                x = drawing.step(x, index)
                 if progress is not None:
                     progress(index + 1, total)
             timeline.locate(x * drawing.lift(ahead), ahead, drawing.sigma(ahead))
@@ -289,10 +301,10 @@ def sample(
             x = start * drawing.scheduler.init_noise_sigma
         for index in range(steps):
             if timeline is not None:
-                if not ahead:
-                    x = _begin(timeline, drawing, x, index)
-                    if index == timeline.optimised_steps and timeline.afg_acts(index) and not timeline.located:
-                        timeline.locate(x * drawing.lift(index), index, drawing.sigma(index))
+                x = _begin(timeline, drawing, x, index)
+                if index == timeline.optimised_steps and timeline.afg_acts(index) and not timeline.located:
+                    timeline.locate(x * drawing.lift(index), index, drawing.sigma(index))
+                drawing.areas = timeline.areas
                 acts = timeline.afg is not None and timeline.afg_acts(index)
                 if acts and not patch.bias and timeline.afg is not None:
                     patch.bias = drawing.bias(timeline.afg.to(model.device))
@@ -301,7 +313,7 @@ def sample(
             if index in watch:
                 with torch.no_grad():
                     watched[index] = drawing.maps(x * drawing.lift(index), index, drawing.sigma(index)).cpu()
-            x = drawing.step(x, index, None if timeline is None else timeline.areas)
+            x = drawing.step(x, index)
             if progress is not None:
                 progress(ahead + index + 1, total)
     trace = None if timeline is None else timeline.trace

@@ -266,7 +266,7 @@ def test_steps_are_counted_through(marked):
 def test_guider_equals_the_sampler_node(marked):
     model, clip = marked
     conds = two(clip)
-    guider, maps = run_with_options(
+    (guider,) = run_with_options(
         "ConceptSplitGuider",
         model=model,
         positive=conds[0],
@@ -278,7 +278,6 @@ def test_guider_equals_the_sampler_node(marked):
         afg_end=1.0,
         loda_iterations=1,
     )
-    assert maps.trace is None
     noise = run("RandomNoise", noise_seed=7)[0]
     sampler = run("KSamplerSelect", sampler_name="euler")[0]
     sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=3, denoise=1.0)[0]
@@ -287,7 +286,29 @@ def test_guider_equals_the_sampler_node(marked):
     )
     wanted, _ = sample_loda(model, *conds)
     assert torch.equal(out[0]["samples"], wanted)
-    assert maps.trace is not None and maps.trace.regions is not None
+
+
+def test_two_runs_of_one_guider_keep_maps_of_their_own(marked):
+    """Case 36: one LODA Guider, two samplers; nothing that a node has given changes afterwards."""
+    model, clip = marked
+    conds = two(clip)
+    (guider,) = run_with_options(
+        "ConceptSplitGuider", model=model, positive=conds[0], negative=conds[1], cfg=5.0,
+        loda_steps=2, loda_strength=0.2, afg=True, afg_end=1.0, loda_iterations=1,
+    )  # fmt: skip
+    sampler = run("KSamplerSelect", sampler_name="euler")[0]
+    sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=3, denoise=1.0)[0]
+    seen = []
+    for seed in (7, 8):
+        noise = run("RandomNoise", noise_seed=seed)[0]
+        out, _, maps = run(
+            "ConceptSplitSampler", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent()
+        )
+        seen.append((out["samples"], maps, maps.trace.after.clone()))
+    assert seen[0][1] is not seen[1][1] and not torch.equal(seen[0][2], seen[1][2])
+    assert torch.equal(seen[0][1].trace.after, seen[0][2]), "the first run's maps stay"
+    wanted, again = sample_loda(model, *conds)
+    assert torch.equal(seen[0][0], wanted) and torch.equal(seen[0][2], again.trace.after)
 
 
 def test_afg_biases_only_the_conditional_rows(marked):
