@@ -49,10 +49,13 @@ def train_lora(model: host.DiffusersModel, name: str) -> LowRankAdapter:
 
 
 def file_bytes(adapter: LowRankAdapter) -> bytes:
-    """A LoRA file as diffusers writes them, fp16, that says which words it was trained on."""
-    pairs = {f"unet.{site}.lora_A.weight": down for site, down in adapter.down.items()}
-    pairs |= {f"unet.{site}.lora_B.weight": up for site, up in adapter.up.items()}
-    tensors = {key: tensor.detach().half().contiguous() for key, tensor in pairs.items()}
+    """A LoRA file in kohya's names, which every program reads, in fp16; it says which words it was trained on."""
+    tensors: dict[str, torch.Tensor] = {}
+    for site in adapter.sites:
+        key = f"lora_unet_{site.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = adapter.down[site].detach().half()
+        tensors[f"{key}.lora_up.weight"] = adapter.up[site].detach().half()
+        tensors[f"{key}.alpha"] = torch.tensor(adapter.info.alpha).half()
     return save(tensors, {"modelspec.trigger_phrase": adapter.info.class_word})
 
 
