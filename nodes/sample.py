@@ -31,14 +31,23 @@ def _loda_fields() -> list[Any]:
     return [
         *setting_fields(LodaConfig, advanced=False),
         field(LodaOptionsType, "options", "The rest of the settings, from LODA Options.", optional=True),
+        field(
+            AttentionMapsType,
+            "attention_maps",
+            "From the sampler of an earlier stage of the same picture (hires fix, image-to-image): its regions are "
+            "kept, and none are looked for.",
+            optional=True,
+        ),
     ]
 
 
-def _prepared(model: Any, options: LodaConfig | None, given: dict[str, Any]) -> tuple[Any, AttentionMaps]:
+def _prepared(
+    model: Any, options: LodaConfig | None, earlier: AttentionMaps | None, given: dict[str, Any]
+) -> tuple[Any, AttentionMaps]:
     """The model that samples as the LODA inputs ask, and where maps will be."""
     config = from_values(LodaConfig, given, options)
     maps = AttentionMaps()
-    return with_loda(model, config, maps), maps
+    return with_loda(model, config, maps, earlier), maps
 
 
 class ConceptSplitLodaOptions(io.ComfyNode):
@@ -118,9 +127,10 @@ class ConceptSplitKSampler(io.ComfyNode):
         latent_image: Any,
         denoise: float,
         options: LodaConfig | None = None,
+        attention_maps: AttentionMaps | None = None,
         **loda: Any,
     ) -> io.NodeOutput:
-        model, maps = _prepared(model, options, loda)
+        model, maps = _prepared(model, options, attention_maps, loda)
         (latent,) = host_nodes.common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
@@ -155,9 +165,10 @@ class ConceptSplitGuider(io.ComfyNode):
         negative: Any,
         cfg: float,
         options: LodaConfig | None = None,
+        attention_maps: AttentionMaps | None = None,
         **loda: Any,
     ) -> io.NodeOutput:
-        model, maps = _prepared(model, options, loda)
+        model, maps = _prepared(model, options, attention_maps, loda)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
