@@ -31,13 +31,22 @@ def _loda_fields() -> list[Any]:
     return [
         *setting_fields(LodaConfig, advanced=False),
         field(LodaOptionsType, "options", "The rest of the settings, from LODA Options.", optional=True),
+        field(
+            AttentionMapsType,
+            "attention_maps",
+            "From the sampler of an earlier stage of the same picture (hires fix, image-to-image): its regions are "
+            "kept, and none are looked for.",
+            optional=True,
+        ),
     ]
 
 
-def _prepared(model: Any, options: LodaConfig | None, given: dict[str, Any]) -> tuple[Any, AttentionMaps]:
+def _prepared(
+    model: Any, options: LodaConfig | None, earlier: AttentionMaps | None, given: dict[str, Any]
+) -> tuple[Any, AttentionMaps]:
     """The model that samples as the LODA inputs ask, and where maps will be."""
     maps = AttentionMaps()
-    return with_loda(model, from_values(LodaConfig, given, options), maps), maps
+    return with_loda(model, from_values(LodaConfig, given, options), maps, earlier), maps
 
 
 class ConceptSplitLodaOptions(io.ComfyNode):
@@ -117,9 +126,10 @@ class ConceptSplitKSampler(io.ComfyNode):
         latent_image: Any,
         denoise: float,
         options: LodaConfig | None = None,
+        attention_maps: AttentionMaps | None = None,
         **loda: Any,
     ) -> io.NodeOutput:
-        model, maps = _prepared(model, options, loda)
+        model, maps = _prepared(model, options, attention_maps, loda)
         (latent,) = host_nodes.common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
@@ -153,9 +163,10 @@ class ConceptSplitGuider(io.ComfyNode):
         negative: Any,
         cfg: float,
         options: LodaConfig | None = None,
+        attention_maps: AttentionMaps | None = None,
         **loda: Any,
     ) -> io.NodeOutput:
-        guider = comfy.samplers.CFGGuider(_prepared(model, options, loda)[0])
+        guider = comfy.samplers.CFGGuider(_prepared(model, options, attention_maps, loda)[0])
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)

@@ -20,6 +20,11 @@ from ..method.tova import Pair, TokenMask, low_rank_sum
 class Factor(Protocol):
     """A change that is no pair of matrices."""
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(d_in, d_out)"""
+        ...
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Factor: ...
 
     def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -35,6 +40,10 @@ class ConvPair:
     up: Tensor
     scale: float
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.down.shape[1], self.up.shape[0]
+
     def to(self, device: torch.device, dtype: torch.dtype) -> ConvPair:
         return ConvPair(self.down.to(device, dtype), self.up.to(device, dtype), self.scale)
 
@@ -48,6 +57,10 @@ class Whole:
 
     weight: Tensor
     scale: float
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.weight.shape[1], self.weight.shape[0]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Whole:
         return Whole(self.weight.to(device, dtype), self.scale)
@@ -67,12 +80,21 @@ class Kronecker:
     second: Tensor
     scale: float
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.first.shape[1] * self.second.shape[1], self.first.shape[0] * self.second.shape[0]
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Kronecker:
         return Kronecker(self.first.to(device, dtype), self.second.to(device, dtype), self.scale)
 
     def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
         folded = x.to(self.first.dtype).unflatten(-1, (self.first.shape[1], self.second.shape[1]))
         return (self.first @ (folded @ self.second.t())).flatten(-2) * self.scale
+
+
+def widths(one: Pair | Factor) -> tuple[int, int]:
+    """(d_in, d_out) of what a file holds for a layer."""
+    return (one[0].shape[1], one[1].shape[0]) if isinstance(one, tuple) else one.widths
 
 
 def hadamard_pair(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, scale: float) -> Pair:

@@ -19,7 +19,9 @@ from ..errors import ConceptSplitError
 from ..method.tova import Pair
 from ..network.site import NetworkMap
 from .base import BASES, AdapterInfo, family
-from .factors import ConvPair, Factor, Kronecker, Whole, hadamard_pair
+from .factors import ConvPair, Factor, Kronecker, Whole, hadamard_pair, widths
+
+_TEXT = (".attn2.to_k", ".attn2.to_v")
 
 
 class LoraAdapter:
@@ -66,21 +68,22 @@ class LoraAdapter:
         """Refuses a LoRA of another model.
 
         Args:
-            shapes: (d_in, d_out) of those modules that are Linear.
+            shapes: (d_in, d_out) of each module.
 
         Raises:
             ConceptSplitError: a module of another shape.
         """
-        for site, (d_in, d_out) in shapes.items():
-            found = self.factors.get(site)
-            if not isinstance(found, tuple):
+        # What reads text comes first, because its width names the family.
+        for site in sorted(shapes, key=lambda site: not site.endswith(_TEXT)):
+            if site not in self.factors:
                 continue
-            mine = (found[0].shape[1], found[1].shape[0])
-            if mine != (d_in, d_out):
-                made_for = family(mine[0]) if site.endswith((".attn2.to_k", ".attn2.to_v")) else "unknown"
+            theirs, mine = shapes[site], widths(self.factors[site])
+            if mine != theirs:
+                made_for = family(mine[0]) if site.endswith(_TEXT) else "unknown"
                 raise ConceptSplitError(
                     f"The LoRA '{self.info.concept}' maps {mine[0]} to {mine[1]} values at {site}, the model maps "
-                    f"{d_in} to {d_out}: it was made for {BASES.get(made_for, made_for)} and the model is "
+                    f"{theirs[0]} to {theirs[1]}: it was made for "
+                    f"{'another model' if made_for == 'unknown' else BASES[made_for]} and the model is "
                     f"{BASES.get(base, base)}."
                 )
 
@@ -134,8 +137,8 @@ def lokr_factor(
     scale = 1.0 if alpha is None or not ranks else alpha / ranks[-1]
     w1 = first[0] if first[0] is not None else _rebuilt(first[1], first[2], None)  # type: ignore[arg-type]
     w2 = second[0] if second[0] is not None else _rebuilt(second[1], second[2], core)  # type: ignore[arg-type]
-    if not kernel and w2.ndim == 2:
-        return Kronecker(w1, w2, scale)
+    if not kernel:
+        return Kronecker(w1, w2.flatten(1), scale)
     w2 = w2.reshape(*w2.shape[:2], *kernel) if w2.ndim == 4 else w2[..., None, None]
     return Whole(torch.kron(w1[..., None, None].float(), w2.float()).to(w2.dtype), scale)
 
@@ -251,6 +254,5 @@ def lora_adapter(
         kind="lora",
     )
     adapter = LoraAdapter(info, kept)
-    linear = [site for site, one in kept.items() if isinstance(one, tuple)]
-    adapter.check_fits(network.shapes(linear), network.family)
+    adapter.check_fits(network.shapes(kept), network.family)
     return adapter, report

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConceptSplitError
 from ..settings import LodaConfig
 from .loda import LodaTrace, separate
 from .regions import regions
@@ -38,7 +39,11 @@ class Timeline:
         concepts: names, the order of the maps.
         read_maps: see `ReadMaps`; the concepts in that order.
         routed: whether some adapter acts in a region.
-        given: regions that the user has drawn, by channel: [1 or B, H, W] in 0…1.
+        given: regions that the user has drawn, by channel: [1 or B, H, W] in 0…1, all of one size.
+        earlier: what an earlier run has found, for instance the first stage of a picture: its regions are taken.
+
+    Raises:
+        ConceptSplitError: the earlier run knows other concepts, or has found no regions.
 
     Attributes:
         trace: what happened.
@@ -54,6 +59,7 @@ class Timeline:
         read_maps: ReadMaps,
         routed: bool = False,
         given: Mapping[int, Tensor] | None = None,
+        earlier: LodaTrace | None = None,
     ):
         self.config = config.for_schedule(total)
         self.total = total
@@ -64,8 +70,11 @@ class Timeline:
         self.afg: Tensor | None = None
         self.areas: Tensor | None = None
         if self.given and len(self.given) == len(concepts):
-            size = next(iter(self.given.values())).shape[-2:]
-            self._take(torch.zeros(max(map(len, self.given.values())), len(concepts), *size))
+            masks = self.given.values()
+            size = next(iter(masks)).shape[-2:]
+            self._take(torch.zeros(max(map(len, masks)), len(concepts), *size))
+        elif earlier is not None:
+            self._continue(earlier)
 
     @property
     def located(self) -> bool:
@@ -106,14 +115,42 @@ class Timeline:
             self.trace.after = maps.detach().cpu()
             self._take(maps)
 
+    def forget(self) -> None:
+        """Takes back regions that were made from maps which could not be read; what the user has drawn stays."""
+        if not self.given:
+            self.afg = self.areas = self.trace.regions = self.trace.areas = None
+
+    def _continue(self, earlier: LodaTrace) -> None:
+        """Takes the regions of an earlier run, at that run's size: layers fit them to their own."""
+        mine, theirs = self.trace.concepts, earlier.concepts
+        if earlier.regions is None or (self.routed and earlier.areas is None):
+            raise ConceptSplitError(
+                "The attention_maps given hold no regions: connect those of a run with the same concepts, or nothing."
+            )
+        if set(mine) != set(theirs):
+            named = [", ".join(f"<{name}>" for name in names) for names in (theirs, mine)]
+            raise ConceptSplitError(
+                f"The attention_maps given are of {named[0]} and the prompt has {named[1]}: use the same concepts in "
+                "both stages, or disconnect attention_maps."
+            )
+        order = [theirs.index(name) for name in mine]
+        self.trace.after = None if earlier.after is None else earlier.after[:, order]
+        areas = earlier.areas[:, order] if self.routed and earlier.areas is not None else None
+        self._use(earlier.regions[:, order], areas)
+
     def _take(self, maps: Tensor) -> None:
         config = self.config
         found = regions(maps, config.afg_region, config.afg_smoothing, config.afg_rule)
         areas = None
         if self.routed:
             areas = regions(maps, config.afg_region, config.afg_smoothing, config.area_rule).to(maps.dtype)
+        self._use(found, areas)
+
+    def _use(self, found: Tensor, areas: Tensor | None) -> None:
+        """Puts regions and areas into force, except where the user has drawn others; writes into them."""
         for channel, mask in self.given.items():
-            own = F.adaptive_avg_pool2d(mask[:, None].to(maps), (maps.shape[-2], maps.shape[-1]))[:, 0]
+            size = found.shape[-2], found.shape[-1]
+            own = F.adaptive_avg_pool2d(mask[:, None].to(found.device, torch.float32), size)[:, 0]
             # What the user has drawn is the concept's and nobody else's.
             inside = (own >= 0.5).expand(found.shape[0], -1, -1)
             others = [i for i in range(found.shape[1]) if i not in self.given]

@@ -99,13 +99,14 @@ class NetworkMap:
         return find_module(self.root(), path)
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of those of `names` that are a Linear of this network, read from the module, so that quantised
-        storage does not matter."""
+        """(d_in, d_out) of those of `names` that are a Linear or a convolution here, read from the module, so
+        that quantised storage does not matter."""
         found = {}
         for name in names:
             module: Any = self.module(name) if name in self.sites else None
-            if hasattr(module, "in_features"):
-                found[name] = (int(module.in_features), int(module.out_features))
+            for unit in ("features", "channels"):
+                if hasattr(module, f"in_{unit}"):
+                    found[name] = (int(getattr(module, f"in_{unit}")), int(getattr(module, f"out_{unit}")))
         return found
 
     @property

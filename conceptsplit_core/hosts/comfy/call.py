@@ -216,6 +216,7 @@ def _in_force(
         groups = () if run.planning else run.concepts.groups_at(t)
         if groups:
             areas, known = _areas(run, x, options)
+            run.notes.unplaced |= not known
             pixels = CallPixels(areas, (x.shape[-2], x.shape[-1]), text.given.adapters.weights.amax(dim=1))
             # Where another pack changes the text on its way into a layer, each layer looks at its own.
             run.hooks.plan = PassPlan(

@@ -120,10 +120,9 @@ class ConceptCLIP(_AnyCLIP):
         carried = carried_by(self, tokens)
         out = super().encode_from_tokens(tokens, return_pooled, return_dict)
         if return_dict:
-            bound = None if carried is None else carried.encoded(self, out["cond"])
-            out[KEY] = bound
-            if bound is not None:
-                out["cond"] = self._with_loras(out["cond"], bound, super().clone, tokens)
+            if carried is not None:
+                out["cond"] = self._with_loras(out["cond"], carried, super().clone, tokens)
+            out[KEY] = carried and carried.encoded(self, out["cond"])
         elif carried is not None and carried.bindings:
             log.warning(
                 '[ConceptSplit] A text node drops the bindings of prompt "%s": encode it with CLIP Text Encode.',
@@ -132,11 +131,12 @@ class ConceptCLIP(_AnyCLIP):
         return out
 
     def _with_loras(
-        self, encoded: torch.Tensor, bound: BoundText, clone: Callable[[], comfy.sd.CLIP], tokens: Any
+        self, encoded: torch.Tensor, carried: CarriedText, clone: Callable[[], comfy.sd.CLIP], tokens: Any
     ) -> torch.Tensor:
         """The text [1, L, d] in which each concept's rows come from the encoder with that concept's LoRA alone."""
         for lora in self.conceptsplit_loras:
-            rows = [row for one in bound.bindings if one.concept == lora.concept for row in one.rows]
+            bindings = carried.placed(encoded)
+            rows = [row for one in bindings if one.concept == lora.concept for row in one.rows]
             if not rows:
                 continue
             patched = clone()
@@ -195,26 +195,29 @@ class CarriedText:
     tokens: int
     layout: TextLayout
 
-    def encoded(self, clip: Any, text: torch.Tensor) -> BoundText:
-        """The same for the rows [1, L, d] that the encoder has really given, entered into its texts in use.
+    def placed(self, text: torch.Tensor) -> tuple[Binding, ...]:
+        """The bindings by the rows [1, L, d] that the encoder has really given.
 
         Raises:
             ConceptSplitError: something is bound, and the rows are not those of the tokens.
         """
-        rows, bindings = text.shape[1], self.bindings
+        rows = text.shape[1]
         if rows == 2 * self.tokens and _doubled(text):
             # NegPip: every row twice, first for the keys, then for the values.
-            bindings = tuple(
+            return tuple(
                 replace(one, rows=tuple(place for row in one.rows for place in (2 * row, 2 * row + 1)))
-                for one in bindings
+                for one in self.bindings
             )
-        else:
-            bindings = tuple(replace(one, rows=self.layout.rows(one.rows, self.tokens, rows)) for one in bindings)
+        return tuple(replace(one, rows=self.layout.rows(one.rows, self.tokens, rows)) for one in self.bindings)
+
+    def encoded(self, clip: Any, text: torch.Tensor) -> BoundText:
+        """The same for such rows, entered into the encoder's texts in use. Raises as `placed`."""
+        bindings = self.placed(text)
         # On the encoder, because only its own texts can stand beside each other in one run, and every CLIP made of it,
         # whatever concepts it knows, has to find them.
         texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, BoundTexts())
         texts.add(text, bindings)
-        return BoundText(self.text, bindings, rows, texts)
+        return BoundText(self.text, bindings, text.shape[1], texts)
 
 
 def carried_by(clip: Any, tokens: Any) -> CarriedText | None:

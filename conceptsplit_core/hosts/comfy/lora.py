@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
+from torch import Tensor
 
 from ...adapters.factors import Factor, Whole
 from ...adapters.lora import LoraAdapter, LoraReport, loha_factor, lokr_factor, lora_adapter, lora_factor, trained_words
@@ -40,23 +41,33 @@ class LoraFile:
     text_patches: Mapping[Any, Any]
 
 
-def read_words(path: Path) -> list[str]:
-    """Words that the file's metadata proposes, the likeliest first."""
+def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file.
+
+    Raises:
+        ConceptSplitError: not a safetensors file, or damaged.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise ConceptSplitError(f"{path.name} is no safetensors file: only safetensors is read; convert it first.")
     try:
-        _, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    except Exception:  # the reader raises anything on a damaged file; reading it in earnest says so
-        return []
-    return trained_words(metadata or {})
+        with torch.inference_mode(False):
+            state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    except Exception as error:  # the reader raises anything on a damaged file
+        reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
+        raise ConceptSplitError(
+            f"{path.name} cannot be read ({reason}): it is damaged or no safetensors file; download it again."
+        ) from error
+    return state, metadata or {}
 
 
 def concept_of(path: Path, name: str, words: str) -> Concept:
     """The concept of a LoRA: under the name given or the file's own, for the words given or those the file proposes.
 
     Raises:
-        ConceptSplitError: nobody says which words it was trained on.
+        ConceptSplitError: nobody says which words it was trained on, or the file cannot be read.
     """
     name = name or word_name(path.stem)
-    proposed = read_words(path) if not words.strip() else []
+    proposed = trained_words(_opened(path)[1]) if not words.strip() else []
     if not words.strip() and not proposed:
         raise ConceptSplitError(
             f"{path.name} does not say which words it was trained on: write them into words, for instance 'ohwx woman'."
@@ -72,22 +83,15 @@ def read_lora(
     Raises:
         ConceptSplitError: not a safetensors file, damaged, or made for another model.
     """
-    if path.suffix.lower() != ".safetensors":
-        raise ConceptSplitError(f"{path.name} is no safetensors file: only safetensors is read; convert it first.")
-    try:
-        with torch.inference_mode(False):
-            state = comfy.utils.load_torch_file(str(path), safe_load=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ConceptSplitError(f"{path.name} cannot be read ({reason}): it is damaged; download it again.") from error
+    state, _ = _opened(path)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys)
     if not loaded:
+        first = repr(next(iter(state))[:80]) if state else "none"
         raise ConceptSplitError(
-            f"{path.name} holds no LoRA for this model (first tensor: {next(iter(state), 'none')[:80]!r}): choose a "
-            "LoRA that was made for it."
+            f"{path.name} holds no LoRA for this model (first tensor: {first}): choose a LoRA that was made for it."
         )
     network = network_map(model.model)
     names = {site.path: site.name for site in network.sites.values()}
@@ -98,6 +102,9 @@ def read_lora(
         place = key if isinstance(key, str) else key[0]
         if not place.startswith(_UNET):
             text[key] = patch
+            continue
+        if place.endswith(".bias"):
+            unsupported.append("a change of a bias or a norm")
             continue
         canonical = names.get(place.removeprefix(_UNET).removesuffix(".weight"), place)
         factor = _factor(patch, canonical, network) if isinstance(key, str) else "part of a fused layer"
@@ -123,7 +130,7 @@ def _factor(patch: Any, name: str, network: NetworkMap) -> Pair | Factor | str:
     if form == "diff" and isinstance(patch, tuple):
         # A whole ΔW; of a norm or a bias there is no product with what the layer reads.
         weight = patch[1][0]
-        return Whole(weight, 1.0) if weight.ndim in (2, 4) else "a change of a bias or a norm"
+        return _whole(weight, 1.0, kernel) if weight.ndim in (2, 4) else "a change of a bias or a norm"
     weights: Any = getattr(patch, "weights", ())
     if form == "lora":
         up, down, alpha, middle, dora, reshape = weights
@@ -137,3 +144,10 @@ def _factor(patch: Any, name: str, network: NetworkMap) -> Pair | Factor | str:
         w1, w2, alpha, b1, a1, b2, a2, core, dora = weights
         return "DoRA" if dora is not None else lokr_factor((w1, b1, a1), (w2, b2, a2), core, alpha, kernel)
     return str(form).upper()
+
+
+def _whole(weight: Tensor, scale: float, kernel: tuple[int, ...]) -> Whole:
+    """A whole ΔW in its module's form: files may write a 1 × 1 convolution as a matrix and the reverse."""
+    if not kernel:
+        return Whole(weight.flatten(1), scale)
+    return Whole(weight if weight.ndim == 4 else weight[..., None, None], scale)

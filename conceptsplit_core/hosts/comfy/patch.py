@@ -74,12 +74,16 @@ def with_masks(
 
 
 def with_loda(
-    model: comfy.model_patcher.ModelPatcher, config: LodaConfig, maps: AttentionMaps
+    model: comfy.model_patcher.ModelPatcher,
+    config: LodaConfig,
+    maps: AttentionMaps,
+    earlier: AttentionMaps | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of `model` whose samplers run LODA; `maps` receives the trace of each run."""
+    """A clone of `model` whose samplers run LODA; `maps` receives the trace of each run. With maps of an earlier stage
+    they take its regions and look for none."""
     network_map(model.model)  # refuses what is not a UNet before anything is sampled
-    loaded = whole(model) if config.loda_steps else model
-    return _patched(loaded, replace(patch_of(model), loda=config, maps=maps))
+    loaded = whole(model) if config.loda_steps and earlier is None else model
+    return _patched(loaded, replace(patch_of(model), loda=config, maps=maps, earlier=earlier))
 
 
 def with_maps(guider: Any) -> tuple[Any, AttentionMaps]:
@@ -109,8 +113,8 @@ def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.mod
 
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
     out = executor(model, noise_shape, conds, *args, **kwargs)
-    loda = patch_of(model).loda
-    if loda is not None and loda.loda_steps:
+    patch = patch_of(model)
+    if patch.loda is not None and patch.loda.loda_steps and patch.earlier is None:
         # Streaming parts of the model overwrites weights before the backward pass has used them.
         need = model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
         comfy.model_management.load_models_gpu([model], memory_required=2 * need, force_full_load=True)
@@ -137,7 +141,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     # Regional texts that another pack has taken in are no conditionings of this run.
     taken_in = set().union(*(one.concepts() for one in encoders)) if _patches_texts(guider, options) else set()
     _warn_of_idle(patch, mentioned | taken_in)
-    silent = not patch.loda and all(loaded.strength == 0.0 for loaded in patch.adapters)
+    silent = not patch.loda and not patch.masks and all(loaded.strength == 0.0 for loaded in patch.adapters)
     if silent or not (mentioned or any(loaded.name in taken_in for loaded in patch.adapters)):
         return executor(*args, **kwargs)
 
@@ -207,6 +211,12 @@ def _warn_of_idle(patch: Patch, mentioned: set[str]) -> None:
             "[ConceptSplit] No prompt of this run mentions %s: its adapter has no effect. Write it into a prompt that "
             "is encoded with the CLIP of its loader.",
             " or ".join(idle),
+        )
+    if unplaced := [f"<{name}>" for name in patch.masks if name not in mentioned]:
+        log.warning(
+            "[ConceptSplit] No prompt of this run mentions %s: its region has no effect. Concept Region takes the "
+            "concept's name or the marked word as the prompt writes it.",
+            " or ".join(unplaced),
         )
 
 

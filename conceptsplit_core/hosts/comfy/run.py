@@ -63,12 +63,14 @@ class Patch:
     """What ConceptSplit knows about one MODEL; an attachment, shared by its clones and never changed.
 
     masks: regions that the user has drawn for concepts without an adapter, by name.
+    earlier: of an earlier stage, whose regions are taken instead of new ones.
     """
 
     adapters: tuple[LoadedAdapter, ...] = ()
     loda: LodaConfig | None = None
     maps: AttentionMaps | None = None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    earlier: AttentionMaps | None = None
 
 
 def patch_of(model: comfy.model_patcher.ModelPatcher) -> Patch:
@@ -171,11 +173,13 @@ class Notes:
     found, wanted: of each channel, whether its rows were found in the text of some layer, and whether they should have
         been; bool [n] on the layers' device, read at the end.
     afg_skipped: AFG met a cross-attention that it could not guide.
+    unplaced: routed adapters met a call whose place in the picture nobody knows.
     """
 
     found: Tensor | None = None
     wanted: Tensor | None = None
     afg_skipped: bool = False
+    unplaced: bool = False
 
     def rows(self, wanted: Tensor, found: Tensor) -> None:
         """Row masks [B, L, n] of a call as the host gave them, and as they were found in a layer's text."""
@@ -204,6 +208,11 @@ class Notes:
             log.warning(
                 "[ConceptSplit] Two prompts read the same and bind different concepts: after another node has joined "
                 "them they cannot be told apart, and neither concept acts there. Make the prompts differ by a word."
+            )
+        if self.unplaced:
+            log.warning(
+                "[ConceptSplit] LoRAs had no effect on the picture in some calls of the model: another node shows the "
+                "model windows of it, and where these lie is not known; remove that node or the masks."
             )
         if self.afg_skipped:
             log.warning(
@@ -257,6 +266,16 @@ class Run:
     reading: Any = None
     gradient: bool = False
     planning: bool = False
+
+    @cached_property
+    def masks(self) -> dict[int, Tensor]:
+        """Regions that the user has drawn, by channel."""
+        found = {}
+        for channel, (name, one) in enumerate(zip(self.concepts.names, self.concepts.loaded, strict=True)):
+            mask = one.mask if one is not None and one.mask is not None else self.patch.masks.get(name)
+            if mask is not None:
+                found[channel] = mask
+        return found
 
 
 def bindings_mask(bindings: Sequence[Binding], names: Sequence[str], rows: int, attended: bool) -> Tensor:

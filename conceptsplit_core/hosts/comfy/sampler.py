@@ -16,10 +16,14 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
+from ...errors import ConceptSplitError
+from ...method.loda import LodaTrace
 from ...method.timeline import Timeline
 from ...settings import LodaConfig
 from .autograd import plain_errors
@@ -41,10 +45,10 @@ def sample(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
         if loda is not None and loda.acts:
             log.warning("[ConceptSplit] %s: sampling without LODA.", _TOO_FEW % "none")
         return executor(guider, *args, **kwargs)
-    if loda is None and not run.concepts.routed:
-        return executor(guider, *args, **kwargs)
     config = loda or LodaConfig(loda_steps=0)
     bound = bound_concepts(guider, run)
+    if loda is None and not run.concepts.routed:
+        bound = [channel for channel in bound if channel in run.masks]  # nobody looks for the others' places
     stages = StagedSampler(executor.class_obj, guider, run, config, tuple(bound))
     reason = stages.unneeded()
     if reason is not None:
@@ -61,10 +65,18 @@ def sample(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
         run.regions = None
     if stages.maps.unreadable:
         log.warning(
-            "[ConceptSplit] LODA found none of the prompt's concepts in the model's attention and did nothing: another "
-            "node changes the text, shows the model windows of the picture, or cuts off gradients."
+            "[ConceptSplit] LODA found none of the prompt's concepts in the model's attention and did nothing%s: "
+            "another node changes the text, shows the model windows of the picture, or cuts off gradients.",
+            ", so that each LoRA acts in the whole picture" if run.concepts.routed else "",
         )
     return out
+
+
+def fitted(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask [1 or b, H, W] at the size of a latent [B, C, h, w], for each of its images: [1 or B, h, w]. Too few masks
+    are repeated and too many cut off, as the host does."""
+    small = F.adaptive_avg_pool2d(mask.to(x.device)[:, None], (x.shape[-2], x.shape[-1]))[:, 0]
+    return small if len(small) == 1 else comfy.utils.repeat_to_batch_size(small, x.shape[0])
 
 
 def bound_concepts(guider: Any, run: Run) -> list[int]:
@@ -96,9 +108,13 @@ class StagedSampler:
         """Why the sampler may run as it is: a sentence for the user, or "" where they will expect it; None if not."""
         config, names = self.config, self.run.concepts.names
         routed = self.run.concepts.routed
-        if not routed and not config.acts:
+        earlier = self.run.patch.earlier
+        # An earlier stage without regions is no fault where this one would look for none either.
+        known = earlier is not None and (earlier.trace is not None or len(self.bound) > 1)
+        located = bool(self.bound) and (known or self.run.masks.keys() >= set(self.bound))
+        if not located and not routed and not config.acts:
             return ""
-        if len(self.bound) < 2:
+        if not located and len(self.bound) < 2:
             if self.run.patch.loda is None or (routed and config.loda_steps == 0):
                 return ""
             found = f"only <{names[self.bound[0]]}>" if self.bound else "none"
@@ -119,10 +135,18 @@ class StagedSampler:
     ) -> Tensor:
         extra_args = extra_args or {}
         run, total = self.run, len(sigmas) - 1
+        if total < 1:  # the second half of a schedule that was split at its end
+            return self.base(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
         self.maps.prepare(model, x, extra_args)
-        given = {self.bound.index(i): mask for i, mask in self._masks().items() if i in self.bound}
+        given = {self.bound.index(i): fitted(mask, x) for i, mask in run.masks.items() if i in self.bound}
         names = tuple(run.concepts.names[i] for i in self.bound)
-        timeline = Timeline(self.config, total, names, self.maps, run.concepts.routed, given)
+        earlier = None if run.patch.earlier is None else run.patch.earlier.trace or LodaTrace()
+        if earlier is not None and earlier.regions is not None and len(earlier.regions) not in (1, x.shape[0]):
+            raise ConceptSplitError(
+                f"The attention_maps given are of {len(earlier.regions)} pictures and the latent holds {x.shape[0]}: "
+                "connect those of the same pictures."
+            )
+        timeline = Timeline(self.config, total, names, self.maps, run.concepts.routed, given, earlier)
         if run.patch.maps is not None:
             run.patch.maps.traces.append(timeline.trace)
         if timeline.optimised_steps:
@@ -130,7 +154,7 @@ class StagedSampler:
         if timeline.routed or timeline.located:
             if not timeline.located:
                 self._plan(timeline, model, x, sigmas, extra_args, callback, options)
-            self._regions(timeline, sigmas, 0)
+            self._regions(timeline, x, sigmas, 0)
             return self.base(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
         count = timeline.optimised_steps
         one_step, options = single_step(self.base, self.__name__, x, extra_args, options)
@@ -139,23 +163,13 @@ class StagedSampler:
         if timeline.afg_acts(count) and not self.maps.unreadable:
             comfy.model_management.throw_exception_if_processing_interrupted()
             timeline.locate(x, count, sigmas[count])
-            self._regions(timeline, sigmas, count)
+            self._regions(timeline, x, sigmas, count)
         if count == total:
             return x
         rest, callback = sigmas[count:].clone(), _shifted(callback, count)
         if total - count == 1 and self.__name__ in NEVER_ALONE:
             return one_step(model, x, rest, extra_args=extra_args, callback=callback, disable=disable)
         return self.base(model, x, rest, extra_args=extra_args, callback=callback, disable=disable, **options)
-
-    def _masks(self) -> dict[int, Tensor]:
-        """Regions that the user has drawn, by channel."""
-        run = self.run
-        found = {}
-        for channel, (name, one) in enumerate(zip(run.concepts.names, run.concepts.loaded, strict=True)):
-            mask = one.mask if one is not None and one.mask is not None else run.patch.masks.get(name)
-            if mask is not None:
-                found[channel] = mask
-        return found
 
     def _plan(
         self,
@@ -177,6 +191,8 @@ class StagedSampler:
                 x = self._step(timeline, k, one_step, model, x, sigmas, extra_args, still)
             comfy.model_management.throw_exception_if_processing_interrupted()
             timeline.locate(x, timeline.plan_steps, sigmas[timeline.plan_steps])
+            if self.maps.unreadable:
+                timeline.forget()
         finally:
             self.run.planning = False
 
@@ -224,25 +240,25 @@ class StagedSampler:
             with torch.autograd.graph.allow_mutation_on_saved_tensors():
                 return work()
 
-    def _regions(self, timeline: Timeline, sigmas: Tensor, first: int) -> None:
+    def _regions(self, timeline: Timeline, x: Tensor, sigmas: Tensor, first: int) -> None:
         """Puts what the timeline has found into force, AFG from step `first` on."""
         run, held = self.run, timeline.config.held(timeline.total)
         # A little above the level of the step that is free again: samplers may pass it on with a rounding error.
         until = 0.0 if held >= timeline.total else 1.0001 * float(sigmas[held])
         run.regions = Regions(
             timeline.config,
-            self._all_channels(timeline.afg) if timeline.afg_acts(first) else None,
+            self._all_channels(timeline.afg, x) if timeline.afg_acts(first) else None,
             until,
-            self._all_channels(timeline.areas),
+            self._all_channels(timeline.areas, x),
         )
 
-    def _all_channels(self, found: Tensor | None) -> Tensor | None:
-        """[B, bound, h, w] with the run's other channels, which are unbound, as zeros."""
+    def _all_channels(self, found: Tensor | None, x: Tensor) -> Tensor | None:
+        """[B, bound, h, w] with the run's other channels, which are unbound, as zeros; on the device of x."""
         if found is None:
             return None
         whole = found.new_zeros(found.shape[0], len(self.run.concepts.names), *found.shape[-2:])
         whole[:, list(self.bound)] = found
-        return whole
+        return whole.to(x.device)
 
 
 def _shifted(callback: Callable | None, offset: int) -> Callable | None:

@@ -111,6 +111,20 @@ def base() -> Path:
     return BASE
 
 
+@pytest.fixture
+def write(base: Path) -> Callable[..., str]:
+    """Writes tensors and metadata into models/loras and gives the file's name."""
+    from safetensors.torch import save_file
+
+    def write(state: dict[str, Any], name: str = "x.safetensors", **metadata: str) -> str:
+        folder = base / "models" / "loras"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in state.items()}, str(folder / name), metadata or None)
+        return name
+
+    return write
+
+
 @pytest.fixture(autouse=True)
 def _not_interrupted() -> Iterator[None]:
     import comfy.model_management

@@ -57,6 +57,45 @@ def latent(width: int = 64, height: int = 64, batch: int = 1) -> Any:
     return run("EmptyLatentImage", width=width, height=height, batch_size=batch)[0]
 
 
+def controlled(positive: Any, negative: Any, strength: float = 0.5) -> tuple[Any, Any]:
+    """Both conditionings with a ControlNet of random weights for the tiny UNet."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+
+    from .checkpoints import _scaled
+
+    with torch.inference_mode():
+        net = comfy.cldm.cldm.ControlNet(
+            image_size=16,
+            in_channels=4,
+            model_channels=64,
+            hint_channels=3,
+            channel_mult=[1, 2],
+            num_res_blocks=[1, 1],
+            transformer_depth=[1, 1],
+            transformer_depth_middle=1,
+            context_dim=768,
+            num_heads=4,
+            num_head_channels=-1,
+            use_spatial_transformer=True,
+            legacy=False,
+            operations=comfy.ops.disable_weight_init,
+        )
+        net.load_state_dict(_scaled(net.state_dict(), 4))
+        control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"), manual_cast_dtype=None)
+    return run(
+        "ControlNetApplyAdvanced",
+        positive=positive,
+        negative=negative,
+        control_net=control,
+        image=torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2)),
+        strength=strength,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+
+
 def sample(model: Any, positive: Any, negative: Any, image: Any = None, **options: Any) -> Tensor:
     """The stock KSampler; [B, 4, h, w]."""
     given = {

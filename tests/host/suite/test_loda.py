@@ -9,6 +9,7 @@ from .conftest import pack, run, run_with_options
 from .helpers import (
     PROMPT,
     apply,
+    controlled,
     encode,
     hooks_on,
     latent,
@@ -506,43 +507,9 @@ def test_preview_pictures(marked):
         run("ConceptSplitPreview", attention_maps=maps, images=torch.rand(1, 64, 64, 3))
 
 
-def test_controlnet_under_loda(marked, loaded):
+def test_controlnet_under_loda(marked):
     """A ControlNet is part of the pass; its weights are the host's and stay untouched."""
-    import comfy.cldm.cldm
-    import comfy.controlnet
-    import comfy.ops
-
-    from .checkpoints import _scaled
-
-    with torch.inference_mode():
-        net = comfy.cldm.cldm.ControlNet(
-            image_size=16,
-            in_channels=4,
-            model_channels=64,
-            hint_channels=3,
-            channel_mult=[1, 2],
-            num_res_blocks=[1, 1],
-            transformer_depth=[1, 1],
-            transformer_depth_middle=1,
-            context_dim=768,
-            num_heads=4,
-            num_head_channels=-1,
-            use_spatial_transformer=True,
-            legacy=False,
-            operations=comfy.ops.disable_weight_init,
-        )
-        net.load_state_dict(_scaled(net.state_dict(), 4))
-        control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"), manual_cast_dtype=None)
-    positive, negative = run(
-        "ControlNetApplyAdvanced",
-        positive=two(marked[1])[0],
-        negative=two(marked[1])[1],
-        control_net=control,
-        image=torch.rand(1, 64, 64, 3),
-        strength=0.5,
-        start_percent=0.0,
-        end_percent=1.0,
-    )
+    positive, negative = controlled(*two(marked[1]))
     out, maps = sample_loda(marked[0], positive, negative)
     assert torch.isfinite(out).all() and maps.trace.backwards > 0
     assert not torch.equal(out, sample_loda(marked[0], *two(marked[1]))[0])

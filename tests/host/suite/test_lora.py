@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .conftest import pack, run
-from .helpers import encode, latent, sample
+from .helpers import changed_rows, encode, latent, sample, sample_loda, watched
 
 MID = "mid_block.attentions.0.transformer_blocks.0"
 DOWN = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -104,17 +104,6 @@ def lokr(model: Any, g: torch.Generator) -> dict[str, Tensor]:
 LAYOUTS: list[Callable[[Any, torch.Generator], dict[str, Tensor]]] = [lora, diffusers_names, tucker, loha, lokr]
 
 
-@pytest.fixture
-def write(base: Path):
-    def write(state: dict[str, Tensor], name: str = "x.safetensors", **metadata: str) -> str:
-        folder = base / "models" / "loras"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in state.items()}, str(folder / name), metadata or None)
-        return name
-
-    return write
-
-
 @pytest.fixture(scope="module")
 def sd(loaded):
     return loaded("tiny")
@@ -127,8 +116,6 @@ def load(sd: Any, name: str, concept: str = "anna", words: str = "dog", **option
 
 def scoped(model: Any, scope: str) -> Any:
     """The same model with its adapters acting in another place."""
-    from dataclasses import replace
-
     patch = pack("conceptsplit_core.hosts.comfy.patch")
     known = patch.patch_of(model)
     return patch._patched(model, replace(known, adapters=tuple(replace(a, scope=scope) for a in known.adapters)))
@@ -166,3 +153,198 @@ def test_the_demos_files_are_listed_and_new_files_still_go_to_the_users_folder(b
     own.write_bytes(b"the user's own")
     assert files.lora_path(own.name) == own
     own.unlink()
+
+
+# Where it acts --------------------------------------------------------------------------------------------------------
+
+FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TEXT = "a photo of a <anna> and a <bert>"  # "a photo of a brown dog and a cat": anna has rows 5 and 6, bert row 9
+NO_AFG = {"loda_steps": 0, "afg": False}  # AFG computes attention in another way, to rounding the same without bias
+
+
+def only(model: Any, g: torch.Generator, *names: str, size: float = 1.0) -> dict[str, Tensor]:
+    """A kohya LoRA on these modules alone."""
+    network = pack("conceptsplit_core.hosts.comfy.model").network_map(model.model)
+    state = {}
+    for name in names:
+        down, up = plain(tuple(network.module(name).weight.shape), g, 4)
+        state |= {f"{kohya(name)}.lora_down.weight": down, f"{kohya(name)}.lora_up.weight": up * size}
+    return state
+
+
+def two(sd: Any, write: Any, masks: tuple[Any, Any] = (None, None), clip: Any = None, **options: Any) -> Any:
+    """(MODEL, positive, negative) with two LoRAs on layers of every sort, anna and bert."""
+    model, clip = sd.model, clip or sd.clip
+    for name, words, seed, mask in (("anna", "brown dog", 5, masks[0]), ("bert", "cat", 9, masks[1])):
+        file = write(lora(sd.model, torch.Generator().manual_seed(seed)), f"{name}.safetensors")
+        model, clip, _ = load(type(sd)(model=model, clip=clip), file, name, words, mask=mask, **options)
+    return model, encode(clip, TEXT), encode(clip, "blurry")
+
+
+def drawn(width: int, height: int, left: int, right: int) -> Tensor:
+    """A mask that is white between two columns, [1, H, W]."""
+    mask = torch.zeros(1, height, width)
+    mask[..., left:right] = 1.0
+    return mask
+
+
+@contextmanager
+def calls_of(model: Any, names: Iterable[str] = ()) -> Iterator[list[dict[str, Any]]]:
+    """Every call of the UNet: its kinds and x, and by module name what that module read and gave, after our hooks."""
+    network = pack("conceptsplit_core.hosts.comfy.model").network_map(model.model)
+    modules = {name: network.module(name) for name in names}
+    unet, calls, handles = model.model.diffusion_model, [], []
+
+    def start(module: Any, args: Any, kwargs: Any) -> None:
+        kinds = list(kwargs["transformer_options"].get("cond_or_uncond", [0]))
+        calls.append({"kinds": kinds, "x": args[0].detach().clone(), "reads": {}, "gives": {}})
+        for name, inner in modules.items():
+            handles.append(inner.register_forward_hook(record(name)))
+
+    def stop(*_: Any) -> None:
+        while handles:
+            handles.pop().remove()
+
+    def record(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            calls[-1]["reads"][name] = args[0].detach().clone()
+            calls[-1]["gives"][name] = output.detach().clone()
+
+        return hook
+
+    outer = [
+        unet.register_forward_pre_hook(start, with_kwargs=True),
+        unet.register_forward_hook(stop, always_call=True),
+    ]
+    try:
+        yield calls
+    finally:
+        stop()
+        for handle in outer:
+            handle.remove()
+
+
+def chunk(call: dict[str, Any], name: str, kind: int, what: str = "gives") -> Tensor:
+    """The rows of one kind (0 positive, 1 negative) of what a module gave."""
+    value = call[what][name]
+    at, share = call["kinds"].index(kind), value.shape[0] // len(call["kinds"])
+    return value[at * share : (at + 1) * share]
+
+
+@pytest.mark.parametrize("width, height", [(72, 40), (104, 64)])
+def test_half_a_picture_changes_inside_only(sd, write, width, height):
+    """The first layer by an independent sum, and bit-equal outside; the unconditional rows in all layers."""
+    state = only(sd.model, torch.Generator().manual_seed(3), FIRST)
+    name = write(state)
+    mask = drawn(width, height, 0, width // 2 + 4)
+    model, clip, _ = load(sd, name, strength=0.7, mask=mask)
+    conds, image = (encode(clip, "a <anna> at sea"), encode(clip, "blurry")), latent(width, height)
+    with calls_of(sd.model, [FIRST]) as stock:
+        sample(sd.model, *conds, image, steps=2)
+    with calls_of(sd.model, [FIRST]) as ours:
+        sample(model, *conds, image, steps=2)
+    assert len(ours) == len(stock) == 2, "a given place needs no plan"
+    base, got = chunk(stock[0], FIRST, 0), chunk(ours[0], FIRST, 0)
+    share = mask.unfold(1, 8, 8).unfold(2, 8, 8).mean(dim=(-1, -2)).flatten()  # of each latent cell
+    down, up = (state[f"{kohya(FIRST)}.lora_{side}.weight"] for side in ("down", "up"))
+    wanted = base + 0.7 * share[None, :, None] * (chunk(stock[0], FIRST, 0, "reads") @ down.t() @ up.t())
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    changed = (got != base).any(dim=-1)[0]
+    assert torch.equal(changed, share > 0) and 0 < int(changed.sum()) < changed.numel()
+    assert torch.equal(chunk(ours[0], FIRST, 1), chunk(stock[0], FIRST, 1))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_unconditional_rows_are_bit_equal_in_every_layer(sd, write, given):
+    masks = (drawn(72, 40, 0, 30), drawn(72, 40, 30, 72)) if given else (None, None)
+    model, *conds = two(sd, write, masks)
+    names = list(shapes(sd.model))
+    with calls_of(sd.model, names) as stock:
+        sample(sd.model, *conds, latent(72, 40, 2), steps=4)
+    with calls_of(sd.model, names) as ours:
+        sample_loda(model, *conds, latent(72, 40, 2), steps=4, **NO_AFG)
+    first = ours[0 if given else -4]
+    for name in names:
+        assert torch.equal(chunk(first, name, 1), chunk(stock[0], name, 1)), name
+    assert not torch.equal(chunk(first, names[-1], 0), chunk(stock[0], names[-1], 0))
+
+
+def test_an_empty_area_is_the_stock_picture(sd, write):
+    """Each image of a batch by its own mask; the second's is empty."""
+    name = write(only(sd.model, torch.Generator().manual_seed(3), FIRST, FIRST.replace("to_q", "to_v")))
+    masks = torch.cat([drawn(72, 40, 40, 72), torch.zeros(1, 40, 72)])
+    model, clip, _ = load(sd, name, mask=masks)
+    conds, image = (encode(clip, "a <anna> at sea"), encode(clip, "blurry")), latent(72, 40, 2)
+    stock = sample(sd.model, *conds, image)
+    out, maps = sample_loda(model, *conds, image, **NO_AFG)
+    assert torch.equal(out[1], stock[1]) and not close(out[0], stock[0])
+    assert maps.trace.areas.flatten(1).any(dim=1).tolist() == [True, False]
+    # Too few masks are repeated, too many are cut off.
+    three, _ = sample_loda(model, *conds, latent(72, 40, 3), **NO_AFG)
+    assert torch.equal(three[1], sample(sd.model, *conds, latent(72, 40, 3))[1])
+    assert not close(three[2], sample(sd.model, *conds, latent(72, 40, 3))[2])
+    one, _ = sample_loda(model, *conds, latent(72, 40, 1), **NO_AFG)
+    assert not close(one, sample(sd.model, *conds, latent(72, 40, 1)))
+
+
+def test_all_of_the_picture_to_one_leaves_the_other_nothing(sd, write):
+    files = [
+        write(only(sd.model, torch.Generator().manual_seed(seed), FIRST), f"{seed}.safetensors") for seed in (3, 4)
+    ]
+    conds: Any = ()
+    outs = []
+    for strength in (1.0, 0.0):
+        model, clip, _ = load(sd, files[0], mask=drawn(64, 64, 0, 64))
+        model, clip, _ = load(type(sd)(model=model, clip=clip), files[1], "bert", "cat", strength=strength)
+        conds = conds or (encode(clip, TEXT), encode(clip, "blurry"))
+        outs.append(sample_loda(model, *conds, **NO_AFG)[0])
+    assert torch.equal(*outs) and not close(outs[0], sample(sd.model, *conds))
+
+
+@pytest.mark.parametrize("side", ["to_k", "to_v"])
+def test_text_rows(sd, write, side):
+    masks = drawn(64, 64, 0, 30), drawn(64, 64, 30, 64)
+    model, *conds = two(sd, write, masks)
+    image = latent(batch=2)
+    with watched(sd.model, side) as stock:
+        sample(sd.model, *conds, image, steps=2)
+    with watched(sd.model, side) as both:
+        sample(model, *conds, image, steps=2)
+    assert changed_rows(both, stock) == {0: {(b, row) for b in (0, 1) for row in (5, 6, 9)}}
+    patch = pack("conceptsplit_core.hosts.comfy.patch")
+    known = patch.patch_of(model)
+    silent = patch._patched(
+        model, replace(known, adapters=(known.adapters[0], replace(known.adapters[1], strength=0.0)))
+    )
+    with watched(sd.model, side) as alone:
+        sample(silent, *conds, image, steps=2)
+    assert changed_rows(alone, stock) == {0: {(b, row) for b in (0, 1) for row in (5, 6)}}
+    for name in (DOWN, MID):
+        one, other = (calls[0].values[f"{name}.attn2"][2:] for calls in (alone, both))
+        torch.testing.assert_close(one[:, 5:7], other[:, 5:7], atol=1e-4, rtol=1e-4)
+
+
+def test_start_and_end(sd, write):
+    """It acts in a part of the schedule: calls outside are those of the stock model."""
+    name = write(only(sd.model, torch.Generator().manual_seed(3), FIRST))
+    model, clip, _ = load(sd, name, start_percent=0.4, end_percent=0.7, mask=drawn(64, 64, 0, 40))
+    conds = encode(clip, "a <anna> at sea"), encode(clip, "blurry")
+    with calls_of(sd.model, [FIRST]) as stock:
+        sample(sd.model, *conds, steps=8)
+    with calls_of(sd.model, [FIRST]) as ours:
+        sample_loda(model, *conds, steps=8, **NO_AFG)
+    sampling = model.get_model_object("model_sampling")
+    high, low = (float(sampling.percent_to_sigma(share)) for share in (0.4, 0.7))
+    with watched(sd.model) as levels:
+        sample(sd.model, *conds, steps=8)
+    acting = [low <= call.sigma <= high for call in levels]
+    assert acting[0] is acting[-1] is False and any(acting)
+    for at, acts in enumerate(acting):
+        same = torch.equal(ours[at]["gives"][FIRST], stock[at]["gives"][FIRST])
+        if at <= acting.index(True):
+            assert same is not acts, at
+    # After its end the layer gives again what its own weights make of what it reads.
+    last = ours[-1]
+    network = pack("conceptsplit_core.hosts.comfy.model").network_map(sd.model.model)
+    weight = network.module(FIRST).weight
+    torch.testing.assert_close(last["gives"][FIRST], last["reads"][FIRST] @ weight.t(), atol=1e-4, rtol=1e-4)
