@@ -9,6 +9,6 @@ Token-wise Adaptation and Attention Disentanglement", ICCV 2025.
 
 from .errors import ConceptSplitError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["ConceptSplitError", "__version__"]

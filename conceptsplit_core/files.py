@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,27 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         ConceptSplitError: the folder cannot be written to or the disk is full; the old file is untouched.
     """
     target = Path(path)
-    temporary = None
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
+    made = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.", suffix=".tmp")
+        # O_EXCL: nobody else's file, and no link, is written through. The kernel applies the umask to 0o666; asking
+        # for it by os.umask would change it for the other threads of a server.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        handle = os.open(temporary, flags, 0o666)
+        made = True
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files private; an adapter is as readable as any other file the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
-        temporary = None
+        made = False
     except OSError as error:
         raise ConceptSplitError(
             f"Cannot write {target}: {error.strerror or error}; free space or choose another folder."
         ) from error
     finally:
-        if temporary is not None:
+        if made:
             try:
                 os.unlink(temporary)
             except OSError:

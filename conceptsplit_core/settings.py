@@ -7,7 +7,7 @@ order. Saved graphs hold values by position: a new field goes to the end of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -24,22 +24,7 @@ PLAN_SHARE = 0.3
 SEEDS = 2**64
 """Seeds are 0 to SEEDS − 1 and wrap around, as in ComfyUI."""
 MAP_PARTS = ("auto", "all", "down")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-
-
-def divergences() -> tuple[str, ...]:
-    """Names of the registered divergences."""
-    return tuple(DIVERGENCES)
-
-
-def update_rules() -> tuple[str, ...]:
-    """Names of the registered update rules."""
-    return tuple(UPDATE_RULES)
-
-
-def region_rules() -> tuple[str, ...]:
-    """Names of the registered region rules."""
-    return tuple(REGION_RULES)
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
 
 @dataclass(frozen=True)
@@ -49,7 +34,7 @@ class Option:
     label: a few words for it.  help: one sentence on what it does.  change: when to change it, and how.
     low, high: range of a number, both ends allowed.
     step: by how much a widget's arrows change it.
-    choices: allowed values, or a function that lists them.
+    choices: allowed values, or a registry whose names are allowed.
     advanced: rarely changed; nodes show it behind an options node or an unfolded section.
     shown: False for what a host sets itself.
     continues: may differ between a training and the one that resumes it.
@@ -62,7 +47,7 @@ class Option:
     low: float = 0
     high: float = 1
     step: float = 1
-    choices: tuple | Callable[[], tuple] = ()
+    choices: Collection = ()
     advanced: bool = False
     shown: bool = True
     continues: bool = False
@@ -70,8 +55,8 @@ class Option:
 
     @property
     def allowed(self) -> tuple:
-        """The choices, now."""
-        return self.choices() if callable(self.choices) else self.choices
+        """The choices; what a registry holds now."""
+        return tuple(self.choices)
 
     @property
     def text(self) -> str:
@@ -188,15 +173,16 @@ class LodaConfig:
         "normalised",
         "update rule",
         "normalised: the gradient without its mean over the picture, divided by its own size, so that a strength means "
-        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20.",
-        choices=update_rules,
+        "the same on every model and colours do not drift. gradient: the paper's rule, with a strength of about 20. "
+        "sign: as normalised, but every cell moves equally far.",
+        choices=UPDATE_RULES,
         advanced=True,
     )
     divergence: str = option(
         "jsd",
         "divergence",
         "How the overlap of two attention maps is measured; kl is the paper's and depends on the order of the words.",
-        choices=divergences,
+        choices=DIVERGENCES,
         advanced=True,
     )
     threshold: float = option(
@@ -304,15 +290,27 @@ class LodaConfig:
         "top",
         "AFG regions",
         "How a concept's region is found. top: its strongest pixels, the stronger concept where two claim one. "
-        "overlapping: the same, shared, as in the paper. argmax: every pixel to the concept that is strongest there.",
-        choices=region_rules,
+        "overlapping: the same, shared, as in the paper. argmax: every pixel to the concept that is strongest there. "
+        "by_place: the same, but concepts of one class divide their part of the picture by place.",
+        choices=REGION_RULES,
         advanced=True,
     )
     area_rule: str = option(
         "argmax",
         "LoRA regions",
         "The same for the region in which the LoRA of a concept acts.",
-        choices=region_rules,
+        choices=REGION_RULES,
+        advanced=True,
+    )
+    suppression: float = option(
+        0.0,
+        "suppression",
+        "Share of its attention that a concept loses at every pixel where another concept's is stronger, in every step "
+        "(T2I-Zero).",
+        "Try 1 with attention fixing guidance switched off.",
+        low=0,
+        high=1,
+        step=0.1,
         advanced=True,
     )
 
@@ -332,7 +330,7 @@ class LodaConfig:
 
     @property
     def acts(self) -> bool:
-        """Whether LODA or AFG would change anything."""
+        """Whether LODA or AFG would change anything; suppression needs no stage of a run."""
         return self.loda_steps != 0 and (self.loda_strength != 0 or self.afg)
 
     def held(self, total: int) -> int:
@@ -438,8 +436,8 @@ class TrainConfig:
     resume: bool = option(
         False,
         "resume",
-        "Continues a training that was stopped, or one that ended with fewer steps, to the same result as without the "
-        "stop. All other settings must be as they were.",
+        "Continues a training that was stopped, to the same result as without the stop. All settings but the number of "
+        "steps must be as they were.",
         advanced=True,
         continues=True,
     )

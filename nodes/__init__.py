@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..conceptsplit_core.errors import ConceptSplitError
-from ..conceptsplit_core.hosts.comfy.files import register_folder
+from ..conceptsplit_core.hosts.comfy.files import register_folders
 from . import demo, inspect, load, lora, sample, train
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
@@ -20,5 +20,5 @@ class ConceptSplitExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ConceptSplitExtension:
-    register_folder()  # here, because older hosts never call on_load
+    register_folders()  # here, because older hosts never call on_load
     return ConceptSplitExtension()

@@ -59,8 +59,9 @@ def _apply(
         raise ConceptSplitError(
             f"The value adapter '{name}' stores no class word: write it into class_word, e.g. 'dog'."
         )
-    knowing = with_concepts(clip, [Concept(name, word)])
-    loaded = LoadedAdapter(name, adapter, config.strength, config.start_percent, config.end_percent)
+    concept = Concept(name, word)
+    knowing = with_concepts(clip, [concept])
+    loaded = LoadedAdapter(concept.name, adapter, config.strength, config.start_percent, config.end_percent)
     return io.NodeOutput(with_adapter(model, loaded), knowing)
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
-from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, with_loda
+from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, with_loda, with_maps
 from ..conceptsplit_core.settings import LodaConfig, SampleConfig, from_values
 from .types import AttentionMapsType, LodaOptionsType, field, out, schema, setting_field, setting_fields
 
@@ -36,9 +36,8 @@ def _loda_fields() -> list[Any]:
 
 def _prepared(model: Any, options: LodaConfig | None, given: dict[str, Any]) -> tuple[Any, AttentionMaps]:
     """The model that samples as the LODA inputs ask, and where maps will be."""
-    config = from_values(LodaConfig, given, options)
     maps = AttentionMaps()
-    return with_loda(model, config, maps), maps
+    return with_loda(model, from_values(LodaConfig, given, options), maps), maps
 
 
 class ConceptSplitLodaOptions(io.ComfyNode):
@@ -142,8 +141,7 @@ class ConceptSplitGuider(io.ComfyNode):
                 *_loda_fields(),
             ],
             outputs=[
-                out(io.Guider, "GUIDER", "Connect to SamplerCustomAdvanced."),
-                out(AttentionMapsType, "attention_maps", _MAPS_OUT + " Filled when the sampler has run."),
+                out(io.Guider, "GUIDER", "Connect to SamplerCustomAdvanced, or to its twin (LODA) for the maps."),
             ],
         )
 
@@ -157,11 +155,43 @@ class ConceptSplitGuider(io.ComfyNode):
         options: LodaConfig | None = None,
         **loda: Any,
     ) -> io.NodeOutput:
-        model, maps = _prepared(model, options, loda)
-        guider = comfy.samplers.CFGGuider(model)
+        guider = comfy.samplers.CFGGuider(_prepared(model, options, loda)[0])
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
-        return io.NodeOutput(guider, maps)
+        return io.NodeOutput(guider)
 
 
-NODES = [ConceptSplitKSampler, ConceptSplitGuider, ConceptSplitLodaOptions]
+class ConceptSplitSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitSampler",
+            "SamplerCustomAdvanced (LODA)",
+            description="SamplerCustomAdvanced that also hands on what LODA saw. Works with any guider.",
+            search_aliases=["loda", "custom sampler", "attention maps", "conceptsplit"],
+            inputs=[
+                field(io.Noise, "noise", "The noise to start from."),
+                field(io.Guider, "guider", "From LODA Guider."),
+                field(io.Sampler, "sampler", "The sampler."),
+                field(io.Sigmas, "sigmas", "The noise levels of the steps."),
+                field(io.Latent, "latent_image", "The latent to start from; its noise mask is respected."),
+            ],
+            outputs=[
+                out(io.Latent, "output", "The sampled latent."),
+                out(io.Latent, "denoised_output", "The last step's guess of the finished latent."),
+                out(AttentionMapsType, "attention_maps", _MAPS_OUT),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, noise: Any, guider: Any, sampler: Any, sigmas: Any, latent_image: Any) -> io.NodeOutput:
+        own, maps = with_maps(guider)
+        node = host_nodes.NODE_CLASS_MAPPINGS["SamplerCustomAdvanced"]
+        given = {"noise": noise, "guider": own, "sampler": sampler, "sigmas": sigmas, "latent_image": latent_image}
+        sample = node.execute if hasattr(node, "define_schema") else getattr(node(), node.FUNCTION)
+        made = sample(**given)
+        latents = made.result if hasattr(made, "result") else made
+        return io.NodeOutput(*latents, maps)
+
+
+NODES = [ConceptSplitKSampler, ConceptSplitGuider, ConceptSplitSampler, ConceptSplitLodaOptions]

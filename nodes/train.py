@@ -11,12 +11,12 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..conceptsplit_core.hosts.comfy import files
-from ..conceptsplit_core.hosts.comfy.training import train_adapter
+from ..conceptsplit_core.hosts.comfy.training import lists_of, train_adapter
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
 from ..conceptsplit_core.settings import TrainConfig, from_values
 from ..conceptsplit_core.text.concepts import Concept
-from ..conceptsplit_core.train.data import DEFAULT_TEMPLATES
 from ..conceptsplit_core.train.loop import TrainEvent
+from ..conceptsplit_core.train.prompts import DEFAULT_TEMPLATES
 from .types import TrainOptionsType, ValueAdapterType, field, out, schema, setting_fields, to_image
 
 _PREVIEW_EVERY = 10  # steps between two pictures of the loss while training
@@ -32,6 +32,8 @@ class ConceptSplitTrain(io.ComfyNode):
             "Only the values of the class word change, so trained concepts can be combined without mixing.",
             search_aliases=["tova", "dreambooth", "lora training", "value adapter", "conceptsplit"],
             is_output_node=True,
+            # A list of pictures of any sizes is one training on all of them, not one training each.
+            is_input_list=True,
             inputs=[
                 field(
                     io.Model,
@@ -43,8 +45,9 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.Image,
                     "images",
-                    "3 to 10 pictures of the one concept, in different places and poses, all of the "
-                    "same size (512 pixels for SD1.5, 768 for SD2.1, 1024 for SDXL).",
+                    "3 to 10 pictures of the one concept, in different places and poses, as a batch or a list. A list "
+                    "of several sizes is scaled and cropped to the model's own (512 pixels for SD1.5, 768 for SD2.1, "
+                    "1024 for SDXL).",
                 ),
                 field(
                     io.String,
@@ -62,15 +65,16 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.String,
                     "file_name",
-                    "Name of the file in models/value_adapters. A file of that name is replaced when training ends.",
+                    "Name of the file in models/value_adapters. It counts up where there is one: rex, rex_2.",
                     default="rex",
                 ),
                 *setting_fields(TrainConfig, advanced=False),
                 field(
                     io.Mask,
                     "mask",
-                    "Optional: white on the concept, one mask for all pictures or one per picture. "
-                    "Use it when all pictures share a background.",
+                    "Optional: white on the concept, one mask for all pictures or one per picture. Use it when all "
+                    "pictures share a background. Load Image's MASK of a cut-out is white on the background: invert "
+                    "it.",
                     optional=True,
                 ),
                 field(
@@ -92,6 +96,7 @@ class ConceptSplitTrain(io.ComfyNode):
         )
 
     @classmethod
+    @lists_of("images", "mask")
     def execute(
         cls,
         model: Any,
@@ -107,7 +112,7 @@ class ConceptSplitTrain(io.ComfyNode):
         **given: Any,
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
-        path = files.new_path(file_name)  # a bad name is refused before an hour of training, not after
+        path = files.new_path(file_name)  # a bad name is an error before an hour of training, not after
         config = from_values(TrainConfig, given, options)
         shown = _Progress(concept.name, config.steps)
         result = train_adapter(
@@ -119,11 +124,10 @@ class ConceptSplitTrain(io.ComfyNode):
             concept,
             templates.splitlines() or DEFAULT_TEMPLATES,
             config,
-            path.with_suffix(".checkpoint"),
+            path,
             shown.on_event,
             shown.on_sample,
         )
-        files.save_named(result.adapter, file_name)
         return io.NodeOutput(result.adapter, to_image(loss_curve(result.losses)), to_image(shown.sheet()))
 
 

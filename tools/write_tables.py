@@ -37,7 +37,7 @@ PAGES: dict[str, tuple[Any, bool | None]] = {
     "ConceptSplitTrain": (TrainConfig, False),
     "ConceptSplitTrainOptions": (TrainConfig, True),
 }
-MARKS = re.compile(r"(<!-- settings -->\n).*?(\n<!-- end of settings -->)", re.DOTALL)
+MARKS = re.compile(r"<!-- settings -->\n.*?\n<!-- end of settings -->", re.DOTALL)
 
 
 def node_table(config: Any, advanced: bool | None) -> str:
@@ -70,8 +70,8 @@ def pages() -> Iterator[tuple[Path, str]]:
         text = path.read_text(encoding="utf-8")
         if len(MARKS.findall(text)) != 1:
             raise SystemExit(f"{path.name} needs one pair of marks: <!-- settings --> and <!-- end of settings -->.")
-        before, after = MARKS.search(text).group(1, 2)  # type: ignore[union-attr]
-        yield path, text.replace(MARKS.search(text).group(), before + table + after)  # type: ignore[union-attr]
+        before, after = MARKS.split(text)
+        yield path, f"{before}<!-- settings -->\n{table}\n<!-- end of settings -->{after}"
 
 
 if __name__ == "__main__":

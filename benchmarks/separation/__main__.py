@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     until = time.time() + 60 * args.minutes
     say = lambda text: print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
-    changes: dict[str, Any] = {"steps": max(1, round(args.steps / 5))}
+    changes: dict[str, Any] = {"loda_steps": max(1, round(args.steps / 5))}
     if args.tuned:
-        changes |= json.loads(args.tuned.read_text())["chosen"]
+        changes |= tune.chosen_settings(args.tuned)
     loda = LodaConfig(**{**changes, **json.loads(args.loda)})
     bench = run.Bench(
         learning.open_model(args.model), methods.Sampling(args.steps, args.guidance),
@@ -177,7 +177,7 @@ def whole(
         "seeds": {"first": methods.REPORT_FROM, "count": max(g.seeds for g in groups)},
         "pictures": sum(len(p) for part in found.values() for r in part.values() for p in r.values()),
         "settings": {name: asdict(arm) for name, arm in used.items()},
-        "kinds": {name: asdict(kind) for name, kind in learning.KINDS.items()},
+        "recipes": {name: asdict(recipe) for name, recipe in learning.RECIPES.items()},
         **extra,
         "arms": report.summary(pairs),
         "comparisons": report.comparisons(pairs, plan.PAIRS),

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from conceptsplit_core.demo import scenes
-from conceptsplit_core.demo.scenes import Look
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import jsd
 from conceptsplit_core.method.maps import distributions
@@ -81,7 +80,7 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
     jsd: per prompt style and step of the schedule's first half, quartiles over prompts, maps as LODA reads them.
     """
     model = bench.model
-    factors = host.layer_factors(model.unet)
+    factors = {site.name: site.downscale for site in host.network_map(model).attention}
     drawn: list[scenes.Scene] = []
     seed = 30_000_000
     while len(drawn) < pictures:
@@ -103,7 +102,7 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
     for level in (300, 500, 700, 900):
         alpha = float(model.alphas_cumprod[level])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(level))
-        with host.patched(model) as patch, patch.capturing(list(factors), mask, leave=False) as maps:
+        with host.patched(model) as patch, patch.capturing(list(factors), mask) as maps:
             host.call_unet(model, alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise, level, context)
             found = dict(maps)
         for factor in sorted(set(factors.values())):
@@ -139,15 +138,3 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
         }
     chosen, layers = choose_layers(factors)
     return {"share": share, "jsd": spread, "read_at": f"1/{chosen}", "layers": len(layers), "scenes": pictures}
-
-
-def ceiling(bench: Bench, looks: Sequence[tuple[str, Look]], seed: int = 5) -> list[dict[str, float]]:
-    """Metrics of drawings of the wanted things after a trip through the picture autoencoder: the best there can be."""
-    out = []
-    wanted = [Wanted(word, look) for word, look in looks]
-    for k in range(8):
-        image = scenes.compose_scene(list(looks), seed * 100 + k).image
-        x = torch.from_numpy(image[None]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        again = host.decode_latents(bench.model, host.encode_images(bench.model, x))[0]
-        out.append(judge(detect(again, tuple(w.look for w in wanted)), wanted).values)
-    return out

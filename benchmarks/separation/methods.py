@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.method.divergence import harmonic_mean, pairwise
+from conceptsplit_core.method.divergence import DIVERGENCES, harmonic_mean, pairwise
 from conceptsplit_core.method.maps import distributions
+from conceptsplit_core.network.hooks import Scope
 from conceptsplit_core.settings import LodaConfig
-from conceptsplit_core.text.binding import Concept, row_mask
+from conceptsplit_core.text.concepts import Concept
 
-from . import variants
 from .confusion import backgrounds_for
-from .learning import KINDS, as_product, attached
 from .metrics import Wanted
 
 # --- concept sets and prompts ---------------------------------------------------------------------------------
@@ -31,6 +28,8 @@ TUNING = ("kiku", "tavi", "sumi", "lola", "runo", "dax")
 REPORTING = ("bobo", "lumo", "nero", "pixa", "vento", "ozzy")
 """Settings are chosen on TUNING concepts and seeds below REPORT_FROM, numbers are reported on the others."""
 REPORT_FROM = 10_000
+SHARPNESS = 20.0
+"""Exponent on cosine similarity in `similarity_corrected`."""
 
 
 def concept_sets(
@@ -91,28 +90,28 @@ def wanted_of(names: Sequence[str]) -> tuple[Wanted, ...]:
 class Arm:
     """One way to draw several concepts.
 
-    kind: of the adapters, or None. style: of the prompt. both_branches: see `attached`. best_of: candidates per
+    recipe: how its adapters are learned, one of `learning.RECIPES`, or None. style: of the prompt. scope: where the
+    adapters act; their kind's own place when None. both_branches: the unconditional branch binds the concepts too, at
+    the same rows (a defect of the paper's code). corrected: see `similarity_corrected`. best_of: candidates per
     picture, of which the one with the best separated maps is taken. more_steps: factor on the sampling steps.
-    variant: one of `variants.NAMES`. start, end: share of the schedule in which token-wise adapters act.
     guidance: instead of the laboratory's.
     """
 
-    kind: str | None = "value"
+    recipe: str | None = "value"
     style: str = "bound"
     strength: float = 1.0
     loda: LodaConfig | None = None
+    scope: Scope | None = None
     both_branches: bool = False
+    corrected: bool = False
     best_of: int = 1
     more_steps: float = 1.0
-    variant: str = ""
-    start: float = 0.0
-    end: float = 1.0
     guidance: float | None = None
 
     @property
     def plain(self) -> bool:
         """Neither LODA nor more compute: what loaded adapters do by themselves."""
-        return self.loda is None and self.best_of == 1 and self.more_steps == 1 and not self.variant
+        return self.loda is None and self.best_of == 1 and self.more_steps == 1 and not self.corrected
 
     @property
     def cost(self) -> float:
@@ -141,10 +140,11 @@ def paper(steps: int) -> LodaConfig:
 def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
     """All arms by name; `loda` is the setting under test, `steps` those of the sampler."""
     off, on = replace(loda, afg=False), replace(loda, afg=True)
+    still = replace(off, loda_strength=0.0)
     table = {
         "base": Arm(None, "plain"),
         "described": Arm(None, "described"),
-        "lora_merged": Arm("lora"),
+        "lora_merged": Arm("lora", scope="everywhere"),
         "lora_key_value": Arm("lora_key_value"),
         "tara": Arm("tara"),
         "perfusion": Arm("perfusion"),
@@ -155,6 +155,10 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_afg": Arm(loda=replace(on, loda_strength=0.0)),
         "tova_loda_afg": Arm(loda=on),
         "tova_loda_afg_hard": Arm(loda=replace(on, afg_outside=1e8, afg_end=1.0)),
+        # Ordinary LoRAs, each in its concept's region: a plan with LODA, or a longer one without.
+        "lora_routed": Arm("lora", loda=on),
+        "lora_routed_no_loda": Arm("lora", loda=replace(on, loda_steps=0, plan_steps=max(1, round(0.3 * steps)))),
+        "lora_routed_by_place": Arm("lora", loda=replace(on, area_rule="by_place")),
         # More of LODA, for more concepts.
         "tova_loda_afg_longer": Arm(loda=replace(on, loda_steps=max(1, round(0.3 * steps)))),
         "tova_loda_afg_more_updates": Arm(loda=replace(on, loda_iterations=6)),
@@ -162,7 +166,7 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_loda_afg_guided": Arm(loda=on, guidance=4.5),
         "base_loda_afg": Arm(None, "plain", loda=on),
         "described_loda_afg": Arm(None, "described", loda=on),
-        "lora_merged_loda_afg": Arm("lora", loda=on),
+        "lora_merged_loda_afg": Arm("lora", scope="everywhere", loda=on),
         "tara_loda_afg": Arm("tara", loda=on),
         "perfusion_loda_afg": Arm("perfusion", loda=on),
         "tok_key_value_loda_afg": Arm("key_value", loda=on),
@@ -173,19 +177,17 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         # Beyond the paper.
         "tova_loda_sign": Arm(loda=replace(off, loda_rule="sign")),
         "tova_loda_raw": Arm(loda=replace(off, loda_rule="gradient", loda_strength=20.0)),
-        "tova_loda_iou": Arm(loda=replace(off, divergence="iou", threshold=0.0)),
         "tova_loda_afg_overlapping": Arm(loda=replace(on, afg_rule="overlapping")),
-        "tova_loda_afg_from_20": Arm(loda=on, start=0.2),
-        "tova_loda_afg_to_70": Arm(loda=on, end=0.7),
+        "tova_loda_afg_by_place": Arm(loda=replace(on, afg_rule="by_place")),
         "tova_masked": Arm("value_masked"),
         "tova_masked_loda_afg": Arm("value_masked", loda=on),
         "tova_attention_masked": Arm("value_attention_masked"),
         "tova_attention_masked_loda_afg": Arm("value_attention_masked", loda=on),
-        "tova_similarities": Arm(variant="similarities"),
-        "tova_suppression": Arm(variant="suppression"),
-        "tova_loda_suppression": Arm(loda=off, variant="suppression"),
+        "tova_similarities": Arm(corrected=True),
+        "tova_suppression": Arm(loda=replace(still, suppression=1.0)),
+        "tova_loda_suppression": Arm(loda=replace(off, suppression=1.0)),
     }
-    for divergence in ("jsd", "symmetric_kl", "bhattacharyya", "kl"):
+    for divergence in DIVERGENCES:
         table[f"tova_loda_{divergence}"] = Arm(loda=replace(off, divergence=divergence, threshold=0.0))
     return table
 
@@ -202,12 +204,28 @@ def conditioning(model: host.DiffusersModel, names: Sequence[str], seed: int, st
     return host.encode_text(model, prompt_for(names, seed, style), concepts)
 
 
+def similarity_corrected(cond: host.Conditioning) -> host.Conditioning:
+    """T2I-Zero's correction by similarities (arXiv 2310.07419), as we read it: a concept's row becomes the mean of the
+    prompt's rows weighted by their cosine similarity to it, sharpened, so that what is peculiar to this context is
+    evened out. Rows after the last bound one stay out of the mean: they are marks and padding.
+    """
+    rows = sorted({row for binding in cond.bindings for row in binding.rows})
+    if not rows:
+        return cond
+    context = cond.context.clone()
+    words = cond.context[0, 1 : rows[-1] + 1]
+    near = F.normalize(cond.context[0, rows], dim=-1) @ F.normalize(words, dim=-1).t()
+    weight = near.clamp(min=0) ** SHARPNESS
+    context[0, rows] = (weight / weight.sum(dim=-1, keepdim=True)) @ words
+    return replace(cond, context=context)
+
+
 def draw(
     model: host.DiffusersModel,
     arm: Arm,
     names: Sequence[str],
     seeds: Sequence[int],
-    learned: Mapping[str, LowRankAdapter],
+    learned: Mapping[str, Any],
     sampling: Sampling,
     texts: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, list[dict[str, float]]]:
@@ -218,55 +236,60 @@ def draw(
     positive = [conditioning(model, names, seed, arm.style) for seed in seeds]
     if texts is not None:
         positive = [host.encode_text(model, text, _concepts(names)) for text in texts]
-    positive = variants.texts(arm.variant, positive)
-    kind = KINDS[arm.kind] if arm.kind else None
-    steps = round(sampling.steps * arm.more_steps)
-    whole = arm.start <= 0 and arm.end >= 1
-    mask = torch.stack([row_mask(c.bindings, list(names), c.context.shape[1]) for c in positive])
-    # Value adapters take the product's own path wherever it can do what the arm asks.
-    product = kind is not None and kind.projections == ("to_v",) and not arm.both_branches and whole
+    if arm.corrected:
+        positive = [similarity_corrected(cond) for cond in positive]
+    if not arm.both_branches:
+        return _drawn(model, arm, names, seeds, positive, "", learned, sampling)
+    # A negative prompt binds the same rows in every picture: one call for each order of the words.
+    order = [tuple((b.concept, b.rows) for b in cond.bindings) for cond in positive]
+    drawn: dict[int, tuple[np.ndarray, dict[str, float]]] = {}
+    for rows in dict.fromkeys(order):
+        chosen = [i for i, own in enumerate(order) if own == rows]
+        negative = replace(host.encode_text(model, ""), bindings=positive[chosen[0]].bindings)
+        images, facts = _drawn(
+            model, arm, names, [seeds[i] for i in chosen], [positive[i] for i in chosen], negative, learned, sampling
+        )
+        drawn |= dict(zip(chosen, zip(images, facts, strict=True), strict=True))
+    return np.stack([drawn[i][0] for i in range(len(seeds))]), [drawn[i][1] for i in range(len(seeds))]
+
+
+def _drawn(
+    model: host.DiffusersModel,
+    arm: Arm,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    positive: Sequence[host.Conditioning],
+    negative: host.Conditioning | str,
+    learned: Mapping[str, Any],
+    sampling: Sampling,
+) -> tuple[np.ndarray, list[dict[str, float]]]:
     loda = arm.loda
     if arm.best_of > 1 and loda is not None:
         # Looks at the maps as LODA would and moves nothing: every divergence is above this threshold.
         loda = replace(loda, threshold=1e-12, loda_iterations=1, afg=False, loda_strength=max(loda.loda_strength, 1e-3))
     options: dict[str, Any] = {
-        "concepts": list(names), "steps": steps, "loda": loda,
+        "concepts": list(names), "steps": round(sampling.steps * arm.more_steps), "loda": loda,
         "guidance": sampling.guidance if arm.guidance is None else arm.guidance,
-        "adapters": {name: (as_product(learned[name]), arm.strength) for name in names} if product else {},
+        "adapters": {name: (learned[name], arm.strength) for name in names} if arm.recipe else {},
+        "scopes": dict.fromkeys(names, arm.scope) if arm.scope else None,
     }  # fmt: skip
     best: np.ndarray | None = None
     scores = np.full(len(seeds), -np.inf)
     facts: list[dict[str, float]] = [{} for _ in seeds]
-    with ExitStack() as stack:
-        if kind is not None and not product:
-            parts = [(learned[name], arm.strength) for name in names]
-            state = stack.enter_context(attached(model, kind, parts, mask, arm.both_branches))
-            if not whole:
-                strengths = state.strengths
-
-                def acting(done: int, of: int) -> None:
-                    inside = arm.start <= done / of < arm.end
-                    state.strengths = strengths if inside else tuple(0.0 for _ in strengths)
-
-                options["progress"] = acting
-        stack.enter_context(variants.varied(model, arm.variant, mask))
-        for candidate in range(arm.best_of):
-            if "progress" in options:
-                options["progress"](0, steps)
-            result = host.sample(model, positive, seeds=[s + 1_000_003 * candidate for s in seeds], **options)
-            trace = result.trace
-            score = np.zeros(len(seeds))
-            if trace is not None and trace.divergences:
-                values = harmonic_mean(trace.divergences[-1][1]).numpy()
-                score = values
-                first, last = _divergence(trace.before), _divergence(trace.after)
-                for i, fact in enumerate(facts):
-                    fact |= {"jsd_before": float(first[i]), "jsd_after": float(last[i])}
-            if best is None:
-                best, scores = result.images, score
-            else:
-                better = score > scores
-                best[better], scores[better] = result.images[better], score[better]
+    for candidate in range(arm.best_of):
+        result = host.sample(model, positive, negative, seeds=[s + 1_000_003 * candidate for s in seeds], **options)
+        trace = result.trace
+        score = np.zeros(len(seeds))
+        if trace is not None and trace.divergences:
+            score = harmonic_mean(trace.divergences[-1][1]).numpy()
+            first, last = _divergence(trace.before), _divergence(trace.after)
+            for i, fact in enumerate(facts):
+                fact |= {"jsd_before": float(first[i]), "jsd_after": float(last[i])}
+        if best is None:
+            best, scores = result.images, score
+        else:
+            better = score > scores
+            best[better], scores[better] = result.images[better], score[better]
     assert best is not None
     return best, facts
 

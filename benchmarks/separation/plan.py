@@ -48,7 +48,8 @@ class Group:
         return list(range(methods.REPORT_FROM, methods.REPORT_FROM + self.seeds))
 
 
-MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code", "tova_loda_suppression")
+MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code", "lora_routed",
+        "lora_routed_no_loda")  # fmt: skip
 
 SAYABLE = ("bobo", "pixa", "ozzy")
 """Reported concepts whose look the model draws in four of five pictures when it is described in words, without any
@@ -77,13 +78,16 @@ FULL = (
         ("tova_loda_afg", "tova_loda_afg_longer", "tova_loda_afg_more_updates", "tova_loda_afg_larger",
          "tova_loda_afg_guided"), of=SAYABLE,
     ),
-    Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
+    Group(
+        "same", "Two concepts of one class", 2, 2, 32,
+        (*MAIN, "lora_routed_by_place", "tova_loda_afg_by_place"), same_class=True,
+    ),
     Group("four", "Four concepts", 4, 1, 48, MAIN),
     Group(
         "beyond", "Two concepts, beyond the paper", 2, 2, 32,
         ("tova", "tova_loda", "tova_loda_afg", "tova_loda_sign", "tova_loda_raw", "tova_loda_iou",
-         "tova_loda_afg_overlapping", "tova_loda_afg_from_20", "tova_loda_afg_to_70", "tova_masked_loda_afg",
-         "tova_attention_masked_loda_afg", "tova_similarities", "tova_suppression", "tova_loda_suppression"),
+         "tova_loda_afg_overlapping", "tova_masked_loda_afg", "tova_attention_masked_loda_afg", "tova_similarities",
+         "tova_suppression", "tova_loda_suppression"),
     ),
 )  # fmt: skip
 """About 9,000 pictures and 50 adapters: 50 minutes on two cores that do nothing else."""
@@ -100,6 +104,8 @@ PAIRS = (
     ("tova_loda_afg", "tova_loda_afg_hard"),
     ("tova_loda_afg_longer", "tova_loda_afg"), ("tova_loda_afg_more_updates", "tova_loda_afg"),
     ("tova_loda_afg_larger", "tova_loda_afg"), ("tova_loda_afg_guided", "tova_loda_afg"),
+    ("lora_routed", "lora_merged"), ("lora_routed", "tara"), ("lora_routed", "tova_loda_afg"),
+    ("lora_routed", "lora_routed_no_loda"), ("lora_routed_by_place", "lora_routed"),
     ("tova_loda_afg", "lora_merged"), ("tova_loda_afg", "tara"), ("tova_loda_afg", "paper_code"),
     ("paper_mended", "paper_code"), ("tova_best_of_3", "tova"), ("tova_more_steps", "tova"),
     ("tova_loda_afg", "tova_best_of_3"), ("tova_loda_afg", "tova_more_steps"), ("base_loda_afg", "base"),
@@ -109,8 +115,7 @@ PAIRS = (
     ("tova_loda_sign", "tova_loda"), ("tova_loda_raw", "tova_loda"), ("tova_loda_iou", "tova_loda"),
     ("tova_loda_suppression", "tova_loda"), ("tova_loda_suppression", "tova_loda_afg"),
     ("tova_suppression", "tova"), ("tova_similarities", "tova"),
-    ("tova_loda_afg_overlapping", "tova_loda_afg"), ("tova_loda_afg_from_20", "tova_loda_afg"),
-    ("tova_loda_afg_to_70", "tova_loda_afg"), ("tova_masked_loda_afg", "tova_loda_afg"),
+    ("tova_loda_afg_overlapping", "tova_loda_afg"), ("tova_masked_loda_afg", "tova_loda_afg"),
     ("tova_attention_masked_loda_afg", "tova_loda_afg"),
 )  # fmt: skip
 """(one, other): differences and McNemar tests that are reported where both were measured on the same pictures."""

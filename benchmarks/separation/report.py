@@ -94,8 +94,8 @@ def drift(bench: Bench, arms: Mapping[str, Arm], names: Key, seeds: Sequence[int
     for what, lines in texts.items():
         plain, _ = methods.draw(bench.model, base, names, seeds, {}, bench.sampling, lines)
         for name, arm in arms.items():
-            if arm.kind and arm.plain:
-                learned = bench.learned(names, arm.kind)
+            if arm.recipe and arm.plain:
+                learned = bench.learned(names, arm.recipe)
                 images, _ = methods.draw(bench.model, arm, names, seeds, learned, bench.sampling, lines)
                 values = np.abs(images.astype(float) - plain).mean(axis=(1, 2, 3)) / 255
                 out.setdefault(name, {})[what] = float(values.mean())

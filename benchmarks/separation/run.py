@@ -25,18 +25,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.demo.scenes import BACKGROUNDS
 from conceptsplit_core.hosts import diffusers as host
 
 from . import learning, methods
 from .detector import background_of, detect
-from .learning import KINDS, Learning
+from .learning import RECIPES, Learning
 from .methods import Arm, Sampling
 from .metrics import judge
 
 CACHE = Path("out/separation")
-VERSION = 2
+VERSION = 3
 """Raised when the detector or the metrics change, so that old records are not mixed with new ones."""
 ROUND = 8
 """Seeds of one job: whatever is done when time is up is balanced over arms and concept sets to within this many."""
@@ -62,23 +61,23 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.digest = learning.fingerprint(self.model)
-        self._learned: dict[tuple[str, str], LowRankAdapter] = {}
+        self._learned: dict[tuple[str, str], Any] = {}
 
-    def learned(self, names: Sequence[str], kind: str) -> dict[str, LowRankAdapter]:
-        """Adapters of a kind for the concepts, trained when they are first asked for."""
+    def learned(self, names: Sequence[str], recipe: str) -> dict[str, Any]:
+        """Adapters for the concepts, trained when they are first asked for."""
 
         def ask(event: Any) -> None:
             if self.stop():
                 raise Stopped
 
         for name in names:
-            if (name, kind) not in self._learned:
+            if (name, recipe) not in self._learned:
                 began = time.perf_counter()
                 folder = self.cache / "adapters"
-                self._learned[name, kind] = learning.learn(self.model, name, kind, self.learning, folder, ask)
+                self._learned[name, recipe] = learning.learn(self.model, name, recipe, self.learning, folder, ask)
                 if time.perf_counter() - began > 1:
-                    self.say(f"learned {name} ({kind}) in {time.perf_counter() - began:.0f} s")
-        return {name: self._learned[name, kind] for name in names}
+                    self.say(f"learned {name} ({recipe}) in {time.perf_counter() - began:.0f} s")
+        return {name: self._learned[name, recipe] for name in names}
 
 
 # --- records --------------------------------------------------------------------------------------------------
@@ -86,9 +85,8 @@ class Bench:
 
 def record_path(bench: Bench, arm: Arm, names: Key) -> Path:
     """Where the records of an arm on a concept set are kept: one JSON object a line."""
-    kind = asdict(KINDS[arm.kind]) if arm.kind else None
-    taught = bench.learning.facts() if arm.kind else None
-    facts = [VERSION, bench.digest, asdict(bench.sampling) | {"batch": 0}, taught, kind, asdict(arm), names]
+    taught = [asdict(RECIPES[arm.recipe]), asdict(bench.learning)] if arm.recipe else None
+    facts = [VERSION, bench.digest, asdict(bench.sampling) | {"batch": 0}, taught, asdict(arm), names]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bench.cache / "records" / f"{digest}.jsonl"
 
@@ -147,7 +145,7 @@ def run_arm(
     if not path.exists():
         _append(path, [{"arm": name, "settings": asdict(arm), "set": names}])
     missing = [seed for seed in seeds if seed not in kept]
-    learned = bench.learned(names, arm.kind) if missing and arm.kind else {}
+    learned = bench.learned(names, arm.recipe) if missing and arm.recipe else {}
     for at in range(0, len(missing), bench.sampling.batch):
         if bench.stop():
             raise Stopped
@@ -213,7 +211,7 @@ def carry_out(bench: Bench, jobs: Sequence[Job], workers: int = 1, until: float 
             open_jobs.append(job)
     if not open_jobs:
         return True
-    wanted = [(name, job.arm.kind) for job in open_jobs if job.arm.kind for name in job.names]
+    wanted = [(name, job.arm.recipe) for job in open_jobs if job.arm.recipe for name in job.names]
     lessons = [(name, kind) for name, kind in dict.fromkeys(wanted)]
     if workers <= 1:
         for name, kind in lessons:

@@ -32,7 +32,7 @@ FINAL_SEED, FINALISTS, FINAL_FACTOR = 1000, 6, 4
 
 SWEEP: dict[str, tuple[Any, ...]] = {
     "loda_strength": (0.01, 0.02, 0.04, 0.08),
-    "steps": (0.1, 0.2, 0.3, 0.5),  # share of the schedule
+    "loda_steps": (0.1, 0.2, 0.3, 0.5),  # share of the schedule
     "loda_iterations": (1, 3, 6),
     "divergence": ("jsd", "symmetric_kl", "bhattacharyya", "kl"),
     "map_downscale": (1,),  # automatic is 2 on the demo model
@@ -46,10 +46,23 @@ SWEEP: dict[str, tuple[Any, ...]] = {
 }
 STRENGTHS, GUIDANCES = (0.7, 1.3), (1.5, 2.0, 4.5, 6.0)
 
+OF_0_1_0 = {
+    "steps": "loda_steps", "iterations": "loda_iterations", "step_size": "loda_strength", "step_rule": "loda_rule",
+    "smooth_sigma": "map_smoothing", "afg_positive": "afg_inside", "afg_negative": "afg_outside",
+    "afg_fraction": "afg_region", "afg_sigma": "afg_smoothing",
+}  # fmt: skip
+"""Settings as result files of version 0.1.0 name them; what AFG takes outside is negative there."""
+
+
+def chosen_settings(path: Path) -> dict[str, Any]:
+    """Fields of LodaConfig that a tuning file has chosen."""
+    chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+    return {OF_0_1_0.get(k, k): abs(v) if k == "afg_negative" else v for k, v in chosen.items()}
+
 
 def changed(loda: LodaConfig, field: str, value: Any, steps: int) -> LodaConfig:
     """`loda` with one field of the sweep set."""
-    if field == "steps":
+    if field == "loda_steps":
         return replace(loda, loda_steps=max(1, round(value * steps)))
     if field == "divergence":
         return replace(loda, divergence=value, threshold=0.0)
@@ -184,8 +197,8 @@ def main(
         "start": asdict(loda),
         "scored": SCORED,
         "best": best,
-        "chosen": {k: v for k, v in asdict(chosen).items() if v != default[k]} | {"steps": chosen.steps},
-        "chosen_share_of_schedule": chosen.steps / steps,
+        "chosen": {k: v for k, v in asdict(chosen).items() if v != default[k]} | {"loda_steps": chosen.loda_steps},
+        "chosen_share_of_schedule": chosen.loda_steps / steps,
         "settings": {name: asdict(arm) for name, arm in arms.items()},
         "arms": report.summary(results, 300),
         "score_against_start": gained,

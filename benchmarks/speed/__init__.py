@@ -1,4 +1,1 @@
-"""Speed and memory: how much the method costs, against the plain model and against how others do it.
-
-`python -m benchmarks.speed` writes benchmarks/results/speed.json and the tables of docs/speed.md.
-"""
+"""Speed and memory of the method, next to the plain model and next to how others do the same."""

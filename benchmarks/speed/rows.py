@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-MB = 2**20
+MIB = 2**20
+G = 1e9
 
 
 @dataclass(frozen=True)
@@ -20,50 +21,27 @@ class Row:
     """What was compared with what.
 
     what, model: the program and the model it ran on.
-    ours, peer: two numbers in `unit`, obtained in the same run; None where the row could not be measured.
-    ratio: ours / peer; for a speed (unit ends in '/s') as well, so that there more is better.
+    ours, peer: two numbers in `unit`, obtained in the same run.
     against: who the peer is.
     how: 'counted' (operations and shapes, the same on every machine) or 'timed' (medians, alternating).
-    predicted: the ratio expected before measuring, from the issue and the design; None without one.
-    goal: the bound on the ratio, '<= 0.5' or '>= 1.5', or None for a row that only explains.
     note: one sentence on what is special.
     """
 
     what: str
     model: str
-    ours: float | None
-    peer: float | None
+    ours: float
+    peer: float
     unit: str
     against: str
     how: str
-    predicted: float | None = None
-    goal: str | None = None
     note: str = ""
 
-    @property
-    def ratio(self) -> float | None:
-        return None if self.ours is None or not self.peer else self.ours / self.peer
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal holds; None without a goal, False where nothing could be measured."""
-        if self.goal is None:
-            return None
-        if self.ratio is None:
-            return False
-        sign, bound = self.goal.split()
-        # Rounded as printed: a goal of 1.06 is met by 1.0649 only if the table says so too.
-        value = round(self.ratio, 3)
-        return value <= float(bound) if sign == "<=" else value >= float(bound)
-
     def to_dict(self) -> dict[str, Any]:
-        facts = asdict(self)
-        facts["ratio"] = None if self.ratio is None else round(self.ratio, 4)
-        facts["met"] = self.met
-        for key in ("ours", "peer"):
-            if facts[key] is not None:
-                facts[key] = float(f"{facts[key]:.5g}")
-        return facts
+        """The fields, rounded, the machine of a timed row, and `ratio`: ours / peer; for a speed (unit ends in '/s')
+        more is better."""
+        numbers = {key: float(f"{value:.5g}") for key, value in (("ours", self.ours), ("peer", self.peer))}
+        facts = {**asdict(self), **numbers, "ratio": round(self.ours / self.peer, 4)}
+        return facts if self.how == "counted" else {**facts, "machine": machine()}
 
 
 def machine() -> str:
@@ -77,15 +55,15 @@ def machine() -> str:
                 break
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads used, {card}"
+    cores = f"{os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} threads used, {card}"
+    return f"{name}, {cores}, torch {torch.__version__}"
 
 
-def write_json(parts: Mapping[str, Sequence[dict[str, Any]]], path: Path, facts: Mapping[str, Any]) -> None:
+def write_json(parts: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """One file for all parts; each row says which part it belongs to."""
     rows = [{**row, "part": part} for part, group in parts.items() for row in group]
-    content = {"machine": machine(), "torch": torch.__version__, **facts, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -97,25 +75,18 @@ def read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
+def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """A Markdown table of rows as the file holds them."""
-    lines = [
-        "| what | model | ours | peer | unit | against | ratio | predicted | goal | met |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of rows as the file holds them, and the machines that they were timed on."""
+    lines = ["| what | model | ours | peer | unit | against | ratio |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        predicted = "" if row["predicted"] is None else f"{row['predicted']:.2f}"
-        met = {True: "yes", False: "**no**", None: ""}[row["met"]]
-        goal = (row["goal"] or "").replace("<=", "≤").replace(">=", "≥")
+        ours, peer = _number(row["ours"]), _number(row["peer"])
         lines.append(
-            f"| {row['what']} | {row['model']} | {_number(row['ours'])} | {_number(row['peer'])} | {row['unit']} | "
-            f"{row['against']} | {ratio} | {predicted} | {goal} | {met} |"
+            f"| {row['what']} | {row['model']} | {ours} | {peer} | {row['unit']} | {row['against']} | "
+            f"{row['ratio']:.3f} |"
         )
-    return "\n".join(lines)
+    machines = sorted({row["machine"] for row in rows if "machine" in row})
+    return "\n".join(lines + [f"\nMachine: {'; '.join(machines)}."] * bool(machines))

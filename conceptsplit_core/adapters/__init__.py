@@ -2,6 +2,7 @@
 
 from .base import BASES, KINDS, Adapter, AdapterInfo, Kind, Member, family, kind_of, register
 from .file import adapter_bytes, canonical_key, load_adapter, parse_adapter, save_adapter
+from .gated import GatedAdapter
 from .low_rank import LowRankAdapter
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "KINDS",
     "Adapter",
     "AdapterInfo",
+    "GatedAdapter",
     "Kind",
     "LowRankAdapter",
     "Member",

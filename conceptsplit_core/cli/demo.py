@@ -29,7 +29,7 @@ from ..method.maps import distributions
 from ..settings import LodaConfig, TrainConfig
 from ..settings import seeds as seeds_from
 from ..text.binding import Concept
-from ..train.data import training_facts
+from ..train.adapter import training_facts
 from ..train.loop import TrainEvent, train
 from .common import bar, machine, open_model, say, to_tensor, write_picture
 

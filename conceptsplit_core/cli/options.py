@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from ..settings import PREDICTION_TYPES, SEEDS, LodaConfig, Option, SampleConfig, TrainConfig, defaults, options, shown
+from ..settings import SEEDS, LodaConfig, Option, SampleConfig, TrainConfig, defaults, options, shown
 
 SAMPLERS = ("ddim", "euler")
 PRECISIONS = ("fp32", "bf16", "fp16")
+PREDICTIONS = ("epsilon", "v_prediction")  # what the terminal samples
 NO_SAMPLES = {"sample_every"}  # the terminal draws no pictures while it trains
 
 OVERVIEW = """\
@@ -35,7 +36,7 @@ examples:
   Learn a dog from the pictures in a folder (4 to 6 are enough), on the model in sd15.safetensors:
     python -m conceptsplit_core train --images photos/rex --class-word dog --name rex --model sd15.safetensors \\
         --tokenizer ComfyUI/comfy/sd1_tokenizer --out rex.safetensors
-  Continue after Ctrl+C, or train longer with a higher --steps:
+  Continue after Ctrl+C (until then the adapter so far is in --out):
     the same command with --resume
   Less memory:
     --precision bf16 --gradient-checkpointing --batch-size 1
@@ -188,7 +189,7 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None = "demo"
     )
     group.add_argument(
         "--prediction",
-        choices=PREDICTION_TYPES,
+        choices=PREDICTIONS,
         help="what the model predicts; only when it was detected wrongly",
     )
     group.add_argument(

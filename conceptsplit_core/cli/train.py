@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,21 +14,17 @@ from .. import pictures
 from ..adapters.file import save_adapter
 from ..errors import ConceptSplitError
 from ..settings import TrainConfig, from_values
-from ..text.binding import Concept
-from ..train.data import DEFAULT_TEMPLATES, Process, expand_templates, training_facts
-from ..train.loop import TrainEvent, train
-from .common import (
-    PRECISION,
-    bar,
-    choose_device,
-    list_pictures,
-    open_model,
-    open_picture,
-    read_masks,
-    read_pictures,
-    say,
-    write_picture,
-)
+from ..text.concepts import Concept
+from ..train.adapter import training_facts
+from ..train.checkpoint import TrainingFiles, training_files
+from ..train.data import Process
+from ..train.folder import mask_files, picture_folder
+from ..train.identity import digest
+from ..train.loop import TrainResult, train
+from ..train.progress import ProgressBar
+from ..train.prompts import DEFAULT_TEMPLATES, expand_templates
+from ..train.reading import open_mask, open_picture, read_masks, read_pictures
+from .common import PRECISION, choose_device, launched, open_model, say, silent, to_tensor, write_picture
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -40,26 +35,9 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
     )
 
 
-def world_size() -> int:
-    """How many processes train together.
-
-    Raises:
-        ConceptSplitError: WORLD_SIZE is set without what a launcher sets beside it.
-    """
-    world = os.environ.get("WORLD_SIZE", "1")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world != "1" and (missing or not world.isdecimal()):
-        raise ConceptSplitError(
-            f"WORLD_SIZE is {world} here but {missing[0] if missing else 'no number'} is not what a launcher sets: "
-            "unset WORLD_SIZE to train in one process, or start with `accelerate launch`."
-        )
-    return int(world)
-
-
 @contextmanager
-def joined(device: torch.device) -> Iterator[Process]:
+def joined(device: torch.device, world: int) -> Iterator[Process]:
     """This process's part in the training that `accelerate launch` or torchrun started; alone without either."""
-    world = world_size()
     if world == 1:
         yield Process()
         return
@@ -80,31 +58,48 @@ def joined(device: torch.device) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Trains and writes FILE, FILE's loss curve, and a state to resume from."""
-    concept = Concept(arguments.name, arguments.class_word)
-    out = Path(arguments.out or f"{concept.name}.safetensors").expanduser()
+def adapter_path(arguments: argparse.Namespace, name: str) -> Path:
+    """Where the adapter of a concept was asked to be written.
+
+    Raises:
+        ConceptSplitError: a folder, or another ending than .safetensors.
+    """
+    out = Path(arguments.out or f"{name}.safetensors").expanduser()
     if out.suffix != ".safetensors":
         raise ConceptSplitError(f"The adapter file '{out.name}' must end in .safetensors.")
     if out.is_dir():
         raise ConceptSplitError(f"'{out}' is a folder: give --out a file name.")
-    state = out.with_name(f"{out.stem}.training.safetensors")
+    return out
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains and writes FILE and its loss curve; a training that is stopped also leaves a state to resume from."""
+    concept = Concept(arguments.name, arguments.class_word)
+    out = adapter_path(arguments, concept.name)
     if arguments.template:
         expand_templates(arguments.template, concept.class_word)
     # Everything about the input that can be wrong is found before a model is opened.
-    files = list_pictures(arguments.images)
+    folder = picture_folder(arguments.images)
+    files = folder.pictures
+    if folder.left_out:
+        say(f"Not used in {arguments.images}: {folder.left_out}.")
     for file in files:
         open_picture(file)
+    masks = mask_files(arguments.masks, files) if arguments.masks else []
+    for file in masks:
+        open_mask(file)
     config = train_config(arguments)
 
     # Also before the processes meet: one that leaves early would let the others wait.
-    world = world_size()
+    world = launched().world
     if config.batch_size % world:
         raise ConceptSplitError(
             f"A batch of {config.batch_size} cannot be shared by {world} processes: use a multiple of it."
         )
-
-    with joined(choose_device(arguments.device)) as process:
+    with joined(choose_device(arguments.device), world) as process:
+        written = training_files(out, config.resume)
+        for note in written.notes:
+            say(note)
         model = open_model(arguments)
         from ..hosts import diffusers as host
 
@@ -115,42 +110,58 @@ def run(arguments: argparse.Namespace) -> None:
                 f"A size of {size[1]} × {size[0]} pixels does not fit the model: use multiples of {model.pixel_factor}."
             )
         templates = tuple(arguments.template or model.templates or DEFAULT_TEMPLATES)
-        say(f"{len(files)} pictures at {size[1]} × {size[0]}, model family {model.family}, {model.prediction_type}")
-        images = read_pictures(files, size)
-        masks = read_masks(arguments.masks, files, size) if arguments.masks else None
-        data = host.training_data(model, images, concept, templates, masks)
-        adapter = host.new_adapter(model, concept, config.rank, config.alpha, config.seed)
+        say(f"{folder.count} at {size[1]} × {size[0]}, model family {model.family}, {model.prediction_type}")
+        images = to_tensor(read_pictures(files, size))
+        covers = torch.from_numpy(read_masks(masks, files, size)) if masks else None
+        identity = {
+            "images": digest(*(file.read_bytes() for file in files)),
+            "masks": digest(*(file.read_bytes() for file in masks)),
+            "size": digest(size),
+        }
+        data = host.training_data(model, images, concept, templates, covers, identity)
+        facts = training_facts(config, len(files), templates, size)
+        adapter = host.new_adapter(model, concept, config.rank, config.alpha, config.seed, facts)
+        progress = ProgressBar(config.steps, concept.name, silent())
 
-        progress = bar(config.steps, f"<{concept.name}>")
-        recent: list[float] = []
-
-        def on_event(event: TrainEvent) -> None:
-            recent.append(event.loss)
-            del recent[:-50]
-            progress.update(event.step - progress.n)
-            progress.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}", refresh=False)
+        def write(result: TrainResult) -> None:
+            if process.rank == 0:
+                _write(result, written, arguments.store)
 
         try:
             with host.training_denoiser(model, adapter, config.gradient_checkpointing) as denoise:
                 result = train(
-                    adapter, data, model.alphas_cumprod, denoise, config, on_event, state, config.resume, process
+                    adapter,
+                    data,
+                    model.alphas_cumprod,
+                    denoise,
+                    config,
+                    progress,
+                    written.state,
+                    config.resume,
+                    process,
+                    write,
                 )
         except KeyboardInterrupt:
             progress.close()
-            if state.exists():
-                say(f"Stopped. The same command with --resume goes on from {state.name}.")
+            if written.state.exists():
+                say(f"Stopped. The same command with --resume goes on from {written.state.name}.")
             raise
         finally:
             progress.close()
+        write(result)
         if process.rank == 0:
-            facts = training_facts(config, len(files), templates)
-            facts["size"] = [size[1], size[0]]
-            finished = result.adapter.with_info(training=facts)
-            save_adapter(finished, out, PRECISION[arguments.store])
-            curve = out.with_name(f"{out.stem}.loss.png")
-            write_picture(pictures.loss_curve(result.losses, title=f"training loss of <{concept.name}>"), curve)
-            last = result.losses[-min(50, len(result.losses)) :]
-            say(
-                f"{out} ({out.stat().st_size / 2**20:.2f} MiB) after {len(result.losses)} steps in "
-                f"{result.seconds:.0f} s, loss {sum(last) / len(last):.4f}; curve in {curve.name}"
-            )
+            written.state.unlink(missing_ok=True)
+
+
+def _write(result: TrainResult, written: TrainingFiles, store: str) -> None:
+    """The adapter with the steps it was trained for in its facts, and its loss curve."""
+    info = result.adapter.info
+    path = written.adapter
+    save_adapter(result.trained(), path, PRECISION[store])
+    curve = path.with_name(f"{path.stem}.loss.png")
+    write_picture(pictures.loss_curve(result.losses, title=f"training loss of <{info.concept}>"), curve)
+    last = result.losses[-min(50, len(result.losses)) :]
+    say(
+        f"{path} ({path.stat().st_size / 2**20:.2f} MiB) after {len(result.losses)} steps in "
+        f"{result.seconds:.0f} s, loss {sum(last) / len(last):.4f}; curve in {curve.name}"
+    )

@@ -19,15 +19,11 @@ import torch
 from torch import Tensor
 
 from ..settings import AUTO, LodaConfig
+from .diffusion import PARAMETERISATIONS
 from .maps import separation_loss
 from .updates import UPDATE_RULES
 
 log = logging.getLogger("ConceptSplit")
-
-
-def unit_variance(sigma: float) -> float:
-    """1 / √(σ² + 1): what brings x = x₀ + σ·ε to unit variance, for models that predict ε or v."""
-    return (sigma**2 + 1.0) ** -0.5
 
 
 def step_sizes(config: LodaConfig) -> list[float]:
@@ -97,7 +93,7 @@ def separate(
     denoise_mask: Tensor | None = None,
     check: Callable[[], None] = lambda: None,
     loss_scale: float = 1.0,
-    unit: Callable[[float], float] = unit_variance,
+    unit: Callable[[float], float] = PARAMETERISATIONS["epsilon"].unit,
 ) -> Tensor:
     """LODA at the start of one sampling step: x ← x − η_k ∇L, up to `loda_iterations` times, each image by its own L.
 
@@ -111,8 +107,8 @@ def separate(
         denoise_mask: 1 where the picture may change, broadcastable to x; the update is multiplied by it.
         check: called before every pass; raises to interrupt.
         loss_scale: multiplies the loss before the backward pass, so that gradients survive half precision.
-        unit: factor that brings x at noise level σ to unit variance; 1 / √(σ² + 1) for models that predict ε or v,
-            1 for flow models.
+        unit: factor that brings x at noise level σ to unit variance, of the model's `diffusion.Parameterisation`:
+            1 / √(σ² + 1) for ε and v, 1 for flow.
 
     Returns:
         The new latent, detached; the very same tensor if nothing had to change. One forward pass serves as the test

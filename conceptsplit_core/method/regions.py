@@ -16,6 +16,9 @@ from torch import Tensor
 from .maps import distributions
 from .partition import REGION_RULES
 
+SUPPRESSION_BLUR = 1.0
+"""σ of the smoothing before maps are compared for suppression, in map pixels (T2I-Zero)."""
+
 
 def regions(maps: Tensor, fraction: float, sigma: float, rule: str = "top") -> Tensor:
     """Each concept's region by a rule of `partition.REGION_RULES`, from smoothed maps.
@@ -72,7 +75,7 @@ def suppression_bias(maps: Tensor, mask: Tensor, keep: float = 0.0) -> Tensor:
     strongest map keeps its attention; the rows of the others lose all but a share of theirs there.
 
     Args:
-        maps: [B, n, h, w] of this very layer and pass, smoothed by the caller (T2I-Zero: σ = 1).
+        maps: [B, n, h, w] of this very layer and pass, smoothed by the caller (`SUPPRESSION_BLUR`).
         mask: row mask [B, L, n].
         keep: the share of its weight that a suppressed row keeps before the softmax is normalised again, 0 to 1.
 

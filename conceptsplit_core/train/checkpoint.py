@@ -1,11 +1,14 @@
-"""The resumable state of a training, in one safetensors file."""
+"""The resumable state of a training, in one safetensors file, and the names of the files a training writes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,28 +21,82 @@ from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import read_header, write_whole
 from ..settings import TrainConfig
-from .data import (
-    TrainData,
-)
+from .data import TrainData
+from .identity import digest
 
 CHECKPOINT_FORMAT = "conceptsplit.training"
 
 
-def _fingerprint(adapter: LowRankAdapter, data: TrainData, config: TrainConfig) -> str:
+_DIFFERENCES = {
+    "images": "other pictures",
+    "size": "pictures of another size",
+    "masks": "other masks",
+    "prompts": "other prompts",
+    "layers": "a model of another architecture",
+    "model": "another model",
+    "text encoder": "another text encoder",
+    "vae": "another VAE",
+}
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """Where a training writes its adapter and its resumable state, and what the user should know about it."""
+
+    adapter: Path
+    state: Path
+    notes: tuple[str, ...] = ()
+
+
+def training_files(path: Path, resume: bool) -> TrainingFiles:
+    """The files of a training whose adapter was asked to be written to `path`.
+
+    A finished adapter is never replaced: the name counts up (rex, rex_2, rex_3). With `resume`, the newest of these
+    names that has a state is continued, and its adapter file, if a stop wrote one, is replaced.
+    """
+
+    def numbered(n: int) -> Path:
+        return path if n == 1 else path.with_name(f"{path.stem}_{n}{path.suffix}")
+
+    free = 1
+    while os.path.lexists(numbered(free)):
+        free += 1
+    for n in range(free, 0, -1) if resume else ():
+        if (state := numbered(n).with_suffix(".checkpoint")).exists():
+            return TrainingFiles(numbered(n), state)
+    found = numbered(free)
+    notes = []
+    if resume:
+        missing = path.with_suffix(".checkpoint").name
+        notes.append(f"There is no stopped training to resume ({missing}): this one starts from the beginning.")
+    if free > 1:
+        notes.append(f"{path.name} exists and is kept: this training is written to {found.name}.")
+    return TrainingFiles(found, found.with_suffix(".checkpoint"), tuple(notes))
+
+
+def run_facts(adapter: LowRankAdapter, data: TrainData, config: TrainConfig) -> dict[str, Any]:
     """What must be the same for a checkpoint to continue this run."""
-    digest = hashlib.sha256(
-        json.dumps([config.lasting, adapter.layers, adapter.info.rank, adapter.info.alpha]).encode()
-    )
-    digest.update(data.latents.detach().float().cpu().contiguous().numpy().tobytes())
-    if data.masks is not None:
-        digest.update(data.masks.detach().float().cpu().contiguous().numpy().tobytes())
-    for prompt in data.prompts:
-        digest.update(f"{prompt.text}\0{prompt.rows}\0".encode())
-    return digest.hexdigest()
+    info = adapter.info
+    settings = {**config.lasting, "rank": info.rank, "alpha": info.alpha, "kind": info.kind}
+    prompts = digest(*(part for prompt in data.prompts for part in (prompt.text, tuple(prompt.rows))))
+    return {"settings": settings, "prompts": prompts, "layers": digest(sorted(adapter.layers.items())), **data.identity}
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two `run_facts`, in words."""
+    found = [
+        _DIFFERENCES.get(key, f"another {key}") for key in now if key != "settings" and stored.get(key) != now[key]
+    ]
+    before = stored.get("settings")
+    before = before if isinstance(before, dict) else {}
+    for name, value in now["settings"].items():
+        if before.get(name) != value:
+            found.append(f"{name} {before.get(name)} then and {value} now")
+    return found
 
 
 def _check_room(path: Path, parameters: list[Tensor]) -> None:
-    """Writes what a checkpoint will take beside `path` and takes it away again: better told before the first step.
+    """Writes as much as a checkpoint takes beside `path` and removes it, so that a full disk stops the first step.
 
     Raises:
         ConceptSplitError: the folder cannot be written to or the disk is full.
@@ -50,7 +107,7 @@ def _check_room(path: Path, parameters: list[Tensor]) -> None:
 
 
 def _save_checkpoint(
-    path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, losses: list[float], fingerprint: str
+    path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, losses: list[float], run: Mapping[str, Any]
 ) -> None:
     tensors: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for i, parameter in enumerate(parameters):
@@ -59,14 +116,18 @@ def _save_checkpoint(
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if key in state:
                 tensors[f"{key}{i}"] = torch.as_tensor(state[key]).detach().cpu().contiguous().clone()
-    metadata = {"format": CHECKPOINT_FORMAT, "step": str(len(losses)), "fingerprint": fingerprint}
+    metadata = {"format": CHECKPOINT_FORMAT, "step": str(len(losses)), "run": json.dumps(run)}
     write_whole(path, save_tensors(tensors, metadata=metadata))
 
 
 def _load_checkpoint(
-    path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, fingerprint: str
+    path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
 ) -> list[float]:
-    """Puts a checkpoint's state into `parameters` and `optimizer`, all of it or nothing; the losses so far."""
+    """Puts a checkpoint's state into `parameters` and `optimizer`, all of it or nothing; the losses so far.
+
+    Raises:
+        ConceptSplitError: not a readable checkpoint, or one of a training that differs, with what differs.
+    """
     broken = ConceptSplitError(
         f"{path.name} is not a readable training checkpoint: delete it to start this training from the beginning."
     )
@@ -85,10 +146,16 @@ def _load_checkpoint(
         raise broken from error
     if not isinstance(facts, dict) or facts.get("format") != CHECKPOINT_FORMAT:
         raise broken
-    if facts.get("fingerprint") != fingerprint:
+    try:
+        before = json.loads(facts.get("run") or "")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise broken from error
+    if not isinstance(before, dict):
+        raise broken
+    if other := differences(before, run):
         raise ConceptSplitError(
-            f"{path.name} belongs to a training with other images, prompts or settings: delete it, choose another "
-            "file name, or turn resume off."
+            f"{path.name} belongs to a training with {' and '.join(filter(None, [', '.join(other[:-1]), other[-1]]))}: "
+            "make them as they were, delete the file, choose another file name, or turn resume off."
         )
 
     def stored(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:

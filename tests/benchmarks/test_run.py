@@ -82,7 +82,7 @@ def bench(tmp_path, monkeypatch):
         if getattr(made, "fail_at", None) in seeds:
             raise KeyboardInterrupt
         things = [(CONCEPTS[n].class_word, CONCEPTS[n].look) for n in names]
-        if arm.kind is None:
+        if arm.recipe is None:
             things = things[:1]
         images = [scenes.compose_scene(things, s, methods.background_for(names, s)).image for s in seeds]
         return np.stack(images), [{"jsd_before": 0.1, "jsd_after": 0.2} for _ in seeds]
@@ -193,17 +193,24 @@ def test_tuning_ranks_and_combines():
     start = [0.0, 1.0] * 20
     results = tune.scored({
         "start": records(start), "loda_strength=0.04": records([1.0, 1.0] * 20),
-        "afg_end=0.4": records([0.5, 1.0] * 20), "steps=0.5": records([0.0, 0.0] * 20),
+        "afg_end=0.4": records([0.5, 1.0] * 20), "loda_steps=0.5": records([0.0, 0.0] * 20),
     })  # fmt: skip
     gained = tune.gains(results, "start")
-    assert gained["start"]["mean"] == 0 and not tune.worth(gained["start"]) and not tune.worth(gained["steps=0.5"])
+    assert gained["start"]["mean"] == 0 and not tune.worth(gained["start"]) and not tune.worth(gained["loda_steps=0.5"])
     combined = tune.together(LodaConfig(), gained, 1.0, 16)
     assert list(combined) == ["together loda_strength=0.04, afg_end=0.4"]
     (arm,) = combined.values()
     assert arm.loda.loda_strength == 0.04 and arm.loda.afg_end == 0.4 and arm.loda.loda_steps == LodaConfig().loda_steps
     sweep = tune.variants(LodaConfig(loda_steps=3), 1.0, 16)
     assert len({json.dumps(run.asdict(arm), sort_keys=True) for arm in sweep.values()}) == len(sweep)
-    assert "| steps=0.5 |" in tune.sensitivity(results, gained)
+    assert "| loda_steps=0.5 |" in tune.sensitivity(results, gained)
+
+
+def test_settings_of_a_tuning_file_of_0_1_0(tmp_path):
+    old = {"steps": 3, "smooth_sigma": 2.0, "afg_negative": -8.0, "afg_end": 0.4}
+    (tmp_path / "old.json").write_text(json.dumps({"chosen": old}))
+    found = LodaConfig(**tune.chosen_settings(tmp_path / "old.json"))
+    assert (found.loda_steps, found.map_smoothing, found.afg_outside, found.afg_end) == (3, 2.0, 8.0, 0.4)
 
 
 @pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
@@ -276,16 +283,15 @@ def test_tuning_takes_what_holds_up_on_seeds_that_ranked_nothing(bench, tmp_path
     assert first["afg_end=0.4"]["mean"] > 0.2 and first["loda_strength=0.04"]["mean"] > 0.2
     assert final["afg_end=0.4"]["mean"] == 0 and final["map_smoothing=2.0"]["mean"] == 0
     assert "loda_strength=0.04" in found["best"]
-    assert found["chosen"]["loda_strength"] == 0.04 and found["chosen"]["steps"] == 3
+    assert found["chosen"]["loda_strength"] == 0.04 and found["chosen"]["loda_steps"] == 3
     assert found["finals"]["seeds"] == {"first": tune.FINAL_SEED, "count": 8}
     assert json.loads(out.read_text())["best"] == found["best"]
 
 
 def test_timesteps_that_are_drawn_more_often():
     every = learning.Learning().timesteps(1000)
-    assert every.tolist() == list(range(1000)) and "levels" not in learning.Learning().facts()
+    assert every.tolist() == list(range(1000))
     more = learning.Learning(levels=(450, 950))
     drawn = more.timesteps(1000)
     inside = ((drawn >= 450) & (drawn < 950)).float().mean()
     assert 0.74 < inside < 0.76 and drawn.min() == 0 and drawn.max() == 999
-    assert more.facts()["levels"] == (450, 950)

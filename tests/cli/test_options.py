@@ -49,6 +49,10 @@ LODA = {
     "afg_region": 0.375,
     "afg_smoothing": 0.5,
     "afg_end": 0.25,
+    "plan_steps": 3,
+    "afg_rule": "by_place",
+    "area_rule": "top",
+    "suppression": 0.6875,
 }
 TRAIN = {
     "steps": 11,

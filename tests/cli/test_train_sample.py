@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conceptsplit_core.adapters.file import load_adapter, save_adapter
-from conceptsplit_core.cli import common
+from conceptsplit_core.train.folder import picture_folder
+from conceptsplit_core.train.reading import open_picture, read_masks, read_pictures
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +66,7 @@ def test_train_reads_photographs_of_every_size_and_mode(call, tmp_path, photogra
     out = tmp_path / "zoo.safetensors"
     code, _, err = call(*train_options(tmp_path / "zoo", model_folder, out))
     assert code == 0, err
-    assert f"{count} pictures at 64 × 64" in err
+    assert f"{count} pictures at 64 × 64" in err and "Not used in " in err and "zoo: 1 caption." in err
     adapter = load_adapter(out)
     assert adapter.info.training["images"] == count and adapter.info.base == "sd15"
     assert all(up.abs().max() > 0 for up in adapter.up.values())
@@ -75,7 +76,7 @@ def test_train_reads_photographs_of_every_size_and_mode(call, tmp_path, photogra
 
 def test_pictures_are_what_a_viewer_shows(tmp_path, photographs):
     write_zoo(tmp_path / "zoo", photographs)
-    zoo = {p.name: common.open_picture(p) for p in common.list_pictures(str(tmp_path / "zoo"))}
+    zoo = {p.name: open_picture(p) for p in picture_folder(tmp_path / "zoo").pictures}
     assert all(picture.mode == "RGB" for picture in zoo.values())
     tall, wide = zoo["turned.jpg"].size, zoo["photo.jpeg"].size
     assert tall == wide[::-1]
@@ -83,8 +84,9 @@ def test_pictures_are_what_a_viewer_shows(tmp_path, photographs):
     for other in ("deep.png", "float.tiff", "grey-alpha.png"):
         assert np.abs(np.asarray(zoo[other], dtype=int) - grey).max() <= 1, other
     assert (np.asarray(zoo["alpha.png"])[:40, :40] == 255).all()
-    tensor = common.read_pictures([tmp_path / "zoo" / "UPPER.PNG", tmp_path / "zoo" / "dot.bmp"], (64, 96))
-    assert tensor.shape == (2, 3, 64, 96) and tensor.min() >= -1 and tensor.max() <= 1
+    fitted = read_pictures([tmp_path / "zoo" / "UPPER.PNG", tmp_path / "zoo" / "dot.bmp"], (64, 96))
+    assert fitted.shape == (2, 64, 96, 3) and fitted.dtype == np.uint8
+    assert (fitted[1] == (10, 200, 30)).all()
 
 
 def test_masks_follow_their_pictures(tmp_path, photographs):
@@ -94,7 +96,7 @@ def test_masks_follow_their_pictures(tmp_path, photographs):
     half = np.zeros(photographs["coffee"].shape[:2], np.uint8)
     half[:, 300:] = 255
     Image.fromarray(half).save(masks / "a.png")
-    found = common.read_masks(str(masks), [folder / "a.jpg"], (64, 64))
+    found = read_masks([masks / "a.png"], [folder / "a.jpg"], (64, 64))
     assert found.shape == (1, 1, 64, 64)
     assert float(found[..., :31].max()) < 0.1 and float(found[..., 33:].min()) > 0.9
 
@@ -112,44 +114,145 @@ def test_same_seed_same_adapter_other_seed_another(call, tmp_path, cat_folder, m
     assert not all(torch.equal(files[0][k], files[2][k]) for k in files[0])
 
 
+def stop_at(monkeypatch, step):
+    """Ctrl+C after a step."""
+    from conceptsplit_core.train.progress import ProgressBar
+
+    genuine = ProgressBar.__call__
+
+    def call(self, event):
+        genuine(self, event)
+        if event.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressBar, "__call__", call)
+
+
 def test_resume_after_an_interrupt_equals_no_interrupt(call, tmp_path, cat_folder, model_folder, monkeypatch):
     whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
     assert call(*train_options(cat_folder, model_folder, whole, steps=6, save_every=2))[0] == 0
 
-    from conceptsplit_core.cli import train as command
-
-    class Bar:
-        n = 0
-
-        def update(self, by):
-            self.n += by
-            if self.n == 3:
-                raise KeyboardInterrupt
-
-        def set_postfix_str(self, *_args, **_options):
-            pass
-
-        def close(self):
-            pass
-
+    stop_at(monkeypatch, 3)
     options = train_options(cat_folder, model_folder, part, steps=6, save_every=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(command, "bar", lambda *_: Bar())
-        code, _, err = call(*options)
-    assert code == 130 and "--resume goes on" in err and not part.exists()
+    code, _, err = call(*options)
+    monkeypatch.undo()
+    assert code == 130 and "--resume goes on from part.checkpoint" in err
+    # B6: what was learned until then is an adapter already.
+    stopped = load_adapter(part)
+    assert stopped.info.training["steps"] == 3 and any(bool(up.any()) for up in stopped.up.values())
     code, _, err = call(*options, "--resume")
     assert code == 0, err
-    assert "after 6 steps" in err
+    assert "after 6 steps" in err and load_adapter(part).info.training["steps"] == 6
+    assert sorted(p.name for p in tmp_path.glob("part*")) == ["part.loss.png", "part.safetensors"], "B15"
     one, two = load_file(whole), load_file(part)
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_resuming_other_settings_is_refused(call, refused, tmp_path, cat_folder, model_folder):
+@pytest.fixture
+def stopped(call, tmp_path, cat_folder, model_folder, monkeypatch):
+    """A training that was stopped after two steps: where its adapter lies."""
     out = tmp_path / "tom.safetensors"
-    assert call(*train_options(cat_folder, model_folder, out, save_every=2))[0] == 0
-    assert "other images, prompts or settings" in refused(
-        *train_options(cat_folder, model_folder, out, learning_rate=1e-3), "--resume"
-    )
+    stop_at(monkeypatch, 2)
+    assert call(*train_options(cat_folder, model_folder, out))[0] == 130
+    monkeypatch.undo()
+    return out
+
+
+def test_b14_resuming_another_training_says_what_differs(refused, stopped, cat_folder, model_folder):
+    same = lambda **more: (*train_options(cat_folder, model_folder, stopped, **more), "--resume")
+    assert "with learning_rate 0.01 then and 0.001 now" in refused(*same(learning_rate=1e-3))
+    assert "with pictures of another size" in refused(*same(size=96))
+    assert "with other prompts" in refused(*same(), "--template", "the {} on a table")
+    (cat_folder / "3.jpg").unlink()
+    assert "with other pictures" in refused(*same())
+
+
+def test_case_17_resume_on_another_checkpoint_is_refused(refused, stopped, tmp_path, cat_folder):
+    import tiny
+
+    other = tiny.save_folder("sd15", tmp_path / "other", seed=5)
+    said = refused(*train_options(cat_folder, other, stopped), "--resume")
+    assert "with another model, another text encoder and another VAE" in said
+
+
+def test_case_17_resume_without_a_state_says_so(call, tmp_path, cat_folder, model_folder):
+    out = tmp_path / "tom.safetensors"
+    code, _, err = call(*train_options(cat_folder, model_folder, out), "--resume")
+    assert code == 0 and "There is no stopped training to resume (tom.checkpoint): this one starts" in err
+
+
+def test_case_18_resume_where_the_vae_rounds_differently(call, stopped, cat_folder, model_folder, monkeypatch):
+    """Another driver: every latent one unit in the last place away."""
+    from conceptsplit_core.hosts.diffusers import training
+
+    genuine = training.encode_images
+    other = lambda *given: torch.nextafter(genuine(*given), torch.tensor(9.0))
+    monkeypatch.setattr(training, "encode_images", other)
+    code, _, err = call(*train_options(cat_folder, model_folder, stopped), "--resume")
+    assert code == 0 and "after 4 steps" in err
+
+
+def test_b15_a_finished_adapter_is_not_replaced(call, tmp_path, cat_folder, model_folder):
+    out = tmp_path / "tom.safetensors"
+    assert call(*train_options(cat_folder, model_folder, out))[0] == 0
+    first = out.read_bytes()
+    code, _, err = call(*train_options(cat_folder, model_folder, out, seed=7))
+    assert code == 0 and "tom.safetensors exists and is kept: this training is written to tom_2.safetensors." in err
+    assert out.read_bytes() == first and load_adapter(tmp_path / "tom_2.safetensors").info.training["seed"] == 7
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_case_9_training_twice_inside_the_picture_folder(call, cat_folder, model_folder, monkeypatch):
+    """Our own curves and pictures, and masks beside the pictures, are not learned from."""
+    monkeypatch.chdir(cat_folder)
+    Image.new("L", (451, 300), 255).save("0-masklabel.png")
+    for name in ("tom.safetensors", "tom_2.safetensors"):
+        code, _, err = call(*train_options(cat_folder, model_folder, "tom.safetensors"))
+        assert code == 0, err
+        assert load_adapter(name).info.training["images"] == 4
+    assert "1 mask (used with --masks), 1 ConceptSplit picture, 1 other file." in err
+
+
+def test_case_10_what_is_not_used_is_said_in_one_line(call, tmp_path, cat_folder, model_folder):
+    for name in ("a.heic", "b.heic", "0.txt"):
+        (cat_folder / name).write_bytes(b"x")
+    (cat_folder / "._0.jpg").write_bytes(b"case 11: a fork that macOS leaves")
+    code, _, err = call(*train_options(cat_folder, model_folder, tmp_path / "tom.safetensors"))
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if line.startswith("Not used in")]
+    assert line.endswith(": 1 caption, 2 HEIC files (save them as JPEG, or install pillow-heif).")
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_case_19_a_unet_with_other_channels_is_refused_before_it_is_loaded(refused, tmp_path, cat_folder, channels):
+    import tiny
+
+    folder = tiny.save_folder("sd15", tmp_path / "model")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": channels}))
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.write_bytes(b"never read")
+    kind = {8: "a pix2pix UNet", 9: "an inpainting UNet"}[channels]
+    for command in (
+        train_options(cat_folder, folder, tmp_path / "tom.safetensors"),
+        ["sample", "--model", folder, "--prompt", "a dog", "--out", tmp_path / "x.png"],
+    ):
+        assert f"is {kind} with {channels} input channels, where training and terminal sampling" in refused(*command)
+
+
+@pytest.mark.parametrize("left", [{}, {"RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}])
+def test_case_22_a_world_size_left_behind_is_one_sentence(refused, monkeypatch, tmp_path, cat_folder, left):
+    for name, value in {"WORLD_SIZE": "2", **left}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(*train_options(cat_folder, "demo", tmp_path / "x.safetensors"))
+    assert "WORLD_SIZE is set to 2 but" in said and "unset WORLD_SIZE" in said
+
+
+def test_case_22_sampling_works_under_a_world_size_left_behind(call, monkeypatch, tmp_path, model_folder):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ("sample", "--model", model_folder, "--prompt", "a dog", "--steps", 2, "--size", 64)
+    code, _, err = call(*options, "--out", tmp_path / "x.png")
+    assert code == 0 and "x.png" in err
 
 
 @pytest.mark.parametrize("extra", [("--gradient-checkpointing",), ("--precision", "bf16"), ("--precision", "fp16")])
@@ -236,7 +339,8 @@ def test_two_processes_train_what_one_trains(call, tmp_path, cat_folder, model_f
 
 def test_a_batch_that_cannot_be_shared_is_refused(refused, monkeypatch, tmp_path, cat_folder, model_folder):
     """Before the processes meet, so that none waits for another."""
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    launcher = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "x.safetensors"
     assert "A batch of 3 cannot be shared by 2 processes" in refused(

@@ -285,6 +285,8 @@ def test_trace_holds_plain_numbers():
         {"afg_region": 0.0},
         {"loda_rule": "adam"},
         {"afg_rule": "watershed"},
+        {"area_rule": "watershed"},
+        {"suppression": 1.5},
         {"afg_outside": -1.0},
         {"map_downscale": 3},
         {"map_part": "up"},

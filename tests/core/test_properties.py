@@ -28,7 +28,7 @@ from conceptsplit_core.settings import LodaConfig, TrainConfig
 from conceptsplit_core.text.binding import Concept, bind, row_mask
 from conceptsplit_core.text.concepts import placeholders
 from conceptsplit_core.text.layout import SpecialTokens, content
-from conceptsplit_core.train.data import expand_templates
+from conceptsplit_core.train.prompts import expand_templates
 
 # A busy machine is not a failure, and the same examples are drawn on every machine.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -12,7 +12,7 @@ from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import load as diffusers_load
+from conceptsplit_core.hosts.diffusers import configs, single_file
 from conceptsplit_core.hosts.diffusers import network as host_network
 from conceptsplit_core.method.attention import bound_attention
 from conceptsplit_core.network.grid import level_sizes
@@ -26,7 +26,7 @@ def test_full_size_families_have_the_known_number_of_layers(family, count):
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(diffusers_load.UNET_CONFIGS[family])
+        unet = UNet2DConditionModel.from_config(configs.UNET_CONFIGS[family])
     network = host.network_map(SimpleNamespace(unet=unet, family=family))
     layers = network.value_shapes
     assert len(layers) == len(network.attention) == count
@@ -406,7 +406,7 @@ def test_a_folder_with_a_part_missing_names_it(folder, tmp_path):
 def test_a_checkpoint_file_without_a_tokenizer_says_so(tmp_path):
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     path = _save(tmp_path / "model.safetensors", {key: torch.zeros(8, 768)})
-    assert diffusers_load.detect_file(path) == ("sd15", "epsilon")
+    assert single_file.detect_file(path) == single_file.CheckpointKind("sd15", "epsilon")
     with pytest.raises(ConceptSplitError, match="--tokenizer"):
         host.load_model(path)
 

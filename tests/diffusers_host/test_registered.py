@@ -64,5 +64,5 @@ def test_an_update_rule_is_one_registered_function(load, registered):
 def test_names_go_with_their_registration():
     with pytest.raises(ConceptSplitError, match="divergence .*total_variation"):
         LodaConfig(divergence="total_variation")
-    with pytest.raises(ConceptSplitError, match="'first_image', use normalised, gradient, sign"):
+    with pytest.raises(ConceptSplitError, match="'first_image', use normalised, gradient or sign"):
         LodaConfig(loda_rule="first_image")

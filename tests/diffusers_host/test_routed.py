@@ -1,4 +1,4 @@
-"""LoRAs, each on its own concept: merged weights where one acts everywhere, and no bit changed where none does."""
+"""LoRAs, each on its own concept: merged weights where one acts everywhere, the base model where none does."""
 
 from __future__ import annotations
 

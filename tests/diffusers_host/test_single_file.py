@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import load as diffusers_load
+from conceptsplit_core.hosts.diffusers import configs
+from conceptsplit_core.hosts.diffusers.single_file import CheckpointKind, detect_file
 
 # Parameters of the released models, in their order of publication.
 SIZES = {
@@ -32,12 +33,12 @@ def test_the_written_out_configurations_are_the_released_models():
 
     with torch.device("meta"):
         for family, size in SIZES["unet"].items():
-            assert count(UNet2DConditionModel.from_config(diffusers_load.UNET_CONFIGS[family])) == size
+            assert count(UNet2DConditionModel.from_config(configs.UNET_CONFIGS[family])) == size
         for name, size in SIZES["text"].items():
-            config = dict(diffusers_load.TEXT_CONFIGS[name])
+            config = dict(configs.TEXT_CONFIGS[name])
             kind = CLIPTextModelWithProjection if "Projection" in config["architectures"][0] else CLIPTextModel
             assert count(kind(CLIPTextConfig(**config))) == size
-        assert count(AutoencoderKL.from_config(diffusers_load.VAE_CONFIG)) == SIZES["vae"]
+        assert count(AutoencoderKL.from_config(configs.VAE_CONFIG)) == SIZES["vae"]
 
 
 @pytest.fixture
@@ -45,11 +46,11 @@ def checkpoint(tmp_path, monkeypatch):
     """A checkpoint file of SD1.5's layout with tiny widths, and the configurations to match."""
     pipe = tiny.pipeline("sd15", seed=4)
     config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
-    monkeypatch.setitem(diffusers_load.UNET_CONFIGS, "sd15", config)
+    monkeypatch.setitem(configs.UNET_CONFIGS, "sd15", config)
     vae = {k: v for k, v in pipe.vae.config.items() if not k.startswith("_")}
-    monkeypatch.setattr(diffusers_load, "VAE_CONFIG", vae)
+    monkeypatch.setattr(configs, "VAE_CONFIG", vae)
     text = json.loads(pipe.text_encoder.config.to_json_string())
-    monkeypatch.setitem(diffusers_load.TEXT_CONFIGS, "clip", text)
+    monkeypatch.setitem(configs.TEXT_CONFIGS, "clip", text)
     path = tmp_path / "model.safetensors"
     save_file(ldm.state_dict(pipe), path)
     pipe.tokenizer.save_pretrained(tmp_path / "words")
@@ -109,4 +110,48 @@ def test_family_and_prediction_type_are_read_from_the_file(tmp_path, width, leve
         bias = torch.tensor([-1.0, 1.0]).repeat(4) * spread
         tensors[f"{prefix}.output_blocks.11.1.transformer_blocks.0.norm1.bias"] = bias
     save_file(tensors, tmp_path / "x.safetensors")
-    assert diffusers_load.detect_file(tmp_path / "x.safetensors") == expected
+    assert detect_file(tmp_path / "x.safetensors") == CheckpointKind(*expected)
+
+
+SDXL = {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 2048)}
+FLAG = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("v_pred",), CheckpointKind("sdxl", "v_prediction", False)),
+        (("v_pred", "ztsnr"), CheckpointKind("sdxl", "v_prediction", True)),
+        ((), CheckpointKind("sdxl", "epsilon", False)),
+    ],
+)
+def test_case_3_sdxl_files_that_say_v_and_zero_terminal_snr(tmp_path, flags, expected):
+    save_file({**SDXL, **{flag: FLAG.clone() for flag in flags}}, tmp_path / "x.safetensors")
+    assert detect_file(tmp_path / "x.safetensors") == expected
+
+
+@pytest.mark.parametrize("flags", [("edm_mean", "edm_std"), ("edm_vpred.sigma_max",)])
+def test_case_3_edm_files_are_one_sentence(tmp_path, flags):
+    save_file({**SDXL, **{flag: FLAG.clone() for flag in flags}}, tmp_path / "x.safetensors")
+    with pytest.raises(ConceptSplitError, match=r"'x\.safetensors' is an EDM model: .*choose another model\."):
+        host.load_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(8, "a pix2pix UNet"), (9, "an inpainting UNet")])
+def test_case_19_files_with_other_channels_are_refused_before_they_are_loaded(tmp_path, channels, kind):
+    first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3)}
+    save_file({**SDXL, **first}, tmp_path / "x.safetensors")
+    with pytest.raises(ConceptSplitError, match=f"is {kind} with {channels} input channels"):
+        host.load_model(tmp_path / "x.safetensors")
+
+
+def test_case_3_a_file_with_the_flags_is_sampled_as_v_with_zero_terminal_snr(checkpoint, tmp_path):
+    from safetensors.torch import load_file
+
+    path, _ = checkpoint
+    save_file({**load_file(path), "v_pred": FLAG.clone(), "ztsnr": FLAG.clone()}, path)
+    model = host.load_model(path, tokenizer=tmp_path / "words")
+    assert model.prediction_type == model.scheduler["prediction_type"] == "v_prediction"
+    assert 0 < float(model.alphas_cumprod[-1]) < 1e-7 and float(model.alphas_cumprod[-2]) > 1e-7
+    result = host.sample(model, [host.encode_text(model, "a photo of a dog")], seeds=[0], steps=2)
+    assert torch.isfinite(result.latents).all()

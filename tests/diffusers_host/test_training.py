@@ -147,6 +147,16 @@ def test_images_become_the_latents_the_stock_vae_gives(load):
     assert (found - expected).abs().max() <= 0.51
 
 
+def test_an_adapter_of_another_kind_has_what_its_kind_changes(load):
+    model = load("sd21")
+    adapter = host.new_adapter(model, REX, 3, 1.5, 5, {"steps": 9}, kind="key_value")
+    text = {name: m for name, m in model.unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+    assert adapter.layers == {name: (m.in_features, m.out_features) for name, m in text.items()}
+    info = adapter.info
+    assert (info.kind, info.rank, info.alpha, info.base) == ("key_value", 3, 1.5, "sd21")
+    assert info.prediction_type == "v_prediction" and info.context_dim == 1024 and info.training == {"steps": 9}
+
+
 def test_an_adapter_for_another_model_cannot_be_trained(load):
     model, other = load("sd15"), load("sd21")
     adapter = host.new_adapter(other, REX, 4, 0.0, 0)

@@ -33,8 +33,9 @@ from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.tova import TokenMask, add_at
 from conceptsplit_core.network.site import Site
 from conceptsplit_core.settings import TrainConfig
-from conceptsplit_core.train.data import Prompt, TrainData
+from conceptsplit_core.train.data import TrainData
 from conceptsplit_core.train.loop import train
+from conceptsplit_core.train.prompts import Prompt
 
 from . import watch
 

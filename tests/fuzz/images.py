@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from conceptsplit_core.cli.common import fit, open_picture
 from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.train.images import fit
+from conceptsplit_core.train.reading import open_picture
 
 from . import watch
 

@@ -167,7 +167,7 @@ def steps_alone(sampler: str) -> bool:
 
     from .suite.conftest import pack
 
-    sampling = pack("conceptsplit_core.hosts.comfy.sampling")
+    sampling = pack("conceptsplit_core.hosts.comfy.steps")
     function = comfy.samplers.sampler_object(sampler).sampler_function
     return getattr(function, "__name__", "") in sampling.ONE_STEP | sampling.ONE_STEP_NOISE
 

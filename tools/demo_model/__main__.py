@@ -2,9 +2,10 @@
 
 Stages in order: `tokenizer` (writes the tokenizer files), `vae` (picture autoencoder), `latents` (draws and encodes
 the training scenes), `unet` (UNet and text encoder together), `decoder` (more steps for the picture decoder alone,
-at any time after `vae`), `export` (one safetensors file); `samples` and `grounding` look at a state in between. Every
-stage is seeded, and `vae` and `unet` resume from their last state in FOLDER. `latents` may be split over several
-processes by hand (`--part 0 --parts 2` and `--part 1 --parts 2`); everything else runs in one process.
+at any time after `vae`), `export` (one safetensors file), `loras` (two LoRA files for the exported model, into FOLDER);
+`samples` and `grounding` look at a state in between. Every stage is seeded, and `vae` and `unet` resume from their last
+state in FOLDER. `latents` may be split over several processes by hand (`--part 0 --parts 2` and `--part 1 --parts 2`);
+everything else runs in one process.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 
 from conceptsplit_core.demo import checkpoint
 
-from . import autoencoder, export, latents, lexicon, pretraining, report
+from . import autoencoder, export, latents, lexicon, loras, pretraining, report
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.demo_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stages = ("tokenizer", "vae", "latents", "unet", "decoder", "samples", "grounding", "export")
+    stages = ("tokenizer", "vae", "latents", "unet", "decoder", "samples", "grounding", "export", "loras")
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", type=Path, required=True, help="folder for states and pictures")
     parser.add_argument("--name", default="unet", help="name of the UNet run in that folder")
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     match args.stage:
         case "tokenizer":
             print(lexicon.write_tokenizer(checkpoint.TOKENIZER_DIR), "tokens")
+        case "loras":
+            loras.write_loras(args.out)
         case "vae":
             autoencoder.train_vae(args.out, args.steps, args.batch, args.seed)
         case "decoder":

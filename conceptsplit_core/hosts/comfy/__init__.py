@@ -1,9 +1,18 @@
 """ComfyUI as a host. Only the modules of this package import `comfy`.
 
-model     layer names, model family, inference tensors
+model     a MODEL as a network map; tensors that autograd may use
 clip      a CLIP that knows its concepts; bindings carried in conditionings
-patch     adapters on a MODEL; what happens in each call of the UNet (value rows, map capture, AFG bias)
-sampling  LODA around the host's samplers
+texts     encoded texts, recognised by their rows where another pack has moved them
+run       the state of one sampling run
+call      one call of the UNet: row masks, regions, maps
+afg       AFG in the host's attention
+reader    attention maps from a pass of the conditional branch
+steps     single steps of the host's samplers
+sampler   the stages of a timeline around the host's samplers
+autograd  what a gradient through the host's UNet needs
+patch     all of it on a MODEL
+lora      LoRA files as the host reads them
 training  the host's UNet as a training objective
+files     adapter and LoRA files where the host keeps models
 demo      the built-in demo checkpoint as MODEL, CLIP, VAE
 """

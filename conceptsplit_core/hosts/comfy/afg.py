@@ -1,4 +1,4 @@
-"""AFG in the host's cross-attention: which attention is which, and its logit bias."""
+"""AFG and suppression in the host's cross-attention: which attention is which, and its logit bias."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import comfy.ldm.modules.attention as host_attention
 import torch
 from torch import Tensor, nn
 
-from ...method.attention import attend
-from ...method.regions import region_bias
+from ...method.attention import attend, bound_attention
+from ...method.maps import gaussian_blur
+from ...method.regions import SUPPRESSION_BLUR, region_bias, suppression_bias
 from ...network.grid import map_size
 from ...network.hooks import remove_hooks
 from ...settings import LodaConfig
@@ -18,13 +19,13 @@ from .run import Run
 
 
 class Guidance:
-    """AFG during one call of the UNet. The bias is worked out once per layer size and text.
+    """AFG and suppression during one call of the UNet. AFG's bias is worked out once per layer size and text.
 
     A cross-attention is recognised between its projections and its output: their hooks note queries, keys, values and
     row masks, and the host's attention, called with these very tensors, gets the bias.
 
     Args:
-        regions: bool [b, n, h, w], of each row of the call's batch, `images` rows per conditioning.
+        regions: bool [b, n, h, w], of each row of the call's batch, `images` rows per conditioning; None without AFG.
         latent: (h, w) that the call sees.
         fit: row masks of a text as a layer reads it.
     """
@@ -32,7 +33,7 @@ class Guidance:
     def __init__(
         self,
         run: Run,
-        regions: Tensor,
+        regions: Tensor | None,
         images: int,
         config: LodaConfig,
         latent: tuple[int, int],
@@ -99,31 +100,37 @@ class Guidance:
         if q is None or k is None or v is None or self.rows is None:
             return None
         out = inputs[0]
-        added = self.bias(q, k)
+        added = self.bias(q, k, heads)
         if added is None or out.shape != q.shape or v.shape[:2] != k.shape[:2]:
             self.run.notes.afg_skipped = True
             return None
         change = attend(q, k, v, heads, added) - attend(q, k, v, heads)
         return (out + change.to(out.dtype), *inputs[1:])
 
-    def bias(self, q: Tensor, k: Tensor) -> Tensor | None:
+    def bias(self, q: Tensor, k: Tensor, heads: int) -> Tensor | None:
         """[B, Lq, L] in q's dtype, or None if this attention does not read the whole text over the whole latent."""
+        mask, size = self.rows.attended, map_size(q.shape[1], self.latent)
+        if size is None or mask.shape[:2] != k.shape[:2] or q.shape[0] != k.shape[0]:
+            return None
         key = (q.shape[1], id(self.rows))
         if key not in self._bias:
-            self._bias[key] = self._of(q, k, self.rows.attended)
-        return self._bias[key]
+            self._bias[key] = self._of_regions(q, mask, size)
+        added = self._bias[key]
+        if self.config.suppression > 0:
+            maps = bound_attention(q.detach(), k.detach(), heads, mask).unflatten(-1, size)
+            suppressed = suppression_bias(gaussian_blur(maps, SUPPRESSION_BLUR), mask, 1.0 - self.config.suppression)
+            added = suppressed if added is None else added + suppressed
+        return None if added is None else added.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
 
-    def _of(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor | None:
-        size = map_size(q.shape[1], self.latent)
+    def _of_regions(self, q: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor | None:
         regions = self._for_batch(q.shape[0])
-        if size is None or regions is None or mask.shape[:2] != k.shape[:2] or q.shape[0] != k.shape[0]:
+        if regions is None:
             return None
-        bias = region_bias(regions.to(q.device), mask, size, self.config.afg_inside, -self.config.afg_outside)
-        return bias.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        return region_bias(regions.to(q.device), mask, size, self.config.afg_inside, -self.config.afg_outside)
 
     def _for_batch(self, batch: int) -> Tensor | None:
         """Regions for the rows of a layer's batch, which another pack may have made of repeats of the images."""
-        if batch == self.regions.shape[0]:
+        if self.regions is None or batch == self.regions.shape[0]:
             return self.regions
         if batch % self.images or any(area is not None for area in self.run.layout.areas.values()):
             return None
@@ -140,7 +147,7 @@ def override(chained: Callable | None, guidance: Guidance | None, gradient: bool
     def attention(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         added = None
         if guidance is not None and guidance.attends(q, k, v) and not kwargs.get("skip_reshape", False):
-            added = guidance.bias(q, k)
+            added = guidance.bias(q, k, heads)
         if added is not None and guidance is not None:
             given = args[0] if args else kwargs.get("mask")
             if given is not None:

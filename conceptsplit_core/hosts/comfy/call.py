@@ -221,15 +221,16 @@ def _in_force(
             run.hooks.plan = PassPlan(
                 groups, text.adapters, pixels.of if known else _nowhere, None if text.patched else run.kept
             )
-        regions = run.regions
-        if regions is not None and regions.afg is not None and run.reading is None and _above(regions.until, t):
-            whole = chunk_regions(regions.afg, run, x, options)
-            if whole is None:
-                run.notes.afg_skipped = True
-            else:
-                images = x.shape[0] // len(options.get("uuids") or [None])
-                guidance = Guidance(run, whole, images, regions.config, (x.shape[-2], x.shape[-1]), text.fit)
-                guidance.install()
+        config, regions = run.patch.loda, None
+        if run.regions is not None and run.regions.afg is not None and run.reading is None:
+            config = run.regions.config
+            if _above(run.regions.until, t):
+                regions = chunk_regions(run.regions.afg, run, x, options)
+                run.notes.afg_skipped |= regions is None
+        if config is not None and (regions is not None or config.suppression > 0):
+            images = x.shape[0] // len(options.get("uuids") or [None])
+            guidance = Guidance(run, regions, images, config, (x.shape[-2], x.shape[-1]), text.fit)
+            guidance.install()
         if guidance is not None or run.gradient:
             options = dict(options)
             chained = options.get("optimized_attention_override")

@@ -18,18 +18,19 @@ from ...errors import ConceptSplitError
 log = logging.getLogger("ConceptSplit")
 
 FOLDER = "value_adapters"
-# Two adapters for the demo model come with the pack, so that the workflows run before anything was trained.
-DEMO_ADAPTERS = Path(__file__).resolve().parents[2] / "demo" / "adapters"
+# Two value adapters and two LoRAs for the demo model come with the pack: the workflows run before anything was trained.
+DEMO = Path(__file__).resolve().parents[2] / "demo"
 _NAME = re.compile(r"[\w][\w .()+\-]*\Z")
 
 
-def register_folder() -> None:
-    """Adds models/value_adapters and the demo's, keeping folders that an extra_model_paths file added before."""
+def register_folders() -> None:
+    """Adds models/value_adapters and the demo's files, keeping folders that an extra_model_paths file added before."""
     given = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
     # The demo's comes last: new files are written to the first.
-    own = [os.path.join(folder_paths.models_dir, FOLDER), str(DEMO_ADAPTERS)]
+    own = [os.path.join(folder_paths.models_dir, FOLDER), str(DEMO / "adapters")]
     paths = [*given, *(path for path in own if path not in given)]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+    folder_paths.add_model_folder_path("loras", str(DEMO / "loras"))
 
 
 def lora_names() -> list[str]:

@@ -43,24 +43,6 @@ def network_map(model: comfy.model_base.BaseModel) -> NetworkMap:
     return replace(network, family=family(network.context_dim, demo))
 
 
-def prediction_type(model_sampling: object) -> str:
-    """'epsilon' or 'v_prediction'.
-
-    Raises:
-        ConceptSplitError: the model predicts something else (flow, EDM), which ConceptSplit does not train on.
-    """
-    import comfy.model_sampling as ms
-
-    if isinstance(model_sampling, ms.V_PREDICTION):
-        return "v_prediction"
-    if isinstance(model_sampling, ms.EPS) and not isinstance(model_sampling, ms.CONST):
-        return "epsilon"
-    raise ConceptSplitError(
-        f"This model's prediction type ({type(model_sampling).__mro__[1].__name__}) is not supported: use an epsilon "
-        "or v-prediction checkpoint."
-    )
-
-
 def compute_dtype(model: comfy.model_base.BaseModel) -> torch.dtype:
     """What the UNet computes in, which for fp8 and other storage types is not what it is stored in."""
     return model.manual_cast_dtype or model.get_dtype()

@@ -11,6 +11,7 @@ Hooks stand on the model for the length of a run and do nothing outside our own 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,7 +35,16 @@ log = logging.getLogger("ConceptSplit")
 
 COMPILE_KEY = "torch.compile"
 
-__all__ = ["AttentionMaps", "LoadedAdapter", "Patch", "patch_of", "with_adapter", "with_loda", "with_masks"]
+__all__ = [
+    "AttentionMaps",
+    "LoadedAdapter",
+    "Patch",
+    "patch_of",
+    "with_adapter",
+    "with_loda",
+    "with_maps",
+    "with_masks",
+]
 
 
 def with_adapter(model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter) -> comfy.model_patcher.ModelPatcher:
@@ -70,6 +80,16 @@ def with_loda(
     network_map(model.model)  # refuses what is not a UNet before anything is sampled
     loaded = whole(model) if config.loda_steps else model
     return _patched(loaded, replace(patch_of(model), loda=config, maps=maps))
+
+
+def with_maps(guider: Any) -> tuple[Any, AttentionMaps]:
+    """A copy of a guider for one run, and the maps that run will leave; two runs of one guider do not share them."""
+    maps = AttentionMaps()
+    own = copy.copy(guider)
+    own.model_patcher = guider.model_patcher.clone()
+    own.model_patcher.set_attachments(KEY, replace(patch_of(guider.model_patcher), maps=maps))
+    own.model_options = own.model_patcher.model_options
+    return own, maps
 
 
 def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.model_patcher.ModelPatcher:

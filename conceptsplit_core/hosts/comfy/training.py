@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -16,112 +16,31 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...adapters.base import AdapterInfo, kind_of
+from ...adapters.base import kind_of
+from ...adapters.file import save_adapter
 from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
+from ...method.diffusion import Parameterisation
 from ...network.hooks import learning
 from ...settings import TrainConfig
-from ...text.binding import Concept
-from ...train.data import Prompt, TrainBatch, TrainData, expand_templates, training_facts
+from ...text.concepts import Concept
+from ...train.adapter import new_adapter, training_facts
+from ...train.checkpoint import training_files
+from ...train.data import TrainBatch, TrainData
+from ...train.identity import digest, weights_digest
+from ...train.images import NATIVE_SIZES, check_images, check_masks, one_size
 from ...train.loop import TrainEvent, TrainResult, train
+from ...train.progress import ProgressBar
+from ...train.prompts import EncodedText, Prompt, encode_templates
 from .clip import with_concepts
-from .model import (
-    KEY,
-    adopt_parameters,
-    compute_dtype,
-    network_map,
-    prediction_type,
-    whole,
-)
+from .denoiser import parameterisation_of, schedule_of
+from .model import KEY, adopt_parameters, compute_dtype, network_map, whole
 from .patch import LoadedAdapter, with_adapter
 
 log = logging.getLogger("ConceptSplit")
-
-MAX_SIDE = 2048
-OVERSHOOT = 0.5  # how far beyond 0…1 a picture's values may lie and still be clipped
-
-
-def check_images(images: Tensor | None) -> Tensor:
-    """Training pictures [N, H, W, 3] in 0…1 from what the host's IMAGE may hold; grey and alpha are fine.
-
-    Raises:
-        ConceptSplitError: none, too small, too large, not pictures, not finite, or of another range.
-    """
-    if images is None or not isinstance(images, Tensor) or 0 in images.shape:
-        raise ConceptSplitError("There is no training image: connect at least one picture of the concept.")
-    if images.ndim != 4 or images.shape[-1] > 4 or not images.is_floating_point():
-        raise ConceptSplitError(
-            f"The training images are {list(images.shape)} values of type {str(images.dtype).removeprefix('torch.')}, "
-            "not pictures [count, height, width, 1 to 4 channels] of numbers from 0 to 1: connect an IMAGE."
-        )
-    # Grey, with or without alpha; the host's own loader drops alpha too.
-    images = images[..., :1].expand(-1, -1, -1, 3) if images.shape[-1] < 3 else images[..., :3]
-    images = images.float()
-    height, width = images.shape[1:3]
-    if min(height, width) < 16 or max(height, width) > MAX_SIDE:
-        raise ConceptSplitError(
-            f"The training images are {width} x {height} pixels: resize them to between 16 and {MAX_SIDE}, best the "
-            "size the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL)."
-        )
-    for number, image in enumerate(images, 1):
-        _check_range(image, f"Training image {number}")
-    return images.clamp(0, 1)
-
-
-def _check_range(values: Tensor, what: str) -> None:
-    """Sharpening and resizing overshoot a little; 0…255 or −1…1 would be clipped to something else without a word."""
-    low, high = (float(end) for end in values.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ConceptSplitError(f"{what} holds values that are not finite: replace it.")
-    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
-        raise ConceptSplitError(
-            f"{what} holds values from {low:.4g} to {high:.4g} where 0 to 1 is needed: rescale it with the node that "
-            "made it."
-        )
-
-
-def check_masks(
-    masks: Tensor | None, count: int, size: tuple[int, int], picture: tuple[int, int] | None = None
-) -> Tensor | None:
-    """Masks [N, 1, h, w] at the latents' size from the host's MASK [N or 1, H, W]; None stays None.
-
-    Args:
-        size: (h, w) of the latents.
-        picture: (height, width) of the pictures, whose shape the masks must have; their size may differ.
-
-    Raises:
-        ConceptSplitError: neither one mask nor one per image, another shape than the pictures', or values that are
-            not finite or of another range.
-    """
-    if masks is None:
-        return None
-    given = list(masks.shape)
-    if masks.ndim == 4 and 1 in (masks.shape[1], masks.shape[-1]):
-        masks = masks.squeeze(1 if masks.shape[1] == 1 else -1)
-    if masks.ndim == 2:
-        masks = masks.unsqueeze(0)
-    if masks.ndim != 3 or 0 in masks.shape or masks.is_complex():
-        raise ConceptSplitError(f"The mask has shape {given}, which is not [count, height, width]: connect a MASK.")
-    if masks.shape[0] not in (1, count):
-        raise ConceptSplitError(
-            f"There are {masks.shape[0]} masks for {count} images: give one mask for all or one per image."
-        )
-    masks = masks.float()
-    for number, mask in enumerate(masks, 1):
-        _check_range(mask, f"Mask {number}")
-    if picture is not None and bool((masks > 0).any()):  # an empty mask, of whatever shape, is told as empty
-        (height, width), (tall, wide) = picture, masks.shape[1:]
-        # Within two hundredths, or what rounding to whole pixels does to a small mask.
-        if abs(wide * height - tall * width) > max(0.02 * max(wide * height, tall * width), width, height):
-            raise ConceptSplitError(
-                f"The mask is {wide} x {tall} pixels, the images {width} x {height}: give it the shape of the images."
-            )
-    resized = F.interpolate(masks.clamp(0, 1).unsqueeze(1), size=size, mode="area")
-    return resized.expand(count, -1, -1, -1).contiguous()
 
 
 def encode_prompts(
@@ -135,25 +54,22 @@ def encode_prompts(
     """
     if clip is None:
         raise ConceptSplitError("There is no CLIP: connect the CLIP of the checkpoint loader.")
-    knowing = with_concepts(_without_concepts(clip), [concept])
-    prompts = []
-    for text in expand_templates(templates, f"<{concept.name}>"):
+    clip = with_concepts(_without_concepts(clip), [concept])
+
+    def encode(text: str) -> EncodedText:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        encoded = knowing.encode_from_tokens(knowing.tokenize(text), return_pooled=True, return_dict=True)
+        encoded = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True, return_dict=True)
         carried = encoded[KEY]
-        rows = next((binding.rows for binding in carried.bindings if binding.concept == concept.name), ())
         extra = {}
-        adm = (
-            model.encode_adm(
+        if model.adm_channels:
+            adm = model.encode_adm(
                 pooled_output=encoded.get("pooled_output"), width=size[1], height=size[0], device=torch.device("cpu")
             )
-            if model.adm_channels
-            else None
-        )
-        if adm is not None:
-            extra["y"] = _own(adm[0])
-        prompts.append(Prompt(carried.text, _own(encoded["cond"][0]), rows, extra))
-    return prompts
+            if adm is not None:
+                extra["y"] = _own(adm[0])
+        return EncodedText(carried.text, _own(encoded["cond"][0]), carried.bindings, extra)
+
+    return encode_templates(encode, concept, templates)
 
 
 def encode_images(vae: comfy.sd.VAE, images: Tensor) -> Tensor:
@@ -177,62 +93,106 @@ def _own(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
+def model_identity(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, str]:
+    """Digests of the MODEL, CLIP and VAE with their patches, by which a training is not continued on another."""
+    parts = {"model": model, "text encoder": clip.patcher, "vae": getattr(vae, "patcher", None)}
+    return {name: _patched_digest(patcher) for name, patcher in parts.items() if patcher is not None}
+
+
+def _patched_digest(patcher: comfy.model_patcher.ModelPatcher) -> str:
+    """Weights as they are without patches, whether or not the patches are in them just now, and the patches."""
+
+    def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (tuple, list)):
+            for i, inner in enumerate(value):
+                yield from tensors(f"{name}.{i}", inner)
+        elif hasattr(value, "weights"):  # the host's LoRA and its kin
+            yield from tensors(f"{name}.{type(value).__name__}", value.weights)
+        else:
+            yield f"{name}={value!r}" if isinstance(value, (int, float, str)) else name, torch.zeros(0)
+
+    def everything() -> Iterator[tuple[str, Tensor]]:
+        state = patcher.model.state_dict()
+        for name in sorted(state):
+            kept = patcher.backup.get(name)
+            yield name, state[name] if kept is None else kept.weight
+        for name in sorted(patcher.patches):
+            for i, patch in enumerate(patcher.patches[name]):
+                yield from tensors(f"{name} patch {i}", patch)
+
+    return weights_digest(everything())
+
+
+def check_trainable(model: comfy.model_patcher.ModelPatcher) -> Parameterisation:
+    """What `model` predicts.
+
+    Raises:
+        ConceptSplitError: an inpainting, pix2pix or other UNet that reads more than a latent, or a denoiser that
+            cannot be trained on.
+    """
+    channels = model.model.model_config.unet_config.get("in_channels", 4)
+    if channels != (latent := model.model.latent_format.latent_channels):
+        raise ConceptSplitError(
+            f"This model's UNet has {channels} input channels (inpainting has 9, pix2pix 8), where training needs one "
+            f"with {latent}: train on the model it was made from; the adapter works on both."
+        )
+    return parameterisation_of(model.get_model_object("model_sampling"))
+
+
 def train_adapter(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
     vae: comfy.sd.VAE,
-    images: Tensor,
-    masks: Tensor | None,
+    images: Tensor | Sequence[Tensor],
+    masks: Tensor | Sequence[Tensor] | None,
     concept: Concept,
     templates: Sequence[str],
     config: TrainConfig,
-    checkpoint_path: Path | None = None,
+    path: Path | None = None,
     on_event: Callable[[TrainEvent], None] | None = None,
     on_sample: Callable[[int, Tensor], None] | None = None,
 ) -> TrainResult:
     """Trains a value adapter on a few pictures of one concept; the MODEL stays as it is.
 
     Args:
-        images: [N, H, W, C] in 0…1.  masks: [N or 1, H, W], 1 on the concept, or None.
+        images: [N, H, W, C] in 0…1, or a list of such batches of whatever sizes.
+        masks: [N or 1, H, W], 1 on the concept, a list of such batches, or None.
         config: its prediction type is replaced by the model's own.
+        path: where the adapter is written when training ends or is stopped; the name counts up where a file is. The
+            state to resume from lies beside it until the training has ended.
         on_sample: receives (step, picture [1, H, W, 3]), drawn with the adapter as it then is, from one fixed noise.
 
     Raises:
-        ConceptSplitError: bad input, told in one sentence.
-        comfy.model_management.InterruptProcessingException: the stop button; the checkpoint holds the last step.
+        ConceptSplitError: bad input, in one sentence.
+        comfy.model_management.InterruptProcessingException: the stop button; adapter and state are written.
     """
     if model is None or vae is None:
         raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
     model = whole(model)
     network = network_map(model.model)
-    shapes = network.value_shapes
-    sampling = model.get_model_object("model_sampling")
-    kind = prediction_type(sampling)
-    images = check_images(images)
-    size = (images.shape[1], images.shape[2])
+    kind = check_trainable(model)
+    batch, covers, note = one_size(_list(images), _list(masks), NATIVE_SIZES.get(network.family, 512))
+    batch = check_images(batch)
+    size = (batch.shape[1], batch.shape[2])
     templates = list(templates)
     # Before the file's facts are taken from it: they must name the objective that is trained.
-    config = replace(config, prediction_type=kind)
-    facts = {**training_facts(config, images.shape[0], templates), "width": size[1], "height": size[0]}
-    info = AdapterInfo(
-        concept.name,
-        concept.class_word,
-        network.family,
-        next(iter(shapes.values()))[0],
-        config.rank,
-        config.alpha or config.rank,
-        kind,
-        facts,
-    )
+    config = replace(config, prediction_type=kind.name)
+    facts = training_facts(config, batch.shape[0], templates, size)
+    written = None if path is None else training_files(path, config.resume)
+    for line in (*note, *(written.notes if written else ())):
+        log.warning("[ConceptSplit] %s", line)
 
     prompts = encode_prompts(clip, model.model, concept, templates, size)
-    latents = encode_images(vae, images)
+    given = {"images": digest(batch), "masks": digest(covers), **model_identity(model, clip, vae)}
+    latents = encode_images(vae, batch)
     with torch.inference_mode(False):
         latents = _own(model.model.process_latent_in(latents))
         count, _, *side = latents.shape
-        masks = check_masks(masks, count, (side[0], side[1]), size)
-        masks = None if masks is None else _own(masks)
-        alphas_cumprod = _own(1.0 / (sampling.sigmas.double() ** 2 + 1.0))
+        covers = check_masks(covers, count, (side[0], side[1]), size)
+        covers = None if covers is None else _own(covers)
+        levels, timesteps = (_own(t) for t in schedule_of(model.get_model_object("model_sampling"), kind))
 
     model = model.clone()
     rows = config.batch_size * (1 if config.gradient_checkpointing else 4)  # activations are kept for the backward pass
@@ -242,10 +202,14 @@ def train_adapter(
     adopt_parameters(model.model)
     config = replace(config, loss_scale=1024.0 if compute_dtype(model.model) == torch.float16 else 1.0)
     with torch.inference_mode(False):
-        adapter = LowRankAdapter.create(shapes, info, config.seed).to(device)
-        data = TrainData(latents.to(device), prompts, None if masks is None else masks.to(device))
+        made = new_adapter(network, concept, kind.name, config.rank, config.alpha, config.seed, facts)
+        adapter = made.to(device)
+        data = TrainData(latents.to(device), prompts, None if covers is None else covers.to(device), given)
+
+    progress = ProgressBar(config.steps, concept.name)
 
     def watched(event: TrainEvent) -> None:
+        progress(event)
         if on_event is not None:
             on_event(event)
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -255,9 +219,53 @@ def train_adapter(
                 on_sample(event.step, draw(model, clip, vae, adapter.detached(), concept, templates[0], latents))
             adopt_parameters(model.model)  # sampling may have loaded the model anew
 
-    with objective(model.model, adapter, config.gradient_checkpointing) as (denoise, pause):
-        result = train(adapter, data, alphas_cumprod, denoise, config, watched, checkpoint_path, config.resume)
-    return TrainResult(result.adapter.detached(), result.losses, result.seconds)
+    def write(result: TrainResult) -> None:
+        if written is not None:
+            save_adapter(result.trained(), written.adapter)
+            log.info("[ConceptSplit] wrote %s after %d steps", written.adapter.name, len(result.losses))
+
+    state = None if written is None else written.state
+    stops = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
+    try:
+        with objective(model.model, adapter, config.gradient_checkpointing, timesteps) as (denoise, pause):
+            result = train(
+                adapter, data, levels, denoise, config, watched, state, config.resume, on_stop=write, stops=stops
+            )
+    finally:
+        progress.close()
+    write(result)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return TrainResult(result.trained(), result.losses, result.seconds)
+
+
+def lists_of(*names: str) -> Callable[[Callable], Callable]:
+    """For a node that takes lists: `execute` gets lists for these inputs, and the one value of each other input.
+
+    Raises:
+        ConceptSplitError: several values for an input that takes one.
+    """
+
+    def single(name: str, value: Any) -> Any:
+        if name in names or not isinstance(value, list):
+            return value
+        if len(value) != 1:
+            raise ConceptSplitError(f"{name} has {len(value)} values: training takes one of everything but pictures.")
+        return value[0]
+
+    def wrap(execute: Callable) -> Callable:
+        @functools.wraps(execute)
+        def unwrapped(cls: Any, **given: Any) -> Any:
+            return execute(cls, **{name: single(name, value) for name, value in given.items()})
+
+        return unwrapped
+
+    return wrap
+
+
+def _list(value: Any) -> list[Any]:
+    """A socket's value as a list: the host gives lists of pictures to nodes that ask for them."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 SAMPLE_STEPS, SAMPLE_CFG, SAMPLE_SEED = 20, 5.0, 0
@@ -300,15 +308,19 @@ def draw(
 
 @contextmanager
 def objective(
-    model: Any, adapter: LowRankAdapter, gradient_checkpointing: bool = False
+    model: Any, adapter: LowRankAdapter, gradient_checkpointing: bool = False, timesteps: Tensor | None = None
 ) -> Iterator[tuple[Callable[[TrainBatch], Tensor], Callable[[], AbstractContextManager[None]]]]:
     """The UNet of a loaded BaseModel as a function of a TrainBatch, with `adapter` on its value projections.
+
+    Args:
+        timesteps: what the UNet is told for each place of the schedule [T]; the place itself when None.
 
     Hooks and checkpointing live inside the `with` only. The second thing given is a context in which the adapter is
     silent, for sampling between two steps.
     """
     unet = model.diffusion_model
     dtype = compute_dtype(model)
+    table = None if timesteps is None else timesteps.to(next(unet.parameters()).device)
     wrapped: list[Any] = []
 
     def attention(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
@@ -328,7 +340,7 @@ def objective(
                 publish(batch.mask)
                 return unet(
                     batch.x_t.to(dtype),
-                    batch.timesteps.float(),
+                    batch.timesteps.float() if table is None else table[batch.timesteps],
                     context=batch.context.to(dtype),
                     y=batch.extra["y"].to(dtype) if "y" in batch.extra else None,
                     transformer_options={"optimized_attention_override": attention},

@@ -7,7 +7,8 @@ pictures  pictures to latents and back
 sampling  drawing    training  learning
 """
 
-from .load import DiffusersModel, family_of, load_model
+from .load import load_model
+from .model import DiffusersModel, family_of
 from .network import call_unet, network_map, patched
 from .pictures import decode_latents, encode_images
 from .sampling import SAMPLERS, SampleResult, noise, sample

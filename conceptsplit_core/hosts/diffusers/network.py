@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from ...adapters.base import kind_of
 from ...errors import ConceptSplitError
 from ...method.attention import bound_attention
-from ...method.regions import resize_areas
+from ...method.maps import gaussian_blur
+from ...method.regions import SUPPRESSION_BLUR, resize_areas, suppression_bias
 from ...method.tova import TokenMask
 from ...network.families.unet import unet_map
 from ...network.grid import map_size
 from ...network.hooks import Group, Hooks, KeptChanges, Member, PassPlan, Scope, everything, remove_hooks
 from ...network.probe import Probe
 from ...network.site import AttentionSite, NetworkMap
-from .load import DiffusersModel
+from .model import DiffusersModel
 
 
 def network_map(model: DiffusersModel) -> NetworkMap:
@@ -57,6 +58,7 @@ class Patch:
         self.bias: dict[str, Tensor] = {}
         self._hooks = hooks
         self._kept = kept
+        self._suppression: tuple[Tensor, float, tuple[int, int]] | None = None
 
     def publish(self, mask: Tensor | None, areas: Tensor | None = None, latent: tuple[int, int] | None = None) -> None:
         """Lets the adapters act in the passes to come; None silences them.
@@ -107,9 +109,40 @@ class Patch:
         finally:
             probe.remove()
 
+    @contextmanager
+    def suppressing(self, mask: Tensor, share: float, latent: tuple[int, int]) -> Iterator[None]:
+        """Takes `share` of a concept's attention away wherever another's is stronger, in the pass inside the block.
+
+        Args:
+            mask: rows [B, L, n] of the pass.
+            latent: its (h, w).
+        """
+        self._suppression = (mask, 1.0 - share, latent) if share > 0 else None
+        try:
+            yield
+        finally:
+            self._suppression = None
+
+    @staticmethod
+    def _suppressed(
+        attn: Any, hidden: Tensor, context: Tensor, mask: Tensor, keep: float, latent: tuple[int, int]
+    ) -> Tensor | None:
+        """The bias [B, Lq, L] of `suppressing` for one layer, from what it attends to now."""
+        size = map_size(hidden.shape[1], latent)
+        if size is None or mask.shape[:2] != context.shape[:2]:
+            return None
+        with torch.no_grad():
+            query = _head_norm(attn.norm_q, attn.to_q(hidden), attn.heads)
+            key = _head_norm(attn.norm_k, attn.to_k(context), attn.heads)
+            maps = bound_attention(query, key, attn.heads, mask, scale=attn.scale).unflatten(-1, size)
+        return suppression_bias(gaussian_blur(maps, SUPPRESSION_BLUR), mask, keep).to(hidden.dtype)
+
     def _bias_hook(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bias = self.bias.get(name)
+            if self._suppression is not None:
+                suppressed = self._suppressed(module, args[0], kwargs["encoder_hidden_states"], *self._suppression)
+                bias = bias if suppressed is None else suppressed if bias is None else bias + suppressed
             # The stock processors repeat a [B, Lq, L] mask over heads themselves.
             return None if bias is None else (args, {**kwargs, "attention_mask": bias})
 

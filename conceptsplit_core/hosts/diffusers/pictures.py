@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# MODULE loda loda_core
-from .load import DiffusersModel
+from .model import DiffusersModel
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from ...network.grid import aggregate, choose_layers, level_sizes
 from ...network.hooks import KeptChanges, Scope
 from ...settings import LodaConfig
 from ...text.binding import row_mask
-from .load import DiffusersModel
+from .model import DiffusersModel
 from .network import Patch, call_unet, patched
 from .pictures import decode_latents
 from .text import Conditioning, _tile, empty_conditioning
@@ -74,14 +74,15 @@ class _Batch:
     mask: Tensor
     pooled: Tensor | None
 
-    def guided(self, negative: Conditioning, count: int) -> _Batch:
-        """The same behind as many unconditional rows, which bind nothing."""
+    def guided(self, negative: Conditioning, names: Sequence[str], count: int) -> _Batch:
+        """The same behind as many unconditional rows, which bind what the negative prompt binds: most bind nothing."""
         length = self.context.shape[1]
+        mask = _tile(row_mask(negative.bindings, names, negative.context.shape[1])[None], length).to(self.mask)
         context = torch.cat([_tile(negative.context, length).expand(count, -1, -1).to(self.context), self.context])
         pooled = None
         if self.pooled is not None and negative.pooled is not None:
             pooled = torch.cat([negative.pooled.expand(count, -1).to(self.pooled), self.pooled])
-        return _Batch(context, torch.cat([torch.zeros_like(self.mask), self.mask]), pooled)
+        return _Batch(context, torch.cat([mask.expand(count, -1, -1), self.mask]), pooled)
 
 
 def _batch(model: DiffusersModel, positive: Sequence[Conditioning], names: Sequence[str], length: int) -> _Batch:
@@ -155,7 +156,10 @@ class _Drawing:
         self._publish(self.batch)
         bias, self.patch.bias = self.patch.bias, {}
         try:
-            with self.patch.capturing(self.layers, self.batch.mask) as found:
+            with (
+                self.patch.suppressing(self.batch.mask, self.config.suppression, self.latent),
+                self.patch.capturing(self.layers, self.batch.mask) as found,
+            ):
                 maps = found
                 scaled = x / (sigma**2 + 1) ** 0.5
                 t = self.scheduler.timesteps[step]
@@ -179,7 +183,8 @@ class _Drawing:
         batch = self.guided or self.batch
         self._publish(batch)
         inputs = torch.cat([scaled, scaled]) if self.guided is not None else scaled
-        out = call_unet(self.model, inputs, t, batch.context, batch.pooled, self.size)
+        with self.patch.suppressing(batch.mask, self.config.suppression, self.latent):
+            out = call_unet(self.model, inputs, t, batch.context, batch.pooled, self.size)
         if self.guided is not None:
             base, bound = out.chunk(2)
             out = base + self.guidance * (bound - base)
@@ -228,7 +233,7 @@ def sample(
 
     Args:
         positive: one conditioning for all pictures, or one per picture; each binds its own rows.
-        negative: conditioning or text; it never carries a binding.
+        negative: conditioning or text; text binds nothing.
         concepts: names, the order of all per-concept results.
         adapters: concept name to (adapter, strength). Concepts without one are separated by LODA all the same.
         scopes: concept name to where its adapter acts; its kind's own place by default.
@@ -257,7 +262,7 @@ def sample(
     neg = empty_conditioning(model, positive[0], negative) if isinstance(negative, str) else negative
     rows = [c.context.shape[1] for c in positive] + ([neg.context.shape[1]] if guidance != 1.0 else [])
     batch = _batch(model, positive, names, math.lcm(*rows))
-    guided = batch.guided(neg, count) if guidance != 1.0 else None
+    guided = batch.guided(neg, names, count) if guidance != 1.0 else None
     if loda is not None and int((batch.mask.amax(dim=1) > 0).sum(dim=1).max()) < 2:
         notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
         loda = None

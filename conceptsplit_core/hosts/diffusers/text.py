@@ -12,7 +12,7 @@ from ...errors import ConceptSplitError
 from ...text.binding import Binding, bind
 from ...text.concepts import Concept, placeholders
 from ...text.layout import SpecialTokens
-from .load import DiffusersModel, TextEncoder
+from .model import DiffusersModel, TextEncoder
 
 
 @dataclass(frozen=True)

@@ -2,61 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-# MODULE loda loda_core
-from ...adapters.base import AdapterInfo, kind_of
+from ... import train
+from ...adapters.base import kind_of
 from ...adapters.low_rank import LowRankAdapter
 from ...network.hooks import learning
-from ...text.binding import Concept
-from ...train.data import Prompt, TrainBatch, TrainData, expand_templates
-from .load import DiffusersModel
+from ...text.concepts import Concept
+from ...train.data import TrainBatch, TrainData
+from ...train.identity import weights_digest
+from ...train.prompts import EncodedText, encode_templates
+from .model import DiffusersModel
 from .network import call_unet, network_map
 from .pictures import encode_images
 from .text import encode_text
 
-# --- training -------------------------------------------------------------------------------------------------
-
 
 def training_data(
-    model: DiffusersModel, images: Tensor, concept: Concept, templates: Sequence[str], masks: Tensor | None = None
+    model: DiffusersModel,
+    images: Tensor,
+    concept: Concept,
+    templates: Sequence[str],
+    masks: Tensor | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainData:
     """Pictures [N, 3, H, W] in -1..1 and templates with ``{}``, encoded once, on the model's device.
 
     Args:
         masks: [N, 1, H, W] in 0..1 or None; scaled down to the latents by area.
+        identity: digests of the pictures and masks as they were given, by which a stopped training is known again.
     """
-    prompts = []
-    for text in expand_templates(templates, f"<{concept.name}>"):
-        # The placeholder, not the class word: a template may contain the word a second time.
+
+    def encode(text: str) -> EncodedText:
         cond = encode_text(model, text, [concept])
-        rows = cond.bindings[0].rows if cond.bindings else ()
         extra = {} if cond.pooled is None else {"pooled": cond.pooled[0]}
-        prompts.append(Prompt(cond.text, cond.context[0], rows, extra))
+        return EncodedText(cond.text, cond.context[0], cond.bindings, extra)
+
+    prompts = encode_templates(encode, concept, templates)
     latents = encode_images(model, images).to(model.device)
     if masks is not None:
         masks = F.interpolate(masks.to(latents), size=latents.shape[-2:], mode="area")
-    return TrainData(latents, prompts, masks)
+    known = {} if identity is None else {**identity, **model_identity(model)}
+    return TrainData(latents, prompts, masks, known)
 
 
-def new_adapter(model: DiffusersModel, concept: Concept, rank: int, alpha: float, seed: int) -> LowRankAdapter:
-    """An untrained value adapter for every cross-attention layer of `model`."""
-    shapes = network_map(model).value_shapes
-    info = AdapterInfo(
-        concept=concept.name,
-        class_word=concept.class_word,
-        base=model.family,
-        context_dim=next(iter(shapes.values()))[0],
-        rank=rank,
-        alpha=alpha or float(rank),
-        prediction_type=model.prediction_type,
-    )
-    # Drawn on the CPU, so that a seed means the same everywhere; trained where the model is.
-    return LowRankAdapter.create(shapes, info, seed).to(model.device)
+def model_identity(model: DiffusersModel) -> dict[str, str]:
+    """Digests of the model's parts, by which a training is not continued on another model."""
+    encoders = [item for encoder in model.encoders for item in encoder.model.state_dict().items()]
+    return {
+        "model": weights_digest(model.unet.state_dict().items()),
+        "text encoder": weights_digest(encoders),
+        "vae": weights_digest(model.vae.state_dict().items()),
+    }
+
+
+def new_adapter(
+    model: DiffusersModel,
+    concept: Concept,
+    rank: int,
+    alpha: float,
+    seed: int,
+    facts: Mapping[str, Any] | None = None,
+    kind: str = "value",
+) -> LowRankAdapter:
+    """An untrained adapter of a kind for all that this kind changes in `model`, where the model is."""
+    predicts = model.prediction_type
+    made = train.new_adapter(network_map(model), concept, predicts, rank, alpha, seed, facts, kind)
+    return made.to(model.device)
 
 
 @contextmanager
@@ -67,9 +84,14 @@ def training_denoiser(
 
     Args:
         checkpointing: recompute activations in the backward pass: about a third slower, far less memory.
+
+    Raises:
+        ConceptSplitError: an adapter of another model.
     """
+    network = network_map(model)
+    adapter.check_fits(network.shapes(adapter.sites), network.family)
     was = bool(getattr(model.unet, "is_gradient_checkpointing", False))
-    with learning(network_map(model), kind_of(adapter), adapter) as publish:
+    with learning(network, kind_of(adapter), adapter) as publish:
         if checkpointing and not was:
             model.unet.enable_gradient_checkpointing()
         try:

@@ -30,14 +30,14 @@ from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.file import adapter_bytes, load_adapter, parse_adapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.files import write_whole
-from conceptsplit_core.method.tova import value_delta
 from conceptsplit_core.settings import TrainConfig
-from conceptsplit_core.train.data import Prompt, TrainData
+from conceptsplit_core.train.data import TrainData
 from conceptsplit_core.train.loop import train
+from conceptsplit_core.train.prompts import Prompt
 
 # The cross-attention layers of SD1.5 as far as sizes go, so that writing takes as long as it does for a user.
-SHAPES = {f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2": (768, 640) for i in range(16)}
-SMALL = {"mid_block.attentions.0.transformer_blocks.0.attn2": (6, 4)}
+SHAPES = {f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2.to_v": (768, 640) for i in range(16)}
+SMALL = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": (6, 4)}
 STEPS = 60
 
 
@@ -124,8 +124,9 @@ def training(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
 
         def denoise(batch: Any) -> torch.Tensor:
             value = batch.context @ base.t()
-            added = value_delta(batch.context, batch.mask, [adapter.delta(layer, value.device, value.dtype)])
-            return batch.x_t * 0.5 + (value if added is None else value + added).mean(dim=1)[:, :, None, None]
+            down, up, scale = adapter.factor(layer, value.device, value.dtype)
+            value = value + batch.mask * scale * (batch.context @ down.t() @ up.t())
+            return batch.x_t * 0.5 + value.mean(dim=1)[:, :, None, None]
 
         config = TrainConfig(steps=STEPS, batch_size=2, save_every=1, learning_rate=1e-2)
         return adapter_bytes(train(adapter, data, alphas, denoise, config, None, path, True).adapter, None)

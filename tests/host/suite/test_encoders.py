@@ -26,6 +26,7 @@ CLIP = {"num_hidden_layers": 3, "intermediate_size": 64}
 OPTIONS = {
     **{f"{name}_model_config": QWEN for name in ("qwen3_4b", "qwen3_8b", "qwen3_2b", "qwen3_06b", "qwen25_7b",
                                                  "qwen25_3b", "qwen3vl_4b", "qwen3vl_8b")},
+    "llama_model_config": QWEN,
     **{f"clip_{name}_model_config": CLIP for name in "lgh"},
     **{f"{name}_model_config": T5 for name in ("t5xxl", "pile_t5xl", "clip_t5xxl", "clip_t5base", "clip_pile_t5xl")},
     "dtype": torch.float32,
@@ -83,13 +84,13 @@ def build(family: str) -> Any:
     options = dict(OPTIONS)
     if family.startswith("sd3"):
         options["t5xxl_model_config"] = {**T5, "d_model": 4096}  # its rows stand behind CLIP's, as wide
-    try:
-        target = comfy.supported_models_base.ClipTarget(getattr(found, tokenizer), make(found))
-        clip = comfy.sd.CLIP(target, model_options=options)
-    except (OSError, FileNotFoundError, TypeError) as error:
-        if family not in ("hunyuan video", "hidream"):
-            raise
-        pytest.skip(f"{family}: its tokenizer file is not on this machine ({type(error).__name__})")
+    if family in ("hunyuan video", "hidream"):
+        try:
+            getattr(found, tokenizer)()  # before the model: Llama's is not a small one
+        except (OSError, TypeError) as error:
+            pytest.skip(f"{family}: its tokenizer file is not on this machine ({type(error).__name__})")
+    target = comfy.supported_models_base.ClipTarget(getattr(found, tokenizer), make(found))
+    clip = comfy.sd.CLIP(target, model_options=options)
     generator = torch.Generator().manual_seed(5)
     for module_ in list(clip.cond_stage_model.modules()):
         if hasattr(module_, "visual"):
@@ -132,6 +133,9 @@ def test_bound_rows_are_the_rows_of_the_word(encoder):
         for prompt in PROMPTS:
             bound = encode(ours, prompt.format("<rex>"))
             stock, other = encode(clip, prompt.format(word))[0][0], encode(clip, prompt.format(swapped))[0][0]
+            if not stock.isfinite().all():
+                assert "(" in prompt, "only weights may give NaN, in OmniGen of 0.3.64"
+                continue
             assert torch.equal(bound[0][0], stock), "the text encodes exactly as stock"
             assert stock.shape == other.shape, "both must be as many tokens for this test to say anything"
             wanted = (stock != other).any(dim=-1)[0].nonzero().flatten().tolist()
@@ -158,8 +162,8 @@ def test_words_of_several_tokens(encoder):
                 inner = pack("conceptsplit_core.hosts.comfy.clip")._tokenizer(clip, key).tokenizer
                 decode = getattr(inner, "decode", None) or inner.tokenizer.decode
                 found = decode([ids[row][1] for row in rows if ids[row][0] == key]).strip().lower()
-                # Qwen's tokenizer has '"s' as one token: the row is the word's too.
-                assert found.strip('"') == word, (family, text, key)
+                # Qwen's tokenizer has '"s' and '(s' as one token: the row is the word's too.
+                assert found.strip('"(') == word, (family, text, key)
 
 
 def test_a_prompt_with_a_picture_is_refused_in_one_sentence():

@@ -118,6 +118,8 @@ def plain_masks(masks, count, size, picture):
         return None
     if not np.isfinite(array).all() or array.min() < -0.5 or array.max() > 1.5:
         return None
+    if any(0 < mask.max() < 0.5 for mask in array):
+        return None
     (height, width), (tall, wide) = picture, array.shape[1:]
     off = abs(wide * height - tall * width)
     if (array > 0).any() and off > max(0.02 * max(wide * height, tall * width), width, height):

@@ -266,7 +266,7 @@ def test_steps_are_counted_through(marked):
 def test_guider_equals_the_sampler_node(marked):
     model, clip = marked
     conds = two(clip)
-    guider, maps = run_with_options(
+    (guider,) = run_with_options(
         "ConceptSplitGuider",
         model=model,
         positive=conds[0],
@@ -278,7 +278,6 @@ def test_guider_equals_the_sampler_node(marked):
         afg_end=1.0,
         loda_iterations=1,
     )
-    assert maps.trace is None
     noise = run("RandomNoise", noise_seed=7)[0]
     sampler = run("KSamplerSelect", sampler_name="euler")[0]
     sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=3, denoise=1.0)[0]
@@ -287,7 +286,29 @@ def test_guider_equals_the_sampler_node(marked):
     )
     wanted, _ = sample_loda(model, *conds)
     assert torch.equal(out[0]["samples"], wanted)
-    assert maps.trace is not None and maps.trace.regions is not None
+
+
+def test_two_runs_of_one_guider_keep_maps_of_their_own(marked):
+    """Case 36: one LODA Guider, two samplers; nothing that a node has given changes afterwards."""
+    model, clip = marked
+    conds = two(clip)
+    (guider,) = run_with_options(
+        "ConceptSplitGuider", model=model, positive=conds[0], negative=conds[1], cfg=5.0,
+        loda_steps=2, loda_strength=0.2, afg=True, afg_end=1.0, loda_iterations=1,
+    )  # fmt: skip
+    sampler = run("KSamplerSelect", sampler_name="euler")[0]
+    sigmas = run("BasicScheduler", model=model, scheduler="normal", steps=3, denoise=1.0)[0]
+    seen = []
+    for seed in (7, 8):
+        noise = run("RandomNoise", noise_seed=seed)[0]
+        out, _, maps = run(
+            "ConceptSplitSampler", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent()
+        )
+        seen.append((out["samples"], maps, maps.trace.after.clone()))
+    assert seen[0][1] is not seen[1][1] and not torch.equal(seen[0][2], seen[1][2])
+    assert torch.equal(seen[0][1].trace.after, seen[0][2]), "the first run's maps stay"
+    wanted, again = sample_loda(model, *conds)
+    assert torch.equal(seen[0][0], wanted) and torch.equal(seen[0][2], again.trace.after)
 
 
 def test_afg_biases_only_the_conditional_rows(marked):
@@ -320,6 +341,38 @@ def test_afg_biases_only_the_conditional_rows(marked):
                 assert torch.equal(positive[:, row] > 0, regions[channel])
                 assert positive[:, row].max() == 3.0 and positive[:, row].min() <= -1e7
     assert not (regions[0] & regions[1]).any() and regions.any(dim=1).all()
+
+
+def test_suppression_weakens_the_weaker_concept_at_every_pixel(marked):
+    """Against maps computed here from the queries and keys that another pack's attention override is given."""
+    model, clip = marked
+    blur = pack("conceptsplit_core.method.maps").gaussian_blur
+    seen = []
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        mask = kwargs.get("mask")
+        if mask is not None:
+            split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+            share = torch.softmax(split(q) @ split(k).mT * split(q).shape[-1] ** -0.5, dim=-1).mean(dim=1)
+            seen.append((share[:, :, [5, 8]].mT, mask))
+        return func(q, k, v, heads, *args, **kwargs)
+
+    theirs = model.clone()
+    theirs.model_options["transformer_options"]["optimized_attention_override"] = override
+    conds = encode(clip, "a photo of a dog and a cat"), encode(clip, "a dog and a cat")
+    out, _ = sample_loda(theirs, *conds, steps=2, loda_steps=0, afg=False, suppression=0.75)
+    assert len(seen) == 14, "two steps, seven cross-attention layers"
+    for share, mask in seen:
+        negative, positive = mask
+        assert not negative.any() and not positive[:, [i for i in range(77) if i not in (5, 8)]].any()
+        side = round(share.shape[-1] ** 0.5)
+        maps = blur(share[1:].unflatten(-1, (side, side)), 1.0)[0].flatten(1)
+        clear = (maps[0] - maps[1]).abs() > 1e-4 * maps.sum(dim=0)
+        assert clear.any()
+        expected = torch.where(maps.amax(dim=0)[:, None] > maps.T, torch.log(torch.tensor(0.25)), 0.0)
+        torch.testing.assert_close(positive[:, [5, 8]][clear], expected[clear])
+    plain, _ = sample_loda(theirs, *conds, steps=2, loda_steps=0, afg=False)
+    assert not torch.equal(out, plain)
 
 
 @pytest.mark.parametrize(("scheduler", "sampler"), [("normal", "euler"), ("karras", "dpmpp_2m"), ("simple", "uni_pc")])

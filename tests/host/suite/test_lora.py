@@ -150,3 +150,19 @@ def test_routed_everywhere_equals_the_hosts_merge(sd, write, layout):
     assert not close(base, wanted), "this LoRA changes the picture"
     assert close(sample(scoped(model, "everywhere"), *conds, **options), wanted)
     assert "left out" not in info and "in its region" in info
+
+
+def test_the_demos_files_are_listed_and_new_files_still_go_to_the_users_folder(base):
+    import folder_paths
+
+    files = pack("conceptsplit_core.hosts.comfy.files")
+    files.register_folders()  # a second time, as a reload of the pack does
+    folders = folder_paths.get_folder_paths("loras")
+    assert Path(folders[0]) == base / "models" / "loras" and len(folders) == len(set(folders))
+    assert {"demo_pixa_lora.safetensors", "demo_nero_lora.safetensors"} <= set(files.lora_names())
+    assert files.lora_path("demo_nero_lora.safetensors").parent == files.DEMO / "loras"
+    own = base / "models" / "loras" / "demo_nero_lora.safetensors"
+    own.parent.mkdir(exist_ok=True)
+    own.write_bytes(b"the user's own")
+    assert files.lora_path(own.name) == own
+    own.unlink()

@@ -30,6 +30,10 @@ LODA_RARE = {
     "afg_region": 0.375,
     "afg_smoothing": 0.5,
     "afg_end": 0.25,
+    "plan_steps": 3,
+    "afg_rule": "by_place",
+    "area_rule": "top",
+    "suppression": 0.6875,
 }
 LOADER = {"concept_name": "fido", "strength": 0.625, "class_word": "cat", "start_percent": 0.25, "end_percent": 0.75}
 TRAIN_BASIC = {
@@ -150,7 +154,7 @@ def test_guider_with_options(spy, sd):
     patched = spy(pack("nodes.sample"), "with_loda")
     positive, negative = encode(sd.clip, "a dog"), encode(sd.clip, "dull")
     (options,) = run("ConceptSplitLodaOptions", **LODA_RARE)
-    guider, _ = run(
+    (guider,) = run(
         "ConceptSplitGuider", model=sd.model, positive=positive, negative=negative, options=options, cfg=3.5,
         **LODA_BASIC,
     )  # fmt: skip

@@ -101,9 +101,34 @@ def test_loss_falls(sd):
     assert sum(result.losses[-15:]) < 0.97 * sum(result.losses[:15])
 
 
+def stop_after(sd, step, **options):
+    """The stop button within the next step."""
+    import comfy.model_management as mm
+
+    calls = 0
+
+    def stop(*_):
+        nonlocal calls
+        calls += 1
+        if calls > step:
+            mm.interrupt_current_processing(True)
+            mm.throw_exception_if_processing_interrupted()
+
+    handle = sd.model.model.diffusion_model.input_blocks[1][0].register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(mm.InterruptProcessingException):
+            train(sd, **options)
+    finally:
+        handle.remove()
+
+
+def adapters(base):
+    return base / "models" / "value_adapters" / "test"
+
+
 def test_resume_equals_uninterrupted(sd):
     whole, *_ = train(sd, steps=6, file_name="test/whole")
-    train(sd, steps=3, file_name="test/parts")
+    stop_after(sd, 3, steps=6, file_name="test/parts")
     resumed, *_ = train(sd, steps=6, file_name="test/parts", resume=True)
     assert equal(whole, resumed)
 
@@ -235,21 +260,19 @@ def test_storage_types(loaded, dtype):
 
 def test_v_prediction_objective_is_the_hosts(loaded):
     """At the true latent, the host's own denoiser and our target agree: the objective is not merely finite."""
-    training = pack("conceptsplit_core.hosts.comfy.training")
-    core = pack("conceptsplit_core.method.diffusion")
-    for family in ("sd15", "sd21"):
-        sd = loaded(family)
-        sampling = sd.model.get_model_object("model_sampling")
-        host = pack("conceptsplit_core.hosts.comfy.model")
-        kind = host.prediction_type(sampling)
+    denoiser = pack("conceptsplit_core.hosts.comfy.denoiser")
+    for family, name in (("sd15", "epsilon"), ("sd21", "v_prediction")):
+        sampling = loaded(family).model.get_model_object("model_sampling")
+        kind = denoiser.parameterisation_of(sampling)
+        assert kind.name == name
         x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-        t = torch.tensor([400])
-        sigma = sampling.sigmas[t]
-        x_t, target = core.targets(x0, noise, 1 / (sigma**2 + 1), kind)
+        levels, timesteps = denoiser.schedule_of(sampling, kind)
+        assert torch.equal(timesteps, torch.arange(1000.0))
+        sigma = sampling.sigmas[400:401]
+        x_t, target = kind.noised(x0, noise, levels[400:401])
         torch.testing.assert_close(sampling.calculate_input(sigma, x0 + sigma * noise), x_t, atol=1e-4, rtol=1e-4)
         back = sampling.calculate_denoised(sigma, target, x0 + sigma * noise)
         torch.testing.assert_close(back, x0, atol=1e-3, rtol=1e-3)
-        assert training.prediction_type(sampling) == kind
 
 
 def test_trained_adapters_leave_the_prompt_without_them_alone(sd, caplog):

@@ -493,8 +493,8 @@ def test_families(loaded, family):
     assert torch.isfinite(changed).all() and not torch.equal(stock, changed)
     host = pack("conceptsplit_core.hosts.comfy.model")
     assert host.network_map(sd.model.model).family == family
-    kind = host.prediction_type(model.get_model_object("model_sampling"))
-    assert kind == ("v_prediction" if family == "sd21" else "epsilon")
+    kind = pack("conceptsplit_core.hosts.comfy.denoiser").parameterisation_of(model.get_model_object("model_sampling"))
+    assert kind.name == ("v_prediction" if family == "sd21" else "epsilon")
 
 
 def test_bypass_lora(sd, adapted, base):

@@ -1,0 +1,60 @@
+"""The adapter that a training starts from, and what its file says about how it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..adapters.base import KINDS, AdapterInfo
+from ..adapters.low_rank import LowRankAdapter
+from ..network.site import NetworkMap
+from ..settings import TrainConfig
+from ..text.concepts import Concept
+
+
+def training_facts(
+    config: TrainConfig, images: int, templates: Sequence[str], size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What a file's metadata says about how it was trained: all that the result depends on.
+
+    Args:
+        size: (height, width) of the pictures in pixels.
+    """
+    facts = {"steps": config.steps, **config.lasting, "images": images, "templates": list(templates)}
+    return facts if size is None else {**facts, "width": size[1], "height": size[0]}
+
+
+def new_adapter(
+    network: NetworkMap,
+    concept: Concept,
+    prediction_type: str,
+    rank: int,
+    alpha: float,
+    seed: int,
+    facts: Mapping[str, Any] | None = None,
+    kind: str = "value",
+) -> LowRankAdapter:
+    """An untrained adapter on the CPU, for all that its kind changes in a network.
+
+    Args:
+        alpha: 0 means `rank`.
+        seed: the same seed gives the same start on every machine.
+        facts: `training_facts` of the training to come.
+        kind: a name of `KINDS`, of a kind whose adapters are low-rank pairs.
+    """
+    maker = KINDS[kind]
+    info = AdapterInfo(
+        concept=concept.name,
+        class_word=concept.class_word,
+        base=network.family,
+        context_dim=network.context_dim,
+        rank=rank,
+        alpha=alpha or float(rank),
+        prediction_type=prediction_type,
+        training=dict(facts or {}),
+        kind=kind,
+    )
+    adapter: LowRankAdapter = maker.create(
+        network.shapes(name for name, site in network.sites.items() if maker.changes(site)), info, seed
+    )
+    return adapter

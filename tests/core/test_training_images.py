@@ -1,0 +1,96 @@
+"""Checks of pictures and masks that come as tensors, and one size for lists of them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.train.images import check_images, check_masks, fit, one_size, same_shape
+
+
+def picture(height, width, seed=0, count=1):
+    levels = torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed))
+    return levels.float() / 255.0
+
+
+def left_half(height, width):
+    mask = torch.zeros(1, height, width)
+    mask[:, :, : width // 2] = 1.0
+    return mask
+
+
+def test_case_1_pictures_of_one_size_are_one_batch_as_they_are():
+    images = [picture(48, 64, 1), picture(48, 64, 2, count=2)]
+    batch, masks, note = one_size(images, [], 512)
+    assert torch.equal(batch, torch.cat(images)) and masks is None and note == ()
+    assert one_size([images[0]], [], 512)[0] is images[0]
+
+
+def test_case_1_pictures_of_several_sizes_are_cropped_to_the_models_own():
+    images = [picture(48, 64, 1), picture(100, 40, 2)]
+    batch, masks, note = one_size(images, [], 32)
+    assert batch.shape == (2, 32, 32, 3) and masks is None
+    for given, found in zip(images, batch, strict=True):
+        array = (given[0].numpy() * 255).round().astype(np.uint8)
+        wanted = np.asarray(fit(Image.fromarray(array), (32, 32)))
+        assert np.array_equal((found.numpy() * 255).round().astype(np.uint8), wanted)
+    assert note == (
+        "The 2 training images have 2 sizes: all are scaled and cropped around their centre to 32 x 32 pixels.",
+    )
+
+
+def test_case_1_masks_go_with_their_pictures():
+    images = [picture(64, 64, 1), picture(32, 96, 2)]
+    _, masks, _ = one_size(images, [left_half(64, 64), left_half(32, 96)], 32)
+    assert masks.shape == (2, 32, 32)
+    for mask in masks:
+        assert float(mask[:, :14].min()) > 0.9 and float(mask[:, 18:].max()) < 0.1
+    # A square picture's mask cannot be a wide picture's.
+    with pytest.raises(ConceptSplitError, match=r"Mask 1 is 64 x 64 pixels, its image 96 x 32: give it the shape"):
+        one_size(images, [left_half(64, 64)], 32)
+    with pytest.raises(ConceptSplitError, match="There are 3 masks for 2 images"):
+        one_size(images, [left_half(64, 64)] * 3, 32)
+
+
+def test_case_1_masks_of_several_sizes_for_pictures_of_one():
+    images = [picture(64, 80, 1), picture(64, 80, 2)]
+    batch, masks, note = one_size(images, [left_half(64, 80), left_half(32, 40)], 512)
+    assert batch.shape == (2, 64, 80, 3) and masks.shape == (2, 64, 80) and note == ()
+    assert torch.equal(masks[0], left_half(64, 80)[0])
+
+
+def test_a_list_with_something_else_in_it_is_refused():
+    with pytest.raises(ConceptSplitError, match="no training image"):
+        one_size([picture(48, 64), None], [], 32)
+    with pytest.raises(ConceptSplitError, match=r"Training image 3 holds values from 0 to 2"):
+        one_size([picture(48, 64, count=2), picture(64, 48).clamp(max=0.0) + torch.tensor([0.0, 1.0, 2.0])], [], 32)
+
+
+@pytest.mark.parametrize("high", [1 / 255, 0.3, 0.49])
+def test_case_8_a_mask_without_a_strong_value_is_asked_about(high):
+    with pytest.raises(ConceptSplitError, match=r"Mask 2 is at most .* where the concept should be 1: a map of labels"):
+        check_masks(torch.stack([left_half(16, 24)[0], left_half(16, 24)[0] * high]), 2, (2, 3), (16, 24))
+
+
+def test_masks_come_out_at_the_latents_size():
+    found = check_masks(left_half(16, 24), 3, (2, 3), (16, 24))
+    assert found.shape == (3, 1, 2, 3)
+    assert torch.equal(found[2, 0], torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]))
+    assert check_masks(torch.zeros(1, 5, 5), 1, (2, 3), (16, 24)).sum() == 0, "reported as empty later"
+
+
+@pytest.mark.parametrize(
+    ("mask", "of", "same"),
+    [((512, 768), (512, 768), True), ((256, 384), (512, 768), True), ((500, 768), (512, 768), False),
+     ((505, 768), (512, 768), True), ((8, 13), (512, 768), True), ((8, 10), (512, 768), False)],
+)  # fmt: skip
+def test_a_masks_aspect_may_be_two_hundredths_off(mask, of, same):
+    assert same_shape(mask, of) is same
+
+
+def test_grey_and_alpha_become_colour():
+    grey = torch.rand(2, 16, 24, 1)
+    assert torch.equal(check_images(grey), grey.expand(-1, -1, -1, 3))
+    alpha = torch.rand(1, 16, 24, 4)
+    assert torch.equal(check_images(alpha), alpha[..., :3])

@@ -1,0 +1,296 @@
+"""Stopping a training and continuing it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.train.checkpoint import training_files
+from conceptsplit_core.train.data import TrainData
+from conceptsplit_core.train.loop import train
+from conceptsplit_core.train.prompts import Prompt
+
+# Helper modules of this folder, whatever import mode pytest runs in.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toy import ALPHAS, data, new_adapter, toy_denoise
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resume_gives_the_same_weights_as_no_interruption(tmp_path):
+    config = TrainConfig(steps=20, batch_size=3, save_every=4)
+    whole = new_adapter()
+    expected = train(whole, data(), ALPHAS, toy_denoise(whole), config)
+
+    part, path = new_adapter(), tmp_path / "state.safetensors"
+
+    def stop_at_seven(event):
+        if event.step == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(part, data(), ALPHAS, toy_denoise(part), config, stop_at_seven, path)
+    assert not any(t.requires_grad for t in part.parameters())
+    rest = new_adapter()
+    steps = []
+    result = train(rest, data(), ALPHAS, toy_denoise(rest), config, lambda e: steps.append(e.step), path, resume=True)
+    assert steps == list(range(8, 21)), "the seven steps done are not done again"
+    assert result.losses == expected.losses
+    for a, b in zip(rest.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_longer_run_continues_a_finished_one(tmp_path):
+    path = tmp_path / "state.safetensors"
+    one, two, whole = new_adapter(), new_adapter(), new_adapter()
+    train(one, data(), ALPHAS, toy_denoise(one), TrainConfig(steps=5), None, path)
+    train(two, data(), ALPHAS, toy_denoise(two), TrainConfig(steps=9), None, path, resume=True)
+    train(whole, data(), ALPHAS, toy_denoise(whole), TrainConfig(steps=9))
+    assert all(torch.equal(a, b) for a, b in zip(two.parameters(), whole.parameters(), strict=True))
+
+
+IDENTITY = {"images": "p1", "masks": "", "size": "64", "model": "m1", "text encoder": "t1", "vae": "v1"}
+
+
+def other(prompts=None, n=5, **identity):
+    """The data of a training that differs in what is named."""
+    given = data(n=n)
+    return TrainData(given.latents, prompts or given.prompts, given.masks, {**IDENTITY, **identity})
+
+
+def renamed():
+    """The same prompts, for another class word."""
+    return [Prompt(f"{prompt.text} cat", prompt.context, prompt.rows) for prompt in data().prompts]
+
+
+def moved():
+    """The same prompts with the class word one row further."""
+    return [Prompt(prompt.text, prompt.context, tuple(row + 1 for row in prompt.rows)) for prompt in data().prompts]
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings", "named"),
+    [
+        ({"images": "p2"}, {}, "a training with other pictures:"),
+        ({"masks": "k1"}, {}, "a training with other masks:"),
+        ({"size": "96"}, {}, "a training with pictures of another size:"),
+        ({"model": "m2"}, {}, "a training with another model:"),
+        ({"text encoder": "t2"}, {}, "a training with another text encoder:"),
+        ({"vae": "v2"}, {}, "a training with another VAE:"),
+        ({"prompts": renamed()}, {}, "a training with other prompts:"),
+        ({"prompts": moved()}, {}, "a training with other prompts:"),
+        ({}, {"seed": 1}, "a training with seed 0 then and 1 now:"),
+        ({}, {"learning_rate": 0.5}, "a training with learning_rate 0.001 then and 0.5 now:"),
+        ({"model": "m2"}, {"seed": 1}, "a training with another model and seed 0 then and 1 now:"),
+    ],
+)
+def test_b14_a_refused_resume_says_what_differs(tmp_path, changed, settings, named):
+    """Also case 17: another model."""
+    path = tmp_path / "rex.checkpoint"
+    adapter = new_adapter()
+    train(adapter, other(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    before = path.read_bytes()
+    fresh = new_adapter()
+    config = TrainConfig(steps=4, **settings)
+    with pytest.raises(ConceptSplitError, match=named) as told:
+        train(fresh, other(**changed), ALPHAS, toy_denoise(fresh), config, None, path, resume=True)
+    assert "\n" not in str(told.value) and path.read_bytes() == before
+
+
+def test_b14_another_rank_is_named(tmp_path):
+    path = tmp_path / "rex.checkpoint"
+    adapter = new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    wide = new_adapter().with_info(alpha=1.0)
+    with pytest.raises(ConceptSplitError, match=r"with alpha 2\.0 then and 1\.0 now"):
+        train(wide, data(), ALPHAS, toy_denoise(wide), TrainConfig(steps=4), None, path, resume=True)
+
+
+def test_another_kind_is_named(tmp_path):
+    path = tmp_path / "rex.checkpoint"
+    adapter = new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    keys = new_adapter().with_info(kind="key")
+    with pytest.raises(ConceptSplitError, match="with kind value then and key now"):
+        train(keys, data(), ALPHAS, toy_denoise(keys), TrainConfig(steps=4), None, path, resume=True)
+
+
+@pytest.mark.parametrize("continued", ["save_every", "sample_every", "gradient_checkpointing"])
+def test_what_changes_nothing_may_differ(tmp_path, continued):
+    path = tmp_path / "rex.checkpoint"
+    adapter, fresh = new_adapter(), new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    config = TrainConfig(steps=4, **{continued: 7 if continued.endswith("every") else True})
+    assert len(train(fresh, data(), ALPHAS, toy_denoise(fresh), config, None, path, resume=True).losses) == 4
+
+
+def test_case_18_pictures_encoded_again_may_differ_in_the_last_bit(tmp_path):
+    path = tmp_path / "rex.checkpoint"
+    adapter = new_adapter()
+    train(adapter, other(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    again = other()
+    again.latents = torch.nextafter(again.latents, torch.tensor(9.0))
+    fresh = new_adapter()
+    result = train(fresh, again, ALPHAS, toy_denoise(fresh), TrainConfig(steps=4), None, path, resume=True)
+    assert len(result.losses) == 4
+
+
+def test_without_an_identity_the_latents_themselves_are_compared(tmp_path):
+    path = tmp_path / "rex.checkpoint"
+    adapter = new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    with pytest.raises(ConceptSplitError, match="with other pictures:"):
+        train(adapter, data(n=4), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path, resume=True)
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    path = tmp_path / "rex.checkpoint"
+    adapter = new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    for content in (b"", b"xx", path.read_bytes()[:-40], b"\xff" * 64):
+        path.write_bytes(content)
+        with pytest.raises(ConceptSplitError, match="not a readable training checkpoint"):
+            train(new_adapter(), data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path, resume=True)
+
+
+def test_b6_a_stop_hands_over_the_adapter_with_the_steps_it_was_trained_for():
+    given = []
+
+    def stop_at_three(event):
+        if event.step == 3:
+            raise Stop
+
+    adapter, twin = new_adapter(), new_adapter()
+    with pytest.raises(Stop):
+        train(
+            adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=9), stop_at_three,
+            on_stop=lambda result: given.append(result.trained()), stops=(Stop,),
+        )  # fmt: skip
+    train(twin, data(), ALPHAS, toy_denoise(twin), TrainConfig(steps=3))
+    (stopped,) = given
+    assert stopped.info.training["steps"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(stopped.parameters(), twin.parameters(), strict=True))
+    assert not any(t.requires_grad for t in stopped.parameters())
+
+
+def test_b6_a_stop_before_anything_was_learned_hands_over_nothing():
+    def stop(batch):
+        raise Stop
+
+    given = []
+    with pytest.raises(Stop):
+        train(new_adapter(), data(), ALPHAS, stop, TrainConfig(steps=9), on_stop=given.append, stops=(Stop,))
+    assert not given
+
+
+def test_b6_a_fault_is_no_stop():
+    given = []
+    with pytest.raises(ZeroDivisionError):
+        adapter = new_adapter()
+        broken = lambda event: 1 / (event.step - 2)
+        train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=9), broken, on_stop=given.append)
+    assert not given
+
+
+def test_b15_a_finished_adapter_is_kept_and_the_name_counts_up(tmp_path):
+    path = tmp_path / "re.x.safetensors"
+    fresh = training_files(path, resume=False)
+    assert (fresh.adapter, fresh.state.name, fresh.notes) == (path, "re.x.checkpoint", ())
+    path.touch()
+    second = training_files(path, resume=False)
+    assert (second.adapter.name, second.state.name) == ("re.x_2.safetensors", "re.x_2.checkpoint")
+    assert second.notes == ("re.x.safetensors exists and is kept: this training is written to re.x_2.safetensors.",)
+    (tmp_path / "re.x_2.safetensors").symlink_to(tmp_path / "nowhere")
+    assert training_files(path, resume=False).adapter.name == "re.x_3.safetensors", "a dead link is a name in use"
+
+
+def test_case_17_resume_takes_the_newest_state_and_says_when_there_is_none(tmp_path):
+    path = tmp_path / "rex.safetensors"
+    none = training_files(path, resume=True)
+    assert none.adapter == path
+    assert none.notes == (
+        "There is no stopped training to resume (rex.checkpoint): this one starts from the beginning.",
+    )
+    for name in ("rex.safetensors", "rex_2.safetensors", "rex.checkpoint", "rex_2.checkpoint"):
+        (tmp_path / name).touch()
+    found = training_files(path, resume=True)
+    assert (found.adapter.name, found.state.name, found.notes) == ("rex_2.safetensors", "rex_2.checkpoint", ())
+    (tmp_path / "rex_2.checkpoint").unlink()
+    assert training_files(path, resume=True).adapter == path
+    (tmp_path / "rex.checkpoint").unlink()
+    assert len(training_files(path, resume=True).notes) == 2
+
+
+def test_loss_that_is_not_finite_stops_with_step_named_and_checkpoint_kept(tmp_path):
+    path, adapter = tmp_path / "state.safetensors", new_adapter()
+    inner, calls = toy_denoise(adapter), []
+
+    def explode(batch):
+        calls.append(1)
+        return inner(batch) * (float("nan") if len(calls) == 6 else 1.0)
+
+    with pytest.raises(ConceptSplitError, match="not finite at step 6"):
+        train(adapter, data(), ALPHAS, explode, TrainConfig(steps=9, save_every=2), None, path)
+    again = new_adapter()
+    result = train(
+        again, data(), ALPHAS, toy_denoise(again), TrainConfig(steps=9, save_every=2), None, path, resume=True
+    )
+    assert len(result.losses) == 9
+    assert all(torch.isfinite(t).all() for t in again.parameters())
+
+
+def test_a_damaged_checkpoint_is_refused_whole_and_left_as_it_is(tmp_path):
+    """Each of these once ended in another exception, or went on from a state that was never saved."""
+    import json
+    import struct
+
+    from safetensors.torch import load_file, save
+
+    path = tmp_path / "x.checkpoint"
+    config = TrainConfig(steps=3, batch_size=2)
+    adapter = new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), config, checkpoint=path)
+    good = path.read_bytes()
+    size = struct.unpack("<Q", good[:8])[0]
+    facts = json.loads(good[8 : 8 + size])["__metadata__"]
+
+    def header(text):
+        return struct.pack("<Q", len(text)) + text
+
+    def changed(**tensors):
+        kept = {**load_file(path), **tensors}
+        return save({k: v.contiguous() for k, v in kept.items() if v is not None}, metadata=facts)
+
+    stored = load_file(path)
+    spoilt = stored["exp_avg_sq0"].clone()
+    spoilt.view(-1)[0] = -1.0
+    damaged = {
+        "deep header": header(b"[" * 100_000),
+        "no facts": header(b'{"__metadata__":null}'),
+        "facts of another kind": header(b'{"__metadata__":[1]}'),
+        "no losses": changed(losses=None),
+        "losses of another kind": changed(losses=torch.ones(3, dtype=torch.int64)),
+        "one loss less": changed(losses=stored["losses"][:2]),
+        "half a moment": changed(exp_avg_sq0=None),
+        "no step": changed(step1=None),
+        "moment of another shape": changed(exp_avg0=torch.zeros(1)),
+        "impossible moment": changed(exp_avg_sq0=spoilt),
+        "not finite": changed(p1=torch.full_like(stored["p1"], float("nan"))),
+        "another precision": changed(p0=stored["p0"].half()),
+        "far too large": good + bytes(65 * 2**20),
+    }
+    for name, content in damaged.items():
+        path.write_bytes(content)
+        adapter = new_adapter()
+        before = [t.clone() for t in adapter.parameters()]
+        with pytest.raises(ConceptSplitError, match="not a readable training checkpoint") as told:
+            train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=5, batch_size=2), None, path, True)
+        assert "\n" not in str(told.value), name
+        assert path.read_bytes() == content, name
+        assert all(torch.equal(x, y) for x, y in zip(before, adapter.parameters(), strict=True)), name
