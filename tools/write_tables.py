@@ -30,6 +30,7 @@ from conceptsplit_core.settings import (  # noqa: E402
 # Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it.
 PAGES: dict[str, tuple[Any, bool | None]] = {
     "ConceptSplitLoader": (LoaderConfig, None),
+    "ConceptSplitLoraLoader": (LoaderConfig, None),
     "ConceptSplitApply": (LoaderConfig, None),
     "ConceptSplitKSampler": (LodaConfig, False),
     "ConceptSplitGuider": (LodaConfig, False),
