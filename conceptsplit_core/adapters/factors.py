@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -104,15 +104,10 @@ def hadamard_pair(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, scale: float) 
     return down, up, scale
 
 
-def _convolve(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(
-        x,
-        weight,
-        stride=getattr(layer, "stride", 1),
-        padding=getattr(layer, "padding", 0),
-        dilation=getattr(layer, "dilation", 1),
-        groups=getattr(layer, "groups", 1),
-    )
+def _convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """`weight` as the layer convolves: its stride and padding, circular padding of seamless pictures included."""
+    out: Tensor = layer._conv_forward(x, weight, None)
+    return out
 
 
 def weighted_change(

@@ -404,3 +404,14 @@ def test_watched_maps_of_a_routed_run_see_the_areas(load):
     )
     left, right = (drawn(model, adapters, masks=halves(at=at), **options).watched[1] for at in (4, 16))
     assert (left - right).abs().max() > 1e-4
+
+
+def test_a_convolution_keeps_the_layers_own_padding():
+    """Packs for seamless pictures set circular padding on the model's convolutions."""
+    g = torch.Generator().manual_seed(4)
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular", bias=False)
+    down, up = torch.randn(2, 3, 3, 3, generator=g), torch.randn(5, 2, 1, 1, generator=g)
+    x = torch.randn(2, 3, 6, 7, generator=g)
+    merged = torch.einsum("or,rihw->oihw", up[..., 0, 0], down) * 0.5
+    wanted = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), merged)
+    torch.testing.assert_close(ConvPair(down, up, 0.5).apply(layer, x), wanted, atol=1e-5, rtol=1e-5)
