@@ -70,8 +70,9 @@ examples:
   python -m conceptsplit_core inspect rex.safetensors --model sd15.safetensors
 """
 DEMO_END = """\
-Trains two concepts the built-in model has never seen, composes them without and with LODA from the same seeds, and
-writes pictures, curves and report.json. Needs no download and no GPU.
+Draws two ordinary LoRAs merged and each on its own concept, trains two concepts the built-in model has never seen,
+composes them without and with LODA from the same seeds, and writes pictures, curves and report.json.
+Needs no download and no GPU.
 """
 
 
