@@ -136,10 +136,10 @@ def load_adapter(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> An
         data = source.read_bytes()
     except OSError as error:
         raise ConceptSplitError(f"Cannot read {source}: {error.strerror or error}.") from error
-    return parse_adapter(data, name, _config_beside(source))
+    return parse_adapter(data, name, config_beside(source))
 
 
-def _config_beside(source: Path) -> dict[str, Any] | None:
+def config_beside(source: Path) -> dict[str, Any] | None:
     """What peft has written beside a file that bears peft's own name."""
     beside = source.with_name("adapter_config.json")
     if source.stem != "adapter_model" and not source.stem.startswith("pytorch_lora"):

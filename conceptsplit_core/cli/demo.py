@@ -1,7 +1,8 @@
 """``demo``: the whole method on the built-in model, in pictures and one report.
 
-Trains concepts whose look the model has never seen, from five pictures each, then draws them together from the same
-seeds without and with LODA.
+First it draws two ordinary LoRA files that come with the model, merged and each on its own concept. Then it trains
+concepts whose look the model has never seen, from five pictures each, and draws them together from the same seeds
+without and with LODA.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .. import __version__, pictures
 from ..adapters.file import save_adapter
 from ..adapters.low_rank import LowRankAdapter
 from ..demo import scenes
+from ..demo.checkpoint import DEMO_FILE
 from ..errors import ConceptSplitError
 from ..files import write_whole
 from ..hosts import diffusers as host
@@ -32,6 +34,10 @@ from ..text.binding import Concept
 from ..train.adapter import training_facts
 from ..train.loop import TrainEvent, train
 from .common import bar, machine, open_model, say, to_tensor, write_picture
+
+LORAS = DEMO_FILE.parent / "loras"
+LORA_NAMES = ("pixa", "nero")
+LORA_STEPS, LORA_GUIDANCE = 16, 3.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,50 @@ def compose(
     )
 
 
+def two_loras(
+    model: host.DiffusersModel, seeds: list[int], settings: Settings, progress: Any = None
+) -> tuple[host.SampleResult, host.SampleResult]:
+    """The shipped LoRAs in one prompt, merged (they act everywhere, without a plan) and each on its own concept."""
+    concepts = [Concept(name, scenes.CONCEPTS[name].class_word) for name in LORA_NAMES]
+    conditioning = host.encode_text(model, joint_prompt(LORA_NAMES, settings.prompt_end), concepts)
+    files = [(concept, LORAS / f"demo_{concept.name}_lora.safetensors") for concept in concepts]
+
+    def draw(merged: bool) -> host.SampleResult:
+        return host.sample(
+            model,
+            [conditioning],
+            seeds=seeds,
+            concepts=list(LORA_NAMES),
+            adapters={concept.name: (host.read_lora(model, path, concept)[0], 1.0) for concept, path in files},
+            scopes=dict.fromkeys(LORA_NAMES, "everywhere") if merged else None,
+            steps=LORA_STEPS,
+            guidance=LORA_GUIDANCE,
+            loda=None if merged else settings.loda,
+            progress=None if progress is None else lambda done, steps: progress.update(1),
+        )
+
+    return draw(True), draw(False)
+
+
+def lora_sheet(merged: host.SampleResult, routed: host.SampleResult, seeds: list[int]) -> NDArray[np.uint8]:
+    """Each seed merged and routed, and where each concept was found."""
+    trace = routed.trace
+    assert trace is not None and trace.after is not None and trace.regions is not None
+    tiles, labels = [], []
+    for i, seed in enumerate(seeds):
+        tiles += [merged.images[i], routed.images[i]]
+        labels += [f"seed {seed}, merged", "each on its own concept"]
+        for n, name in enumerate(LORA_NAMES):
+            colour = pictures.COLOURS[n % len(pictures.COLOURS)]
+            maps, region = trace.after[i, n].numpy(), trace.regions[i, n].numpy()
+            tiles.append(pictures.overlay(routed.images[i], maps, "", colour, region))
+            labels.append(f"<{name}>")
+    columns = 8 if len(seeds) > 1 else 4
+    return pictures.contact_sheet(
+        tiles, labels, columns, 160, "Two LoRAs in one prompt, same seeds, and where they act"
+    )
+
+
 def separation(maps: torch.Tensor, config: LodaConfig) -> list[float]:
     """Smallest Jensen-Shannon divergence over pairs of each picture, in nats: 0 same place, 0.693 disjoint."""
     return [round(float(v), 4) for v in pairwise(distributions(maps, config.map_smoothing), "jsd").amin(dim=1)]
@@ -149,6 +199,12 @@ def run(arguments: argparse.Namespace) -> None:
     options = argparse.Namespace(model="demo", device="cpu", precision="fp32", prediction=None, tokenizer=None)
     model = open_model(options)
     seconds: dict[str, float] = {"load": round(time.perf_counter() - began, 1)}
+
+    progress = bar(2 * LORA_STEPS + settings.loda.for_schedule(LORA_STEPS).plan_steps, "two LoRAs")
+    start = time.perf_counter()
+    write_picture(lora_sheet(*two_loras(model, seeds, settings, progress), seeds), out / "two-loras.png")
+    seconds["two LoRAs"] = round(time.perf_counter() - start, 1)
+    progress.close()
 
     adapters: dict[str, LowRankAdapter] = {}
     losses: dict[str, list[float]] = {}
@@ -172,13 +228,13 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     alone, alone_labels = [], []
     for name in names:
-        with_it = compose(model, adapters, (name,), seeds[:3], settings, None)
-        without = compose(model, {}, (name,), seeds[:3], settings, None)
+        with_it = compose(model, adapters, (name,), seeds[:2], settings, None)
+        without = compose(model, {}, (name,), seeds[:2], settings, None)
         alone += [*without.images, *with_it.images]
         word = scenes.CONCEPTS[name].class_word
-        alone_labels += [f"{word}, seed {s}" for s in seeds[:3]] + [f"<{name}>, seed {s}" for s in seeds[:3]]
+        alone_labels += [f"{word}, seed {s}" for s in seeds[:2]] + [f"<{name}>, seed {s}" for s in seeds[:2]]
     write_picture(
-        pictures.contact_sheet(alone, alone_labels, 6, 128, "Class word without and with the adapter, same seeds"),
+        pictures.contact_sheet(alone, alone_labels, 4, 128, "Class word without and with the adapter, same seeds"),
         out / "concepts-alone.png",
     )
     seconds["sample alone"] = round(time.perf_counter() - start, 1)
@@ -234,7 +290,8 @@ def run(arguments: argparse.Namespace) -> None:
     write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     say(
         f"{out}: learned {', '.join(names)} and composed {len(seeds)} pictures twice in {seconds['all']:.0f} s; maps "
-        f"{mean(plain):.3f} apart without LODA, {mean(separated):.3f} with it. Look at composed.png first."
+        f"{mean(plain):.3f} apart without LODA, {mean(separated):.3f} with it. Look at two-loras.png "
+        "first, then at composed.png."
     )
 
 

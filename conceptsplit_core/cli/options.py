@@ -54,6 +54,9 @@ examples:
     python -m conceptsplit_core sample --model sd15.safetensors \\
         --adapter rex.safetensors --adapter mug.safetensors:0.8 \\
         --prompt "a <rex> beside a <mug>" --seed 7 --batch 4 --maps --out rex-and-mug.png
+  Two LoRAs, each on its own person:
+    python -m conceptsplit_core sample --model sdxl.safetensors --lora anna.safetensors:"ohwx woman":0.9 \\
+        --lora tom.safetensors:"sks man" --prompt "<anna> and <tom> at a bus stop" --out anna-and-tom.png
   Only separate two words of a plain model:
     python -m conceptsplit_core sample --model sd15.safetensors --words "cat,dog" --prompt "a cat and a dog"
 
@@ -67,8 +70,9 @@ examples:
   python -m conceptsplit_core inspect rex.safetensors --model sd15.safetensors
 """
 DEMO_END = """\
-Trains two concepts the built-in model has never seen, composes them without and with LODA from the same seeds, and
-writes pictures, curves and report.json. Needs no download and no GPU.
+Draws two ordinary LoRAs merged and each on its own concept, trains two concepts the built-in model has never seen,
+composes them without and with LODA from the same seeds, and writes pictures, curves and report.json.
+Needs no download and no GPU.
 """
 
 
@@ -254,7 +258,7 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         "--loda",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="on as soon as two concepts are in the prompt (default: on)",
+        help="on as soon as two concepts are in the prompt; LoRAs are located by a plan all the same (default: on)",
     )
     afg = {name for name in options(LodaConfig) if name.startswith("afg")}
     _settings(group, LodaConfig, options(LodaConfig).keys() - afg)
@@ -273,6 +277,14 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]FILE[:STRENGTH]",
         help="value adapter, may be given several times; strength 1 is as trained, 0 is off. NAME= gives "
         "it another name in this prompt",
+    )
+    what.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE[:WORDS][:STRENGTH]",
+        help="ordinary LoRA file for one concept, may be given several times; WORDS are those it was trained on, such "
+        "as 'ohwx woman', unless the file says them. It acts at its words and in its own region only",
     )
     what.add_argument(
         "--class-word",

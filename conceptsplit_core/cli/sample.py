@@ -6,16 +6,20 @@ import argparse
 import json
 import re
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__, pictures
 from ..adapters.file import load_adapter
+from ..adapters.lora import trained_words
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
+from ..files import read_header
 from ..settings import LoaderConfig, LodaConfig, from_values, seeds
 from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
@@ -24,13 +28,16 @@ if TYPE_CHECKING:
     from ..hosts.diffusers.sampling import SampleResult
 
 
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)"
+
+
 def parse_adapter_option(text: str) -> tuple[str | None, Path, float]:
     """``[NAME=]FILE[:STRENGTH]`` to (name, file, strength); a file's own name may have = and : in it."""
     name, rest, strength = None, text, LoaderConfig.strength
     head, colon, tail = text.rpartition(":")
     if not Path(text).expanduser().is_file():
         # A drive letter has a colon too; only a number after the last one is a strength.
-        if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tail.strip()):
+        if colon and re.fullmatch(NUMBER, tail.strip()):
             rest, strength = head, float(tail)
         elif colon and head.endswith(".safetensors"):
             raise ConceptSplitError(f"The strength {tail!r} of --adapter {text} is not a number: use for instance 0.8.")
@@ -40,10 +47,52 @@ def parse_adapter_option(text: str) -> tuple[str | None, Path, float]:
     return name, Path(rest).expanduser(), LoaderConfig(strength).strength
 
 
+LORA = re.compile(r"(?:(?P<name>[^\W_][\w.\-]*)=)?(?P<file>.+?\.safetensors)(?::(?P<rest>.*))?\Z", re.IGNORECASE)
+
+
+def parse_lora_option(text: str) -> tuple[str | None, Path, str, float]:
+    """``[NAME=]FILE[:WORDS][:STRENGTH]`` to (name, file, words, strength)."""
+    strength = LoaderConfig.strength
+    if Path(text).expanduser().is_file():
+        return None, Path(text).expanduser(), "", strength
+    found = LORA.match(text)
+    if found is None:
+        raise ConceptSplitError(
+            f"--lora {text} is not understood: write FILE.safetensors:WORDS:STRENGTH, for instance "
+            "anna.safetensors:'ohwx woman':0.8."
+        )
+    words, colon, tail = (found["rest"] or "").rpartition(":")
+    if re.fullmatch(NUMBER, tail.strip()):
+        strength = float(tail)
+    else:
+        words += colon + tail
+    return found["name"], Path(found["file"]).expanduser(), words.strip(), LoaderConfig(strength).strength
+
+
+def lora_concept(path: Path, name: str, words: str) -> Concept:
+    """The concept of a LoRA: under the name given or the file's own, for the words given or those the file proposes.
+
+    Raises:
+        ConceptSplitError: no such file, no safetensors file, or nobody says which words it was trained on.
+    """
+    try:
+        header = read_header(path.read_bytes(), path.name)
+    except OSError as error:
+        raise ConceptSplitError(f"Cannot read {path}: {error.strerror or error}.") from None
+    metadata = header.get("__metadata__")
+    words = words or next(iter(trained_words(metadata if isinstance(metadata, dict) else {})), "")
+    if not words:
+        raise ConceptSplitError(
+            f"{path.name} does not say which words it was trained on: write them after it, for instance "
+            f"--lora {path.name}:'ohwx woman'."
+        )
+    return Concept(concept_name(name) if name else word_name(path.stem), words)
+
+
 def load_concepts(
-    adapters: list[str], class_words: list[str], words: str
+    adapters: list[str], class_words: list[str], words: str, loras: Sequence[Concept] = ()
 ) -> tuple[list[Concept], dict[str, tuple[LowRankAdapter, float]]]:
-    """Concepts of the options --adapter, --class-word and --words, and the adapters by concept name."""
+    """Concepts of the options --adapter, --class-word, --lora and --words, and the adapters by concept name."""
     given: dict[str, str] = {}
     for text in class_words:
         name, equals, word = text.partition("=")
@@ -67,6 +116,10 @@ def load_concepts(
         loaded[name] = (adapter, strength)
     if given:
         raise ConceptSplitError(f"--class-word names '{next(iter(given))}', which no --adapter provides.")
+    for concept in loras:
+        if concept.name in {one.name for one in concepts}:
+            raise ConceptSplitError(f"Two concepts are named '{concept.name}': rename one with --lora NAME=FILE.")
+        concepts.append(concept)
     for word in (part.strip() for part in words.split(",")):
         if word:
             name = word_name(word)
@@ -77,13 +130,15 @@ def load_concepts(
 
 
 def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
-    """LodaConfig from the options; None with --no-loda."""
+    """LodaConfig from the options. With --no-loda it is None, or with LoRAs, which have to be located, a plan alone."""
     config = from_values(LodaConfig, vars(arguments))
     if config.loda_steps > arguments.steps:
         raise ConceptSplitError(
             f"--loda-steps {config.loda_steps} is more than --steps {arguments.steps}: use about a fifth."
         )
-    return config if arguments.loda else None
+    if arguments.loda:
+        return config
+    return replace(config, loda_steps=0) if arguments.lora else None
 
 
 def map_sheet(result: SampleResult, index: int, names: list[str], at: int) -> NDArray[np.uint8]:
@@ -150,9 +205,21 @@ def guidance(arguments: argparse.Namespace) -> float:
     return 1.0
 
 
+def advance(progress: Any, done: int, steps: int) -> None:
+    """Shows the progress of a run whose plan makes it longer than its steps."""
+    progress.total = steps
+    progress.update(done - progress.n)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Samples and writes pictures, and maps when asked."""
-    concepts, adapters = load_concepts(arguments.adapter, arguments.class_word, arguments.words)
+    chosen = []
+    for text in arguments.lora:
+        name, path, words, strength = parse_lora_option(text)
+        chosen.append((lora_concept(path, name or "", words), path, strength))
+    concepts, adapters = load_concepts(
+        arguments.adapter, arguments.class_word, arguments.words, [concept for concept, *_ in chosen]
+    )
     config = loda_config(arguments)
     files = targets(arguments)
     if weight := WEIGHT.search(f"{arguments.prompt}\n{arguments.negative}"):
@@ -160,9 +227,14 @@ def run(arguments: argparse.Namespace) -> None:
     model = open_model(arguments)
     from ..hosts import diffusers as host
 
+    loaded: dict[str, tuple[Any, float]] = dict(adapters)
+    for concept, path, strength in chosen:
+        lora, report = host.read_lora(model, path, concept)
+        loaded[concept.name] = (lora, strength)
+        say(f"<{concept.name}> = '{concept.class_word}' from {path.name}: {report.sentence()}.")
     conditioning = host.encode_text(model, arguments.prompt, concepts)
     if arguments.maps and not concepts:
-        say("No maps will be written: name a concept with --adapter or --words.")
+        say("No maps will be written: name a concept with --adapter, --lora or --words.")
     names = [concept.name for concept in concepts]
     bound = {binding.concept for binding in conditioning.bindings}
     at = min((config or LodaConfig()).for_schedule(arguments.steps).loda_steps, arguments.steps - 1)
@@ -176,7 +248,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.negative,
             seeds=[seed for seed, *_ in files],
             concepts=names,
-            adapters=adapters,
+            adapters=loaded,
             steps=arguments.steps,
             guidance=scale,
             size=arguments.size,
@@ -184,7 +256,7 @@ def run(arguments: argparse.Namespace) -> None:
             # Fewer than two bound concepts leave nothing to separate; that is no reason for a remark here.
             loda=config if len(bound) >= 2 else None,
             watch=(0, at) if maps else (),
-            progress=lambda done, steps: progress.update(done - progress.n),
+            progress=lambda done, steps: advance(progress, done, steps),
         )
     finally:
         progress.close()
@@ -195,7 +267,7 @@ def run(arguments: argparse.Namespace) -> None:
         "steps": arguments.steps,
         "cfg": scale,
         "sampler": arguments.sampler,
-        "adapters": {name: strength for name, (_, strength) in adapters.items()},
+        "adapters": {name: strength for name, (_, strength) in loaded.items()},
         "loda": None if result.trace is None else result.trace.settings,
         "version": __version__,
     }

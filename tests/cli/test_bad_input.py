@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+# A file that says nothing about words.
+UNNAMED = Path(__file__).parents[1] / "fixtures" / "adapters" / "diffusers.safetensors"
 TRAIN = ("--class-word", "cat", "--name", "tom")
 
 
@@ -99,6 +103,10 @@ def test_masks_that_do_not_fit(refused, cat_folder, model_folder, tmp_path):
         ((), "--prompt"),
         (("--prompt", "a", "--adapter", "nowhere.safetensors"), "no file nowhere.safetensors"),
         (("--prompt", "a", "--adapter", "x.safetensors:much"), "'much'"),
+        (("--prompt", "a", "--lora", "x.ckpt:dog"), "--lora x.ckpt:dog is not understood"),
+        (("--prompt", "a", "--lora", "nowhere.safetensors:dog"), "Cannot read nowhere.safetensors"),
+        (("--prompt", "a", "--lora", f"{UNNAMED}:"), "does not say which words it was trained on"),
+        (("--prompt", "a", "--lora", f"x={UNNAMED}:dog", "--lora", f"x={UNNAMED}:dog"), "Two concepts are named 'x'"),
         (("--prompt", "a", "--cfg", "strong"), "not a number"),
         (("--prompt", "a", "--out", "picture.jpg"), "must end in .png"),
         (("--prompt", "a", "--loda-steps", "40"), "more than --steps 30"),

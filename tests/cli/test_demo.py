@@ -16,7 +16,16 @@ from conceptsplit_core.cli import demo
 from conceptsplit_core.demo import scenes
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = ("training-pictures", "concepts-alone", "composed", "attention", "separation", "bobo.loss", "dax.loss")
+PICTURES = (
+    "two-loras",
+    "training-pictures",
+    "concepts-alone",
+    "composed",
+    "attention",
+    "separation",
+    "bobo.loss",
+    "dax.loss",
+)
 
 
 def test_demo_writes_what_it_promises(call, tmp_path):

@@ -24,6 +24,7 @@ from conceptsplit_core.settings import LodaConfig, TrainConfig
 from conceptsplit_core.settings import options as all_options
 
 ROOT = Path(__file__).parents[2]
+LORA = ROOT / "conceptsplit_core" / "demo" / "loras" / "demo_nero_lora.safetensors"
 ADAPTER = ROOT / "tests" / "fixtures" / "adapters" / "v1_demo_pixa.safetensors"
 
 
@@ -122,7 +123,8 @@ def test_each_training_option_alone_reaches_the_config(name):
 def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
     out = tmp_path / "new" / "a.png"
     line = [
-        "sample", "--prompt", "a <rex> and a heart", "--negative", "dull", "--adapter", f"rex={ADAPTER}:0.625",
+        "sample", "--prompt", "a <rex> by a <ann> and a heart", "--lora", f"ann={LORA}:red triangle:0.375",
+        "--negative", "dull", "--adapter", f"rex={ADAPTER}:0.625",
         "--class-word", "rex=star", "--words", "heart", "--steps", "13", "--cfg", "3.5", "--sampler", "euler",
         "--seed", "21", "--batch", "2", "--size", "96x64", "--out", str(out), "--maps", "--model", "demo",
         "--device", "cpu", "--precision", "bf16", "--prediction", "v_prediction", "--tokenizer", "x",
@@ -139,18 +141,21 @@ def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
     sampling = received(monkeypatch, host, "sample", lambda: cli.main(line))
     (conditioning,), negative = sampling.args[1:]
     assert negative == "dull"
-    assert {binding.concept for binding in conditioning.bindings} == {"rex", "heart"}
+    assert {binding.concept for binding in conditioning.bindings} == {"rex", "ann", "heart"}
+    assert "red triangle" in conditioning.text
     given = sampling.kwargs
     adapters = given.pop("adapters")
-    assert {name: strength for name, (_, strength) in adapters.items()} == {"rex": 0.625}
+    assert {name: strength for name, (_, strength) in adapters.items()} == {"rex": 0.625, "ann": 0.375}
+    assert adapters["ann"][0].info.kind == "lora"
     given.pop("progress")
     assert given == {
-        "seeds": [21, 22], "concepts": ["rex", "heart"], "steps": 13, "guidance": 3.5, "size": (64, 96),
+        "seeds": [21, 22], "concepts": ["rex", "ann", "heart"], "steps": 13, "guidance": 3.5, "size": (64, 96),
         "sampler": "euler", "loda": LodaConfig(**LODA), "watch": (0, 7),
     }  # fmt: skip
     assert not out.parent.exists(), "looking whether the place can be written leaves nothing"
     plain = received(monkeypatch, host, "sample", lambda: cli.main([*line, "--no-loda"]))
-    assert plain.kwargs["loda"] is None
+    assert plain.kwargs["loda"] == LodaConfig(**{**LODA, "loda_steps": 0}), "LoRAs are still located"
+    assert sample_command.loda_config(options.parse(["sample", "--prompt", "a", "--no-loda"])) is None
 
 
 def test_demo_training_receives_every_option(monkeypatch, tmp_path):
@@ -288,3 +293,31 @@ def test_an_existing_picture_is_no_obstacle_and_stays_until_the_new_one_is_there
 def test_output_that_is_no_text_file_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert cli.main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a.safetensors", (None, "a.safetensors", "", 1.0)),
+        ("a.safetensors:ohwx woman", (None, "a.safetensors", "ohwx woman", 1.0)),
+        ("a.safetensors:ohwx woman:0.8", (None, "a.safetensors", "ohwx woman", 0.8)),
+        ("a.safetensors:.5", (None, "a.safetensors", "", 0.5)),
+        ("anna=C:\\x\\b.SafeTensors:it: a dog:-2", ("anna", "C:\\x\\b.SafeTensors", "it: a dog", -2.0)),
+    ],
+)
+def test_a_lora_option_is_file_words_and_strength(text, wanted):
+    name, path, words, strength = sample_command.parse_lora_option(text)
+    assert (name, str(path), words, strength) == wanted
+
+
+def test_demo_loras_take_their_words_from_the_files(call, tmp_path):
+    other = LORA.with_name("demo_pixa_lora.safetensors")
+    code, _, err = call(
+        "sample", "--lora", f"nero={LORA}:0.75", "--lora", f"pixa={other}", "--prompt", "a <pixa> and a <nero>",
+        "--steps", 2, "--seed", 5, "--maps", "--out", tmp_path / "a.png",
+    )  # fmt: skip
+    assert code == 0, err
+    assert f"<nero> = 'triangle' from {LORA.name}: 14 layers act at its words; 42 in its region." in err
+    assert "<pixa> = 'star'" in err and (tmp_path / "a-maps.png").is_file()
+    settings = Image.open(tmp_path / "a.png").text["settings"]
+    assert '"adapters": {"nero": 0.75, "pixa": 1.0}' in settings

@@ -4,10 +4,12 @@ load      a model from a folder or a single file
 network   its layers, hooks, and one call of its UNet
 text      prompts encoded, with the rows that each concept owns
 pictures  pictures to latents and back
+lora      ordinary LoRA files
 sampling  drawing    training  learning
 """
 
 from .load import load_model
+from .lora import read_lora
 from .model import DiffusersModel, family_of
 from .network import call_unet, network_map, patched
 from .pictures import decode_latents, encode_images
@@ -31,6 +33,7 @@ __all__ = [
     "new_adapter",
     "noise",
     "patched",
+    "read_lora",
     "sample",
     "training_data",
     "training_denoiser",

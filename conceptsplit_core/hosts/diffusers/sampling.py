@@ -239,7 +239,8 @@ def sample(
         scopes: concept name to where its adapter acts; its kind's own place by default.
         masks: concept name to its region [1 or B, H, W] in 0…1, instead of the one that the run finds.
         size: (height, width) in pixels; the model's own when None.
-        loda: None for plain sampling. Adapters with a region then act on the whole picture, unless masks say where.
+        loda: None for plain sampling. Two concepts or more of which some adapter has a region are then still located,
+            by a plan without LODA, unless masks say where they are.
         latents: unit noise to start from instead of the seeds'.
         watch: steps at which to note the concepts' maps, with or without LODA; the pictures do not change by it.
         progress: called after each step with (done, steps), steps of a plan included; may raise to stop.
@@ -263,7 +264,8 @@ def sample(
     rows = [c.context.shape[1] for c in positive] + ([neg.context.shape[1]] if guidance != 1.0 else [])
     batch = _batch(model, positive, names, math.lcm(*rows))
     guided = batch.guided(neg, names, count) if guidance != 1.0 else None
-    if loda is not None and int((batch.mask.amax(dim=1) > 0).sum(dim=1).max()) < 2:
+    several = int((batch.mask.amax(dim=1) > 0).sum(dim=1).max()) >= 2
+    if loda is not None and not several:
         notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
         loda = None
 
@@ -280,10 +282,11 @@ def sample(
     with patched(model, loaded, acts_in, KeptChanges()) as patch:
         drawing = _Drawing(model, patch, batch, guided, guidance, sampler, steps, (height, width), config)
         routed = any(group.scope == "region" for group in patch.groups)
-        if loda is None and routed and given:
-            # Without LODA nobody looks for the other concepts: they act on the whole picture.
-            given = {i: given.get(i, torch.ones(1, *drawing.latent)) for i in range(len(names))}
+        if loda is None and routed and (given or several):
             loda = LodaConfig(loda_steps=0, afg=False)
+            if given:
+                # Without LODA nobody looks for the other concepts: they act on the whole picture.
+                given = {i: given.get(i, torch.ones(1, *drawing.latent)) for i in range(len(names))}
         timeline = None if loda is None else Timeline(loda, steps, names, drawing.maps, routed, given)
         x = start * drawing.scheduler.init_noise_sigma
         ahead = 0 if timeline is None else timeline.plan_steps
