@@ -131,10 +131,10 @@ class Concepts:
             for group in self.groups
         )
 
-    @property
-    def routed(self) -> bool:
-        """Whether some adapter acts in a region."""
-        return any(group.scope == "region" for group in self.groups)
+    @cached_property
+    def routed(self) -> frozenset[int]:
+        """Channels of the adapters that act in a region."""
+        return frozenset(channel for group in self.groups if group.scope == "region" for channel in group.channels)
 
 
 @dataclass

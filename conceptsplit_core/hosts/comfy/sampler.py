@@ -47,8 +47,8 @@ def sample(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
         return executor(guider, *args, **kwargs)
     config = loda or LodaConfig(loda_steps=0)
     bound = bound_concepts(guider, run)
-    if loda is None and not run.concepts.routed:
-        bound = [channel for channel in bound if channel in run.masks]  # nobody looks for the others' places
+    if loda is None and run.masks.keys() >= run.concepts.routed & set(bound):
+        bound = [channel for channel in bound if channel in run.masks]  # nobody needs the others' places
     stages = StagedSampler(executor.class_obj, guider, run, config, tuple(bound))
     reason = stages.unneeded()
     if reason is not None:
@@ -146,7 +146,7 @@ class StagedSampler:
                 f"The attention_maps given are of {len(earlier.regions)} pictures and the latent holds {x.shape[0]}: "
                 "connect those of the same pictures."
             )
-        timeline = Timeline(self.config, total, names, self.maps, run.concepts.routed, given, earlier)
+        timeline = Timeline(self.config, total, names, self.maps, bool(run.concepts.routed), given, earlier)
         if run.patch.maps is not None:
             run.patch.maps.traces.append(timeline.trace)
         if timeline.optimised_steps:

@@ -185,6 +185,20 @@ def test_a_mask_for_one_is_taken_from_the_other(sd, write):
     assert areas[1].any() and torch.equal(regions[0], own >= 0.5)
 
 
+def test_concepts_that_need_no_place_ask_for_no_plan(sd, write):
+    """A LoRA with a mask beside a marked word: the stock sampler draws at once, KSampler (LODA) looks for the word."""
+    file = write(lora(sd.model, torch.Generator().manual_seed(5)), "anna.safetensors")
+    model, clip, _ = load(sd, file, "anna", "brown dog", mask=drawn(72, 40, 16, 48))
+    (clip,) = run("ConceptSplitMarkWords", clip=clip, words="cat")
+    conds, image = (encode(clip, "a <anna> and a cat"), encode(clip, "")), latent(72, 40)
+    with calls_of(sd.model) as calls:
+        out = sample(model, *conds, image, steps=5)
+    assert len(calls) == 5 and not close(out, sample(sd.model, *conds, image, steps=5))
+    with calls_of(sd.model) as calls:
+        _, maps = sample_loda(model, *conds, image, steps=5, loda_steps=0)
+    assert len(calls) == 2 + 1 + 5 and maps.trace.concepts == ("anna", "cat")
+
+
 def test_a_region_of_a_marked_word(sd):
     """Concept Region: AFG's region is the mask, in the stock sampler too; a name that nobody has is said."""
     (clip,) = run("ConceptSplitMarkWords", clip=sd.clip, words="dog, cat")
