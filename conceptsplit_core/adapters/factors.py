@@ -135,7 +135,7 @@ def weighted_change(
         if not isinstance(one, tuple | ConvPair):
             made = one.apply(layer, x)
             weight = _as_output(mask.worked[..., i : i + 1], made)
-            parts.append((made * (weight * strength)).masked_fill(weight == 0, 0.0))
+            parts.append((made * (weight.to(made.dtype) * strength)).masked_fill(weight == 0, 0.0))
     return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
 
 

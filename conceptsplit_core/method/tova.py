@@ -60,7 +60,8 @@ class TokenMask:
         [p, R] or [b, T, R]. The number of concepts adds no operation to it."""
         key = tuple((i, pair[0].shape[0], pair[2]) for i, pair in zip(channels, pairs, strict=True))
         if key not in self._spread:
-            device, dtype = self.weights.device, self.weights.dtype
+            # Half precision would round the strengths, single precision those of a model in double.
+            device, dtype = self.weights.device, torch.promote_types(self.weights.dtype, pairs[0][0].dtype)
             index = [torch.full((rank,), i, device=device) for i, rank, _ in key]
             scale = [torch.full((rank,), scale, dtype=dtype, device=device) for _, rank, scale in key]
             self._spread[key] = torch.cat(index), torch.cat(scale)

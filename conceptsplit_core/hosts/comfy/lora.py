@@ -84,7 +84,10 @@ def read_lora(
         ConceptSplitError: not a safetensors file, damaged, or made for another model.
     """
     state, _ = _opened(path)
+    network = network_map(model.model)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    # The host knows diffusers' older names alone, with `processor` in them; PEFT writes the plain ones.
+    keys |= {f"unet.{site.name}": f"{_UNET}{site.path}.weight" for site in network.sites.values()}
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys)
@@ -93,7 +96,6 @@ def read_lora(
         raise ConceptSplitError(
             f"{path.name} holds no LoRA for this model (first tensor: {first}): choose a LoRA that was made for it."
         )
-    network = network_map(model.model)
     names = {site.path: site.name for site in network.sites.values()}
     factors: dict[str, Pair | Factor] = {}
     unsupported: list[str] = []

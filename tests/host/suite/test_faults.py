@@ -127,10 +127,10 @@ def passes(model: Any, where: str, act: Callable[[int, str], None]) -> Iterator[
         run = kwargs.get("transformer_options", {}).get(key)
         if run is None:
             state["phase"] = "training step" if torch.is_grad_enabled() else "plain step"
-        elif run.capture is not None:
+        elif run.reading is not None:
             state["phase"] = "LODA update" if run.gradient else "AFG map reading"
         else:
-            state["phase"] = "plain step" if run.fixed is None else "step under AFG"
+            state["phase"] = "plain step" if run.regions is None else "step under AFG"
 
     def hit() -> None:
         state["number"] += 1

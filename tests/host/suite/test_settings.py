@@ -70,6 +70,13 @@ VALUES: dict[str, dict[str, Any]] = {
     "ConceptSplitKSampler": {**SAMPLING, **LODA_BASIC},
     "ConceptSplitGuider": {"cfg": 3.5, **LODA_BASIC},
     "ConceptSplitLodaOptions": LODA_RARE,
+    "ConceptSplitLoraLoader": {
+        "lora": "demo_nero_lora.safetensors", "words": "grey cat", "strength_clip": 0.375,
+        **{name: value for name, value in LOADER.items() if name != "class_word"},
+    },
+    "ConceptSplitRegion": {"concept_name": "fido"},
+    "ConceptSplitMasks": {"concept_name": "fido", "kind": "soft"},
+    "ConceptSplitSampler": {},
     "ConceptSplitPreview": {},
 }  # fmt: skip
 
@@ -171,6 +178,21 @@ def test_basic_settings_alone_leave_the_rest_at_its_defaults(spy, sd):
     assert patched[0][0][1] == expected(settings.LodaConfig, LODA_BASIC)
 
 
+def test_lora_loader(spy, sd):
+    added, texts = spy(pack("nodes.lora"), "with_adapter"), spy(pack("nodes.lora"), "with_text_lora")
+    model, clip, _ = run("ConceptSplitDemoCheckpoint")[0], *run("ConceptSplitDemoCheckpoint")[1:]
+    mask = torch.zeros(1, 24, 40)
+    mask[..., :16] = 0.5
+    _, knowing, info = run(
+        "ConceptSplitLoraLoader", model=model, clip=clip, mask=mask, **VALUES["ConceptSplitLoraLoader"]
+    )
+    loaded = added[0][0][1]
+    assert (loaded.name, loaded.strength, loaded.start, loaded.end) == ("fido", 0.625, 0.25, 0.75)
+    assert torch.equal(loaded.mask, mask) and "<fido> = 'grey cat'" in info
+    assert torch.equal(encode(knowing, "a <fido>")[0][0], encode(clip, "a grey cat")[0][0])
+    assert not texts, "this file has no part for the text encoder; test_lora_files.py tries strength_clip"
+
+
 @pytest.mark.parametrize("node", ["ConceptSplitLoader", "ConceptSplitApply"])
 def test_loaders(spy, sd, node):
     added = spy(pack("nodes.load"), "with_adapter")
@@ -220,7 +242,9 @@ def test_training_with_options(spy, base):
 
     ((_, data, _, _, config, _, checkpoint, resume), _) = trained[0]
     assert config == expected(settings.TrainConfig, TRAIN_BASIC, TRAIN_RARE)
-    assert resume is True and checkpoint.name == "fido.checkpoint"
+    assert resume is True and checkpoint.name == "fido_2.checkpoint", (
+        "the first training has ended, so its name is taken"
+    )
     assert [prompt.text for prompt in data.prompts] == ["the heart there", "one heart"]
     assert data.latents.shape[-2:] == (8, 12) and data.masks.sum() == 2 * 8 * 4 and data.masks[..., :4].all()
     assert built[0][0][2] is True, "gradient checkpointing"
