@@ -578,7 +578,8 @@ def training_prompt(name: str, steps: int, **more: Any) -> dict[str, Any]:
     """The training workflow, small, without the pictures after it."""
     prompt = json.loads((REPO / "tests" / "workflows_api" / "conceptsplit_train.json").read_text())
     (key,) = [key for key, node in prompt.items() if node["class_type"] == "ConceptSplitTrain"]
-    prompt[key]["inputs"] |= {"file_name": name, "steps": steps, "batch_size": 1, "options": ["options", 0]}
+    basic = {"seed": more.pop("seed")} if "seed" in more else {}
+    prompt[key]["inputs"] |= {"file_name": name, "steps": steps, "batch_size": 1, "options": ["options", 0], **basic}
     prompt["options"] = {"class_type": "ConceptSplitTrainOptions", "inputs": {"save_every": 1, **more}}
     needed = {key, *(link[0] for link in prompt[key]["inputs"].values() if isinstance(link, list))}
     return {k: node for k, node in prompt.items() if k in needed}
