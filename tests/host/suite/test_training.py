@@ -225,7 +225,7 @@ def test_grey_and_alpha(sd, channels):
         ({"class_word": " "}, "no class word"),
         ({"concept_name": "my dog"}, "cannot be written as a placeholder"),
         ({"templates": "a photo"}, "exactly one {}"),
-        ({"learning_rate": 0.0}, "learning rate"),
+        ({"learning_rate": 0.0}, "learning_rate"),
         ({"vae": None}, "MODEL, CLIP and VAE"),
         ({"model": None}, "MODEL, CLIP and VAE"),
     ],

@@ -338,7 +338,7 @@ def test_case_1_a_list_through_the_hosts_executor(base, executor):
             "ConceptSplitTrain",
             {
                 "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "images": ["3", 0], "concept_name": "bobo",
-                "class_word": ["2", 1], "file_name": "test/executed", "steps": 2, "batch_size": 2,
+                "class_word": ["2", 1], "file_name": "test/executed", "steps": 2, "batch_size": 2, "sample_every": 0,
                 "learning_rate": 0.001, "rank": 2, "seed": 0, "templates": "a {}",
             },
         ),
