@@ -45,7 +45,7 @@ class Guidance:
         self.config = config
         self.latent = latent
         self.fit = fit
-        self._bias: dict[tuple[int, int], Tensor | None] = {}
+        self._bias: dict[tuple[int, Any], Tensor | None] = {}
         self._handles: list[Any] = []
         self._clear()
 
@@ -112,7 +112,7 @@ class Guidance:
         mask, size = self.rows.attended, map_size(q.shape[1], self.latent)
         if size is None or mask.shape[:2] != k.shape[:2] or q.shape[0] != k.shape[0]:
             return None
-        key = (q.shape[1], id(self.rows))
+        key = (q.shape[1], self.rows)
         if key not in self._bias:
             self._bias[key] = self._of_regions(q, mask, size)
         added = self._bias[key]

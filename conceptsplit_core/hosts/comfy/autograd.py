@@ -30,6 +30,16 @@ def plain_errors() -> Iterator[None]:
         ) from error
 
 
+def copied_activations() -> Any:
+    """While it is on, what autograd saves of a forward pass is a copy, which no later write can change.
+
+    torch's own `allow_mutation_on_saved_tensors` tells tensors apart by address and id: a wrong gradient where
+    memory is used again within the pass. Weights are no activations, and are not copied.
+    """
+    keep = lambda tensor: tensor if tensor.is_leaf and not tensor.requires_grad else tensor.detach().clone()
+    return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
+
 class CopyInference(TorchFunctionMode):
     """While it is on, inference tensors that meet a tensor with a gradient are copied first, so that autograd may
     save them. In-place functions are left alone: a copy would lose what they write."""

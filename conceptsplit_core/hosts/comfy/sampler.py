@@ -26,7 +26,7 @@ from ...errors import ConceptSplitError
 from ...method.loda import LodaTrace
 from ...method.timeline import Timeline
 from ...settings import LodaConfig
-from .autograd import plain_errors
+from .autograd import copied_activations, plain_errors
 from .model import KEY, adopt_parameters, compute_dtype
 from .reader import MapReader, attended_rows
 from .run import Regions, Run, patch_of
@@ -237,7 +237,7 @@ class StagedSampler:
                         raise
                     self.in_place = True
                     vars(timeline.trace).update(vars(before))
-            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            with copied_activations():
                 return work()
 
     def _regions(self, timeline: Timeline, x: Tensor, sigmas: Tensor, first: int) -> None:
