@@ -222,25 +222,28 @@ def separation_curve(steps: Sequence[int], series: Sequence[tuple[str, Sequence[
 
 
 def trace_sheets(trace: LodaTrace, images: NDArray, side: int = 256) -> list[Picture]:
-    """One sheet per image [N, h, w, C] of a run: each concept's map before LODA, after it, and its region outlined.
+    """One sheet per image [N, h, w, C] of a run: each concept's map before LODA, where it ran, and the map that its
+    region, outlined, was taken from.
 
     Raises:
         ConceptSplitError: another number of images than the run had.
     """
-    if trace.before is None or trace.after is None:
-        raise ConceptSplitError("There are no attention maps to show: LODA did not run.")
-    before, after = trace.before.numpy(), trace.after.numpy()
-    if len(images) != len(before):
+    if trace.after is None:
+        raise ConceptSplitError("There are no attention maps to show: the run read none.")
+    after = trace.after.numpy()
+    if len(images) != len(after):
         raise ConceptSplitError(
-            f"{len(images)} pictures but attention maps of {len(before)}: decode the latent of the same sampler."
+            f"{len(images)} pictures but attention maps of {len(after)}: decode the latent of the same sampler."
         )
     sheets = []
     for i, image in enumerate(images):
         region = None if trace.regions is None else trace.regions[i].numpy()
-        tiles = [
-            *concept_overlays(image, before[i], [f"{name}: before" for name in trace.concepts], None, side),
-            *concept_overlays(image, after[i], [f"{name}: after" for name in trace.concepts], region, side),
-        ]
+        tiles = []
+        if trace.before is not None:
+            before = trace.before[i].numpy()
+            tiles += concept_overlays(image, before, [f"{name}: before" for name in trace.concepts], None, side)
+        labels = [name if trace.before is None else f"{name}: after" for name in trace.concepts]
+        tiles += concept_overlays(image, after[i], labels, region, side)
         sheets.append(contact_sheet(tiles, None, len(trace.concepts), side))
     return sheets
 

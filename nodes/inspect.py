@@ -44,10 +44,11 @@ class ConceptSplitPreview(io.ComfyNode):
     def execute(cls, attention_maps: AttentionMaps, images: Any) -> io.NodeOutput:
         pictures = images.cpu().numpy()
         trace = attention_maps.trace
-        if trace is None or trace.before is None:
+        if trace is None or trace.after is None:
             sheets, curve = [notice_sheet(picture, _NO_MAPS) for picture in pictures], separation_curve((), ())
         else:
-            sheets, curve = trace_sheets(trace, pictures), trace_curve(trace)
+            sheets = trace_sheets(trace, pictures)
+            curve = trace_curve(trace) if trace.losses else separation_curve((), ())
         return io.NodeOutput(torch.cat([to_image(sheet) for sheet in sheets]), to_image(curve))
 
 

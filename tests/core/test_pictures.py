@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.method.loda import LodaTrace
 from conceptsplit_core.pictures import (
     COLOURS,
     as_picture,
@@ -10,6 +12,7 @@ from conceptsplit_core.pictures import (
     loss_curve,
     overlay,
     separation_curve,
+    trace_sheets,
 )
 
 
@@ -71,3 +74,13 @@ def test_one_overlay_per_concept_and_names_must_match():
 
 def test_separation_curve():
     assert (separation_curve([0, 0, 1], [("image 1", [0.3, 0.2, 0.1])]) != separation_curve([], [])).any()
+
+
+def test_a_plan_without_loda_shows_its_maps_alone():
+    """Each tile is warm where its own concept is: rex left, tom right."""
+    maps = torch.full((1, 2, 6, 10), 1e-4)
+    maps[0, 0, :, :3] = maps[0, 1, :, 7:] = 1.0
+    trace = LodaTrace(concepts=("rex", "tom"), after=maps, regions=maps > 0.5)
+    (sheet,) = trace_sheets(trace, np.full((1, 60, 100, 3), 0.5, np.float32))
+    both = trace_sheets(LodaTrace(concepts=("rex", "tom"), before=maps, after=maps), np.full((1, 60, 100, 3), 0.5))[0]
+    assert sheet.shape[0] < both.shape[0] and sheet.shape[1] == both.shape[1], "one row of tiles instead of two"
