@@ -13,10 +13,7 @@ from ..conceptsplit_core.hosts.comfy.clip import with_concepts
 from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
 from ..conceptsplit_core.settings import LoaderConfig, from_values
 from ..conceptsplit_core.text.concepts import Concept, marked_concepts
-from .types import ValueAdapterType, field, out, schema, setting_fields
-
-_MODEL = "The model to teach the concept to. Loaders chain: connect one loader's outputs to the next loader's inputs."
-_CLIP = "The text encoder. Encode all prompts with the CLIP that leaves the last loader, or the concept is not found."
+from .types import ValueAdapterType, field, loader_inputs, loader_outputs, out, schema, setting_fields
 
 
 def _concept_fields() -> list[Any]:
@@ -39,13 +36,6 @@ def _concept_fields() -> list[Any]:
             advanced=True,
         ),
         *setting_fields(LoaderConfig, advanced=True, folded=True),
-    ]
-
-
-def _outputs() -> list[Any]:
-    return [
-        out(io.Model, "MODEL", "The model with this concept added."),
-        out(io.Clip, "CLIP", "The text encoder that knows this concept; encode prompts with it."),
     ]
 
 
@@ -76,8 +66,7 @@ class ConceptSplitLoader(io.ComfyNode):
             "that carry the concept, so several concepts do not mix.",
             search_aliases=["tova", "value adapter", "concept", "lora loader", "conceptsplit"],
             inputs=[
-                field(io.Model, "model", _MODEL),
-                field(io.Clip, "clip", _CLIP),
+                *loader_inputs(),
                 field(
                     io.Combo,
                     "adapter",
@@ -86,7 +75,7 @@ class ConceptSplitLoader(io.ComfyNode):
                 ),
                 *_concept_fields(),
             ],
-            outputs=_outputs(),
+            outputs=loader_outputs(),
         )
 
     @classmethod
@@ -117,12 +106,11 @@ class ConceptSplitApply(io.ComfyNode):
             "file in between.",
             search_aliases=["tova", "value adapter", "conceptsplit"],
             inputs=[
-                field(io.Model, "model", _MODEL),
-                field(io.Clip, "clip", _CLIP),
+                *loader_inputs(),
                 field(ValueAdapterType, "value_adapter", "The concept, from Train Value Adapter."),
                 *_concept_fields(),
             ],
-            outputs=_outputs(),
+            outputs=loader_outputs(),
         )
 
     @classmethod

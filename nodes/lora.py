@@ -13,10 +13,8 @@ from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, LoadedAdapter, 
 from ..conceptsplit_core.method.masks import MASKS, concept_masks
 from ..conceptsplit_core.settings import LoaderConfig, from_values
 from ..conceptsplit_core.text.concepts import concept_name as clean_name
-from .types import AttentionMapsType, field, mask_of, out, schema, setting_fields
+from .types import AttentionMapsType, field, loader_inputs, loader_outputs, mask_of, out, schema, setting_fields
 
-_MODEL = "The model to teach the concept to. Loaders chain: connect one loader's outputs to the next loader's inputs."
-_CLIP = "The text encoder. Encode all prompts with the CLIP that leaves the last loader, or the concept is not found."
 _MASK = (
     "White where this concept belongs in the picture. Leave it open and the run finds the place by itself; two people "
     "of one kind are told apart best with masks."
@@ -43,8 +41,7 @@ class ConceptSplitLoraLoader(io.ComfyNode):
                 "conceptsplit",
             ],
             inputs=[
-                field(io.Model, "model", _MODEL),
-                field(io.Clip, "clip", _CLIP),
+                *loader_inputs(),
                 field(io.Combo, "lora", "A file in models/loras.", options=files.lora_names()),
                 field(
                     io.String,
@@ -73,8 +70,7 @@ class ConceptSplitLoraLoader(io.ComfyNode):
                 *setting_fields(LoaderConfig, advanced=True, folded=True),
             ],
             outputs=[
-                out(io.Model, "MODEL", "The model with this concept added."),
-                out(io.Clip, "CLIP", "The text encoder that knows this concept; encode prompts with it."),
+                *loader_outputs(),
                 out(io.String, "info", "Which parts of the file act where, and what is left out."),
             ],
         )

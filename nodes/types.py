@@ -74,6 +74,32 @@ def schema(node_id: str, display_name: str, group: str = "", **options: Any) -> 
     )
 
 
+def loader_inputs() -> list[Any]:
+    """MODEL and CLIP as every loader of a concept takes them."""
+    return [
+        field(
+            io.Model,
+            "model",
+            "The model to teach the concept to. Loaders chain: connect one loader's outputs to the next loader's "
+            "inputs.",
+        ),
+        field(
+            io.Clip,
+            "clip",
+            "The text encoder. Encode all prompts with the CLIP that leaves the last loader, or the concept is not "
+            "found.",
+        ),
+    ]
+
+
+def loader_outputs() -> list[Any]:
+    """MODEL and CLIP as every loader of a concept gives them."""
+    return [
+        out(io.Model, "MODEL", "The model with this concept added."),
+        out(io.Clip, "CLIP", "The text encoder that knows this concept; encode prompts with it."),
+    ]
+
+
 def mask_of(mask: Any) -> torch.Tensor | None:
     """A MASK [1 or B, H, W] in 0…1 that outlives the host's inference mode; None stays None, as does an empty one."""
     if mask is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import ConceptSplitError
 from ..method.tova import TokenMask
-from ..network.hooks import Member, Scope
+from ..network.hooks import Group, Member, Scope
 from ..network.site import Site
 
 FORMAT_VERSION = 2
@@ -120,6 +120,23 @@ def kind_of(adapter: Any) -> Kind:
             f"{', '.join(KINDS)}): update the node pack."
         )
     return KINDS[name]
+
+
+def grouped(acting: Mapping[int, tuple[Any, float, Scope | None]]) -> tuple[Group, ...]:
+    """Adapters of one kind that act in the same place, together; those of strength 0 are left out.
+
+    Args:
+        acting: by channel of the masks (adapter, strength, where it acts); None is where its kind does.
+    """
+    together: dict[tuple[Kind, Scope], list[int]] = {}
+    for channel, (adapter, strength, scope) in acting.items():
+        if strength != 0.0:
+            kind = kind_of(adapter)
+            together.setdefault((kind, scope or kind.scope), []).append(channel)
+    return tuple(
+        Group(kind, tuple(Member(acting[c][0], float(acting[c][1])) for c in channels), tuple(channels), scope)
+        for (kind, scope), channels in together.items()
+    )
 
 
 def family(context_dim: int, demo: bool = False) -> str:

@@ -12,7 +12,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...adapters.base import Member, Scope, kind_of
+from ...adapters.base import Member, Scope, grouped
 from ...method.loda import LodaTrace
 from ...network.hooks import Group, Hooks, KeptChanges
 from ...network.site import NetworkMap
@@ -40,10 +40,6 @@ class LoadedAdapter:
     end: float = 1.0
     scope: Scope | None = None
     mask: Tensor | None = field(default=None, compare=False)
-
-    @property
-    def acts_in(self) -> Scope:
-        return self.scope or kind_of(self.adapter).scope
 
 
 @dataclass(frozen=True)
@@ -98,19 +94,13 @@ class Concepts:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The adapters at full strength, those of one kind and scope together."""
-        together: dict[tuple[Any, Scope], list[int]] = {}
-        for channel, one in enumerate(self.loaded):
-            if one is not None and one.strength != 0.0:
-                together.setdefault((kind_of(one.adapter), one.acts_in), []).append(channel)
-        return tuple(
-            Group(kind, tuple(self._member(channel) for channel in channels), tuple(channels), scope)
-            for (kind, scope), channels in together.items()
+        return grouped(
+            {
+                channel: (one.adapter, one.strength, one.scope)
+                for channel, one in enumerate(self.loaded)
+                if one is not None
+            }
         )
-
-    def _member(self, channel: int) -> Member:
-        one = self.loaded[channel]
-        assert one is not None
-        return Member(one.adapter, one.strength)
 
     def groups_at(self, sigmas: Tensor) -> tuple[Group, ...]:
         """The same groups with strength 0 for adapters that do not act at this call's noise level."""

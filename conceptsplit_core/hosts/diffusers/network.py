@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.base import kind_of
+from ...adapters.base import grouped
 from ...errors import ConceptSplitError
 from ...method.attention import bound_attention
 from ...method.maps import gaussian_blur
@@ -21,7 +21,7 @@ from ...method.regions import SUPPRESSION_BLUR, resize_areas, suppression_bias
 from ...method.tova import TokenMask
 from ...network.families.unet import unet_map
 from ...network.grid import map_size
-from ...network.hooks import Group, Hooks, KeptChanges, Member, PassPlan, Scope, everything, remove_hooks
+from ...network.hooks import Group, Hooks, KeptChanges, PassPlan, Scope, everything, remove_hooks
 from ...network.probe import Probe
 from ...network.site import AttentionSite, NetworkMap
 from .model import DiffusersModel
@@ -189,19 +189,14 @@ def patched(
         ConceptSplitError: an adapter that does not fit this model.
     """
     network = network_map(model)
-    together: dict[tuple[Any, Scope], list[int]] = {}
-    for channel, (adapter, strength) in enumerate(adapters):
-        if adapter is None:
-            continue
+    acting = {
+        channel: (adapter, strength, None if scopes is None else scopes[channel])
+        for channel, (adapter, strength) in enumerate(adapters)
+        if adapter is not None
+    }
+    for adapter, _, _ in acting.values():
         adapter.check_fits(network.shapes(adapter.sites), network.family)
-        kind = kind_of(adapter)
-        scope = (scopes[channel] if scopes is not None else None) or kind.scope
-        if strength != 0.0:
-            together.setdefault((kind, scope), []).append(channel)
-    groups = tuple(
-        Group(kind, tuple(Member(adapters[c][0], float(adapters[c][1])) for c in channels), tuple(channels), scope)
-        for (kind, scope), channels in together.items()
-    )
+    groups = grouped(acting)
     hooks = Hooks()
     patch = Patch(network, groups, hooks, kept)
     handles: list[Any] = []
