@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -28,6 +29,21 @@ def plain_errors() -> Iterator[None]:
             "LODA needs a gradient through the model, and another node's patch of this model breaks it: remove that "
             "node, or set loda_steps to 0."
         ) from error
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """While it is on, the host computes with kernels that have a backward pass, as in its own training: those of
+    comfy-kitchen (rotary embedding, fused norms) have none. Hosts without them have no such switch."""
+    before = getattr(comfy.model_management, "in_training", None)
+    if before is None:
+        yield
+        return
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 def copied_activations() -> Any:

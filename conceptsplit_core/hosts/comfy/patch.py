@@ -29,7 +29,7 @@ from ...text.binding import Binding
 from . import call, sampler
 from .clip import BoundText
 from .model import KEY, compute_dtype, network_map, whole
-from .run import AttentionMaps, Concepts, LoadedAdapter, Patch, Run, RunTexts, bindings_mask, patch_of
+from .run import AttentionMaps, Concepts, LoadedAdapter, Patch, Run, RunTexts, bindings_mask, optimised, patch_of
 
 log = logging.getLogger("ConceptSplit")
 
@@ -81,8 +81,8 @@ def with_loda(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` whose samplers run LODA; `maps` receives the trace of each run. With maps of an earlier stage
     they take its regions and look for none."""
-    network_map(model.model)  # refuses what is not a UNet before anything is sampled
-    loaded = whole(model) if config.loda_steps and earlier is None else model
+    network = network_map(model.model)  # refuses what is not known before anything is sampled
+    loaded = whole(model) if optimised(config, network) and earlier is None else model
     return _patched(loaded, replace(patch_of(model), loda=config, maps=maps, earlier=earlier))
 
 
@@ -114,7 +114,7 @@ def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.mod
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
     out = executor(model, noise_shape, conds, *args, **kwargs)
     patch = patch_of(model)
-    if patch.loda is not None and patch.loda.loda_steps and patch.earlier is None:
+    if patch.loda is not None and patch.earlier is None and optimised(patch.loda, network_map(model.model)):
         # Streaming parts of the model overwrites weights before the backward pass has used them.
         need = model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
         comfy.model_management.load_models_gpu([model], memory_required=2 * need, force_full_load=True)
@@ -154,6 +154,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
             # Every conditioning gets a mask, also one of zeros: unequal keys would keep the host from batching
             # positive and negative, and rounding would differ from the stock run.
             mask = bindings_mask(bindings[id(cond)], names, cond["cross_attn"].shape[1], kind == "positive")
+            if run.network.sequence is not None:
+                mask = run.network.sequence.filled(mask)
             cond["model_conds"] = {**cond["model_conds"], call.ROWS: comfy.conds.CONDCrossAttn(mask.unsqueeze(0))}
             run.texts.own.append((cond["cross_attn"], mask))
     options[KEY] = run
