@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.files import register_folders
+from ..conceptsplit_core.hosts.comfy.messages import show_warnings
 from . import demo, inspect, load, lora, sample, train
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
@@ -20,5 +21,7 @@ class ConceptSplitExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ConceptSplitExtension:
-    register_folders()  # here, because older hosts never call on_load
+    # Here, because older hosts never call on_load.
+    register_folders()
+    show_warnings()
     return ConceptSplitExtension()
