@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..conceptsplit_core.errors import ConceptSplitError
+from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
 from . import demo, inspect, load, lora, sample, train
@@ -24,4 +25,5 @@ async def comfy_entrypoint() -> ConceptSplitExtension:
     # Here, because older hosts never call on_load.
     register_folders()
     show_warnings()
+    register_route()
     return ConceptSplitExtension()

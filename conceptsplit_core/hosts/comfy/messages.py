@@ -1,8 +1,8 @@
 """What the pack has to say about a run, on the node that is running and not in the console alone.
 
-Every warning of this pack goes through one logger, so one handler there finds them all: a node of ours takes those of
-its run into its own result (`collected`); those that arise while a node of the host runs, such as a KSampler after our
-loaders, are sent to the page for that node (web/js/said.js shows both).
+All that this pack logs goes through one logger, so one handler there finds it: a node of ours takes what its run logs
+into its own result (`collected`); a warning that arises while a node of the host runs, such as a KSampler after our
+loaders, is sent to the page for that node. web/js/said.js shows both.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ class _Shown(logging.Handler):
         line = record.getMessage().removeprefix(_PREFIX)
         lines = _lines.get()
         if lines is None:
-            _send(line)
+            if record.levelno >= logging.WARNING:
+                _send(line)
         elif line not in lines:
             lines.append(line)
 
 
 @contextmanager
 def collected() -> Iterator[list[str]]:
-    """The pack's warnings while inside, each once, in order."""
+    """What the pack logs while inside, each line once, in order."""
     lines: list[str] = []
     before = _lines.set(lines)
     try:
@@ -45,7 +46,7 @@ def show_warnings() -> None:
     """Puts the handler on the pack's logger; again does nothing."""
     log = logging.getLogger("ConceptSplit")
     if not any(isinstance(handler, _Shown) for handler in log.handlers):
-        log.addHandler(_Shown(logging.WARNING))
+        log.addHandler(_Shown(logging.INFO))
 
 
 def _send(line: str) -> None:
