@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..conceptsplit_core.errors import ConceptSplitError
+from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
+from ..conceptsplit_core.hosts.comfy.messages import show_warnings
 from . import demo, inspect, load, lora, sample, train
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
@@ -20,5 +22,8 @@ class ConceptSplitExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ConceptSplitExtension:
-    register_folders()  # here, because older hosts never call on_load
+    # Here, because older hosts never call on_load.
+    register_folders()
+    show_warnings()
+    register_route()
     return ConceptSplitExtension()

@@ -10,10 +10,12 @@ from ..conceptsplit_core.adapters.low_rank import LowRankAdapter
 from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.clip import with_concepts
+from ..conceptsplit_core.hosts.comfy.facts import concept_line
+from ..conceptsplit_core.hosts.comfy.messages import collected
 from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
 from ..conceptsplit_core.settings import LoaderConfig, from_values
 from ..conceptsplit_core.text.concepts import Concept, marked_concepts
-from .types import ValueAdapterType, field, loader_inputs, loader_outputs, out, schema, setting_fields
+from .types import ValueAdapterType, field, loader_inputs, loader_outputs, out, schema, setting_fields, told
 
 
 def _concept_fields() -> list[Any]:
@@ -52,7 +54,7 @@ def _apply(
     concept = Concept(name, word)
     knowing = with_concepts(clip, [concept])
     loaded = LoadedAdapter(concept.name, adapter, config.strength, config.start_percent, config.end_percent)
-    return io.NodeOutput(with_adapter(model, loaded), knowing)
+    return io.NodeOutput(with_adapter(model, loaded), knowing, ui=told([concept_line(concept, adapter.info)]))
 
 
 class ConceptSplitLoader(io.ComfyNode):
@@ -148,7 +150,7 @@ class ConceptSplitSave(io.ComfyNode):
                     io.Int,
                     "reduce_rank",
                     "Store at this lower rank to make the file smaller; 0 keeps it. The "
-                    "relative error is printed to the console: up to about 0.1 is rarely visible.",
+                    "relative error is shown on the node: up to about 0.1 is rarely visible.",
                     default=0,
                     min=0,
                     max=1024,
@@ -161,7 +163,9 @@ class ConceptSplitSave(io.ComfyNode):
 
     @classmethod
     def execute(cls, value_adapter: LowRankAdapter, file_name: str, reduce_rank: int = 0) -> io.NodeOutput:
-        return io.NodeOutput(files.save_reduced(value_adapter, file_name, reduce_rank))
+        with collected() as lines:
+            saved = files.save_reduced(value_adapter, file_name, reduce_rank)
+        return io.NodeOutput(saved, ui=told(lines))
 
 
 class ConceptSplitMarkWords(io.ComfyNode):

@@ -8,12 +8,13 @@ from comfy_api.latest import io
 
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.clip import with_concepts, with_text_lora
+from ..conceptsplit_core.hosts.comfy.facts import concept_line
 from ..conceptsplit_core.hosts.comfy.lora import concept_of, read_lora
 from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, LoadedAdapter, with_adapter, with_masks
 from ..conceptsplit_core.method.masks import MASKS, concept_masks
 from ..conceptsplit_core.settings import LoaderConfig, from_values
 from ..conceptsplit_core.text.concepts import concept_name as clean_name
-from .types import AttentionMapsType, field, loader_inputs, loader_outputs, mask_of, out, schema, setting_fields
+from .types import AttentionMapsType, field, loader_inputs, loader_outputs, mask_of, out, schema, setting_fields, told
 
 _MASK = (
     "White where this concept belongs in the picture. Leave it open and the run finds the place by itself; two people "
@@ -102,7 +103,8 @@ class ConceptSplitLoraLoader(io.ComfyNode):
             concept.name, file.adapter, config.strength, config.start_percent, config.end_percent, mask=mask_of(mask)
         )
         info = f"<{concept.name}> = '{concept.class_word}'; {file.report.sentence()}"
-        return io.NodeOutput(with_adapter(model, loaded), knowing, info)
+        lines = [concept_line(concept, file.adapter.info), file.report.sentence() + "."]
+        return io.NodeOutput(with_adapter(model, loaded), knowing, info, ui=told(lines))
 
 
 class ConceptSplitRegion(io.ComfyNode):

@@ -9,9 +9,11 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
+from ..conceptsplit_core.hosts.comfy.facts import run_lines
+from ..conceptsplit_core.hosts.comfy.messages import collected
 from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, with_loda, with_maps
 from ..conceptsplit_core.settings import LodaConfig, SampleConfig, from_values
-from .types import AttentionMapsType, LodaOptionsType, field, out, schema, setting_field, setting_fields
+from .types import AttentionMapsType, LodaOptionsType, field, out, schema, setting_field, setting_fields, told
 
 _MAPS_OUT = "What LODA saw and did, for Concept Attention Preview."
 
@@ -74,7 +76,7 @@ class ConceptSplitKSampler(io.ComfyNode):
             "KSampler (LODA)",
             description="KSampler that first optimises the latent until the concepts of the prompt look at different "
             "places, and then keeps them there. Needs two or more concepts in the positive prompt; otherwise it is a "
-            "plain KSampler and says so in the console.",
+            "plain KSampler and says so on the node.",
             search_aliases=["loda", "afg", "attention", "conceptsplit"],
             inputs=[
                 _model_field(),
@@ -130,10 +132,11 @@ class ConceptSplitKSampler(io.ComfyNode):
         **loda: Any,
     ) -> io.NodeOutput:
         model, maps = _prepared(model, options, attention_maps, loda)
-        (latent,) = host_nodes.common_ksampler(
-            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
-        )
-        return io.NodeOutput(latent, maps)
+        with collected() as warnings:
+            (latent,) = host_nodes.common_ksampler(
+                model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
+            )
+        return io.NodeOutput(latent, maps, ui=told([*run_lines(maps.trace, positive), *warnings]))
 
 
 class ConceptSplitGuider(io.ComfyNode):
@@ -200,9 +203,10 @@ class ConceptSplitSampler(io.ComfyNode):
         node = host_nodes.NODE_CLASS_MAPPINGS["SamplerCustomAdvanced"]
         given = {"noise": noise, "guider": own, "sampler": sampler, "sigmas": sigmas, "latent_image": latent_image}
         sample = node.execute if hasattr(node, "define_schema") else getattr(node(), node.FUNCTION)
-        made = sample(**given)
+        with collected() as warnings:
+            made = sample(**given)
         latents = made.result if hasattr(made, "result") else made
-        return io.NodeOutput(*latents, maps)
+        return io.NodeOutput(*latents, maps, ui=told([*run_lines(maps.trace, ()), *warnings]))
 
 
 NODES = [ConceptSplitKSampler, ConceptSplitGuider, ConceptSplitSampler, ConceptSplitLodaOptions]

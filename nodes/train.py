@@ -11,13 +11,15 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..conceptsplit_core.hosts.comfy import files
+from ..conceptsplit_core.hosts.comfy.facts import concept_line
+from ..conceptsplit_core.hosts.comfy.messages import collected
 from ..conceptsplit_core.hosts.comfy.training import lists_of, train_adapter
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
 from ..conceptsplit_core.settings import TrainConfig, from_values
 from ..conceptsplit_core.text.concepts import Concept
 from ..conceptsplit_core.train.loop import TrainEvent
 from ..conceptsplit_core.train.prompts import DEFAULT_TEMPLATES
-from .types import TrainOptionsType, ValueAdapterType, field, out, schema, setting_fields, to_image
+from .types import TrainOptionsType, ValueAdapterType, field, out, schema, setting_fields, to_image, told
 
 _PREVIEW_EVERY = 10  # steps between two pictures of the loss while training
 
@@ -115,20 +117,23 @@ class ConceptSplitTrain(io.ComfyNode):
         path = files.new_path(file_name)  # a bad name is an error before an hour of training, not after
         config = from_values(TrainConfig, given, options)
         shown = _Progress(concept.name, config.steps)
-        result = train_adapter(
-            model,
-            clip,
-            vae,
-            images,
-            mask,
-            concept,
-            templates.splitlines() or DEFAULT_TEMPLATES,
-            config,
-            path,
-            shown.on_event,
-            shown.on_sample,
-        )
-        return io.NodeOutput(result.adapter, to_image(loss_curve(result.losses)), to_image(shown.sheet()))
+        with collected() as lines:
+            result = train_adapter(
+                model,
+                clip,
+                vae,
+                images,
+                mask,
+                concept,
+                templates.splitlines() or DEFAULT_TEMPLATES,
+                config,
+                path,
+                shown.on_event,
+                shown.on_sample,
+            )
+        pictures = to_image(loss_curve(result.losses)), to_image(shown.sheet())
+        lines = [concept_line(concept, result.adapter.info), *lines, shown.pace()]
+        return io.NodeOutput(result.adapter, *pictures, ui=told(lines))
 
 
 class _Progress:
@@ -138,14 +143,16 @@ class _Progress:
         self.concept, self.steps = concept, steps
         self.bar = comfy.utils.ProgressBar(steps)
         self.losses: list[float] = []
+        self.seconds = 0.0
         self.samples: list[np.ndarray] = []
         self.labels: list[str] = []
 
     def on_event(self, event: TrainEvent) -> None:
         self.losses.append(event.loss)
+        self.seconds += event.seconds
         preview = None
         if event.step % _PREVIEW_EVERY == 0 or event.step == event.steps:
-            title = f"loss {event.loss:.4f}, step {event.step} of {event.steps}"
+            title = f"step {event.step} of {event.steps}, loss {event.loss:.4f}, {self._left(event.steps - event.step)}"
             preview = ("JPEG", Image.fromarray(loss_curve(self.losses, title=title)), 640)
         self.bar.update_absolute(event.step, event.steps, preview)
 
@@ -153,6 +160,18 @@ class _Progress:
         self.samples.append(picture[0].cpu().numpy())
         self.labels.append(f"step {step}")
         self.bar.update_absolute(step, self.steps, ("JPEG", Image.fromarray(self.sheet()), 1024))
+
+    def pace(self) -> str:
+        """What the training took, in one line."""
+        count = len(self.losses)
+        if not count:
+            return "Nothing was left to train."
+        early, late = (sum(part) / len(part) for part in (self.losses[:20], self.losses[-20:]))
+        return f"{count} steps of {self.seconds / count:.2g} s each; loss {early:.4f} at first, {late:.4f} at last."
+
+    def _left(self, steps: int) -> str:
+        seconds = steps * self.seconds / len(self.losses)
+        return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
     def sheet(self) -> np.ndarray:
         """All samples so far; a white one that says so if there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,11 @@ def loader_outputs() -> list[Any]:
         out(io.Model, "MODEL", "The model with this concept added."),
         out(io.Clip, "CLIP", "The text encoder that knows this concept; encode prompts with it."),
     ]
+
+
+def told(lines: Sequence[str]) -> dict[str, list[str]]:
+    """`ui` of a node's result: lines of text that stand on the node after it has run (web/js/said.js)."""
+    return {"said": list(lines)}
 
 
 def mask_of(mask: Any) -> torch.Tensor | None:

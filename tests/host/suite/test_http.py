@@ -134,6 +134,18 @@ def test_nodes_help_pages_and_templates_are_served(program):
     assert shipped <= set(listed["comfyui-conceptsplit"])
 
 
+def test_a_loader_can_say_what_its_file_holds_before_any_run(program):
+    def line(kind, name):
+        return json.loads(program.get(f"/conceptsplit/file?kind={kind}&name={name}"))["line"]
+
+    assert line("adapter", "demo_nero.safetensors") == (
+        "<nero> stands for 'triangle': value adapter (ToVA), rank 8, for the ConceptSplit demo model."
+    )
+    assert line("lora", "demo_nero_lora.safetensors") == "Trained on 'triangle'."
+    assert line("lora", "../nero.safetensors").startswith("The file name '../nero.safetensors' cannot be used")
+    assert line("adapter", "none.safetensors").startswith("There is no value adapter 'none.safetensors'")
+
+
 def test_there_are_workflows():
     assert {path.stem for path in WORKFLOWS} == {path.stem for path in (REPO / "workflows").glob("*.json")} != set()
 
@@ -143,6 +155,9 @@ def test_workflow(program, path):
     prompt = json.loads(path.read_text())
     entry = program.run(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    for key, node in prompt.items():
+        if node["class_type"] in ("ConceptSplitLoader", "ConceptSplitLoraLoader", "ConceptSplitApply"):
+            assert "> stands for '" in entry["outputs"][key]["said"][0], f"node {key} does not say what its file holds"
     shown = [key for key, node in prompt.items() if node["class_type"] in ("SaveImage", "PreviewImage")]
     for key in shown:
         assert entry["outputs"][key]["images"], f"node {key} gave no picture"

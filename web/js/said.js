@@ -1,0 +1,99 @@
+// Text on nodes: what a loader's file holds, what a run did, and the warnings of the pack, wherever they arise.
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { ComfyWidgets } from "../../../scripts/widgets.js";
+
+const WIDGET = "conceptsplit_said";
+// Which input names a loader's file, and the kind that the server knows it by.
+const FILES = { ConceptSplitLoader: ["adapter", "adapter"], ConceptSplitLoraLoader: ["lora", "lora"] };
+
+/** Lines of text in a field below the node's inputs; none removes it. The field is no input and is not saved. */
+function show(node, lines) {
+  const text = lines.join("\n");
+  let widget = node.widgets?.find((one) => one.name === WIDGET);
+  if (!text) {
+    if (widget) {
+      widget.onRemove?.();
+      node.widgets.splice(node.widgets.indexOf(widget), 1);
+      node.setDirtyCanvas(true, true);
+    }
+    return;
+  }
+  if (!widget) {
+    widget = ComfyWidgets.STRING(node, WIDGET, ["STRING", { multiline: true }], app).widget;
+    widget.label = " ";
+    widget.options.read_only = true;
+    widget.options.serialize = false;
+    widget.serialize = false;
+    widget.serializeValue = () => undefined;
+    if (widget.inputEl) {
+      widget.inputEl.readOnly = true;
+      widget.inputEl.style.opacity = 0.8;
+    }
+    // A field that is only read takes no link.
+    const socket = node.inputs?.findIndex((one) => one.widget?.name === WIDGET) ?? -1;
+    if (socket >= 0) node.removeInput(socket);
+  }
+  // About 45 signs of the field's font stand in a node's width.
+  const rows = lines.reduce((sum, line) => sum + Math.ceil(line.length / 45), 0);
+  widget.options.getMinHeight = () => Math.min(14 * rows + 16, 180);
+  widget.value = text;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+  node.setDirtyCanvas(true, true);
+}
+
+/** Every node that stands for an id of a run: "12:3" is node 3 inside the subgraph of node 12, and both are shown. */
+function nodesOf(id) {
+  const found = [];
+  let graph = app.rootGraph ?? app.graph;
+  for (const part of String(id).split(":")) {
+    const node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
+    if (!node) break;
+    found.push(node);
+    graph = node.subgraph;
+  }
+  return found;
+}
+
+async function showFile(node, [input, kind]) {
+  const name = node.widgets?.find((one) => one.name === input)?.value;
+  if (!name) return;
+  const answer = await api.fetchApi(`/conceptsplit/file?${new URLSearchParams({ kind, name })}`);
+  if (answer.ok) show(node, [(await answer.json()).line]);
+}
+
+function watchFile(node) {
+  const file = FILES[node.comfyClass];
+  const widget = file && node.widgets?.find((one) => one.name === file[0]);
+  if (!widget) return;
+  const changed = widget.callback;
+  widget.callback = function () {
+    changed?.apply(this, arguments);
+    showFile(node, file);
+  };
+  setTimeout(() => showFile(node, file), 0); // after a saved workflow has put its values in
+}
+
+const warned = new Map(); // node of the host to the lines of its last run
+
+app.registerExtension({
+  name: "ConceptSplit.said",
+  nodeCreated: watchFile,
+  setup() {
+    api.addEventListener("executed", ({ detail }) => {
+      const lines = detail.output?.said;
+      if (lines) for (const node of nodesOf(detail.node).slice(-1)) show(node, lines);
+    });
+    api.addEventListener("conceptsplit.said", ({ detail }) => {
+      for (const node of nodesOf(detail.node)) {
+        warned.set(node, [...(warned.get(node) ?? []), ...detail.lines]);
+        show(node, warned.get(node));
+      }
+    });
+    api.addEventListener("executing", ({ detail }) => {
+      if (detail === null) return;
+      for (const node of nodesOf(detail)) if (warned.delete(node)) show(node, []);
+    });
+  },
+});
