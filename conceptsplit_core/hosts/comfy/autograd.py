@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...errors import ConceptSplitError
 
+_NO_BACKWARD = "no autograd formula"
 _BROKEN_GRADIENT = ("inplace operation", "in-place operation", "does not require grad", "Inference tensors")
 
 
@@ -23,6 +24,11 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if _NO_BACKWARD in str(error):
+            raise ConceptSplitError(
+                "LODA needs a gradient through the model, and this ComfyUI computes a part of it with a kernel that "
+                "has none: set loda_steps to -1 (regions are then found without it) or to 0."
+            ) from error
         if not any(part in str(error) for part in _BROKEN_GRADIENT):
             raise
         raise ConceptSplitError(

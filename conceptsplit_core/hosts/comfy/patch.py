@@ -153,7 +153,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 continue
             # Every conditioning gets a mask, also one of zeros: unequal keys would keep the host from batching
             # positive and negative, and rounding would differ from the stock run.
-            mask = bindings_mask(bindings[id(cond)], names, cond["cross_attn"].shape[1], kind == "positive")
+            mask = bindings_mask(bindings[id(cond)], names, _row_count(cond), kind == "positive")
             if run.network.sequence is not None:
                 mask = run.network.sequence.filled(mask)
             cond["model_conds"] = {**cond["model_conds"], call.ROWS: comfy.conds.CONDCrossAttn(mask.unsqueeze(0))}
@@ -198,6 +198,12 @@ def _bindings(cond: Mapping[str, Any]) -> tuple[tuple[Binding, ...], bool]:
         return carried.bindings, False
     joined, ambiguous = carried.known.joined(text, carried.rows)
     return (*carried.bindings, *joined), ambiguous
+
+
+def _row_count(cond: Mapping[str, Any]) -> int:
+    """How many text rows the model sees, before they are filled up: Anima makes one of each of these ids."""
+    ids = cond.get("t5xxl_ids")
+    return int(cond["cross_attn"].shape[1]) if ids is None else len(ids)
 
 
 def _patches_texts(guider: Any, transformer_options: Mapping[str, Any]) -> bool:

@@ -105,6 +105,7 @@ class StagedSampler:
         self.plans = bool(run.concepts.routed) or (config.acts and not optimised(config, run.network))
         self.bound = bound
         self.maps = MapReader(guider, run, config, bound)
+        self.too_large = False  # whether a gradient has needed more memory than there is
         self.in_place = False  # whether another pack's patch has been found to write into what a gradient needs
         self.__name__ = getattr(self.base, "__name__", "sampler")
 
@@ -214,8 +215,16 @@ class StagedSampler:
     ) -> Tensor:
         # Clones: some samplers write into the sigmas they are given, CFG++ ones put functions into the arguments.
         segment = sigmas[k : k + 2].clone()
-        if not self.maps.unreadable:
-            x = self._begin(timeline, k, x, segment[0], extra_args.get("denoise_mask"))
+        if not (self.maps.unreadable or self.too_large):
+            try:
+                x = self._begin(timeline, k, x, segment[0], extra_args.get("denoise_mask"))
+            except torch.OutOfMemoryError:
+                self.too_large = True
+                comfy.model_management.soft_empty_cache()
+                log.warning(
+                    "[ConceptSplit] LODA's gradient needs more memory than is free: the picture is drawn without it, "
+                    "and regions are found all the same; draw it smaller, or set loda_steps to 0."
+                )
         return one_step(model, x, segment, extra_args=dict(extra_args), callback=callback, disable=True)
 
     def _begin(self, timeline: Timeline, k: int, x: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:

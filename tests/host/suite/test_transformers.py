@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from . import test_encoders as encoders
 from . import transformers as tiny
 from .conftest import pack, run
-from .helpers import sample
+from .helpers import encode, sample
 
 BOUND = {"anna": (3, 4), "bert": (9,)}
 EACH = pytest.mark.parametrize("family", tiny.here())
@@ -417,3 +418,192 @@ def test_an_unknown_transformer_is_refused_by_name():
         Exception, match=r"ConceptSplit does not know this kind of model \(AuraFlow\): it works on SD1.5"
     ):
         with_loda(model)
+
+
+@EACH
+def test_loda_separates_where_its_steps_are_asked_for(models, family, monkeypatch):
+    """On weights that the host has made under inference mode: the gradient against differences, and the loss falls."""
+    timeline = pack("conceptsplit_core.method.timeline")
+    separation_loss = pack("conceptsplit_core.method.maps").separation_loss
+    model = models(family)
+    image = tiny.latent(family, *SIZE, batch=2)
+    stock = sample(model, *conds(family), image, steps=4)
+    ours, maps = with_loda(model, loda_steps=2, loda_iterations=2, loda_strength=0.05, afg=False)
+    slopes: list[tuple[float, float]] = []
+    separate = timeline.separate
+
+    def checked(x: Tensor, sigma: Any, step: int, maps_of: Any, config: Any, *args: Any, **kwargs: Any) -> Tensor:
+        def loss_of(latent: Tensor) -> Tensor:
+            return separation_loss(maps_of(latent), config.divergence, config.target, config.map_smoothing)[0].sum()
+
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(loss_of(leaf), leaf)
+        for seed in range(3 if not slopes else 0):
+            along = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) * 2e-3
+            with torch.inference_mode(False), torch.no_grad():
+                ahead, behind = (float(loss_of(x.detach().clone() + sign * along)) for sign in (1.0, -1.0))
+            slopes.append((float((slope * along).sum()), (ahead - behind) / 2))
+        return separate(x, sigma, step, maps_of, config, *args, **kwargs)
+
+    monkeypatch.setattr(timeline, "separate", checked)
+    if family == "anima":
+        with pytest.raises(
+            Exception, match="this ComfyUI computes a part of it with a kernel that has none: set loda_s"
+        ):
+            sample(ours, *conds(family), image, steps=4)
+        assert torch.equal(sample(model, *conds(family), image, steps=4), stock)
+        return
+    out = sample(ours, *conds(family), image, steps=4)
+    for slope, difference in slopes:
+        assert slope == pytest.approx(difference, rel=0.05, abs=2e-6)
+    trace = maps.trace
+    assert trace.backwards >= 3 and not trace.skipped
+    assert (trace.losses[-1][1] < trace.losses[0][1]).all() and out.isfinite().all() and not close(out, stock)
+    assert torch.equal(sample(model, *conds(family), image, steps=4), stock)
+
+
+@EACH
+def test_without_asking_a_transformer_is_not_optimised(models, family):
+    """Words alone: a plan gives the regions, no gradient is taken."""
+    ours, maps = with_loda(models(family))
+    sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=5)
+    assert maps.trace.backwards == 0 and maps.trace.regions.any()
+
+
+# As people use it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, encoder",
+    [
+        ("flux", "flux"),
+        ("chroma", "chroma"),
+        ("z_image", "z-image"),
+        ("qwen_image", "qwen-image"),
+        ("sd3", "sd3 T5 alone"),
+        ("anima", "anima"),
+    ],
+)
+def test_two_loaders_one_sampler_the_prompt_typed_once(models, write_path, family, encoder):
+    """Through the nodes and the host's own text encoder: the words' rows change, and no others."""
+    if family not in tiny.here():
+        pytest.skip(f"{family}: this ComfyUI has no such model")
+    model, clip = models(family), encoders.build(encoder)
+    if family == "sd3":
+        pytest.skip("sd3: its small text encoder is as wide as the real one")
+    module = tiny.FAMILIES[family].text
+    both = given = model
+    for name, words, seed in (("anna", "black dog", 5), ("bert", "mug", 6)):
+        file = write_path(file_of(model, [module, tiny.FAMILIES[family].image], seed), f"{name}.safetensors").name
+        inputs = {"lora": file, "concept_name": name, "words": words, "strength": 0.8, "strength_clip": 1.0}
+        both, clip, info = run("ConceptSplitLoraLoader", model=both, clip=clip, **inputs)
+        assert "layers act at its words" in info and "1 in its region" in info
+    conditions = encode(clip, "look, a <anna> and a <bert>"), encode(clip, "blurry")
+    ours, maps = with_loda(both, plan_steps=1)
+    with outputs(model, [module]) as calls:
+        out = sample(ours, *conditions, tiny.latent(family, *SIZE), steps=4, cfg=1.0)
+    assert out.isfinite().all() and not close(out, sample(given, *conditions, tiny.latent(family, *SIZE), steps=4))
+    assert maps.trace.concepts == ("anna", "bert") and maps.trace.areas.any()
+    bound = {one.concept: one.rows for one in conditions[0][0][1]["conceptsplit"].bindings}
+    assert len(bound["anna"]) >= 2 and len(bound["bert"]) >= 1
+    # Of the first step's text, drawn with and without the LoRAs: the plan is drawn without them.
+    (read, plain), (again, routed) = calls[module][0], calls[module][2]
+    if torch.equal(read, again):
+        moved = (plain != routed).any(dim=-1)[0].nonzero().flatten().tolist()
+        assert moved == sorted(bound["anna"] + bound["bert"])
+
+
+@EACH
+def test_texts_of_unequal_length_guidance_one_and_few_steps(models, write_path, family):
+    """Positive and negative run apart, or without a negative at all; the plan is one step of four."""
+    model = models(family)
+    path = write_path(file_of(model, routable(model)))
+    ours, maps = with_loda(with_lora(model, path, strength=0.5))
+    positive, negative = tiny.prompt(BOUND, 7, family), tiny.prompt({}, 8, family, rows=33)
+    image = tiny.latent(family, 10, 18)
+    for cfg in (3.0, 1.0):
+        out = sample(ours, positive, negative, image, steps=4, cfg=cfg)
+        stock = sample(model, positive, negative, image, steps=4, cfg=cfg)
+        assert out.isfinite().all() and not close(out, stock)
+    assert maps.trace.settings["plan_steps"] == 1
+
+
+@EACH
+def test_a_merged_lora_below_and_fp8_weights(models, write_path, family):
+    """A style LoRA that the host merges, and weights stored in eight bits, change nothing of what ours adds."""
+    model = models(family)
+    module = tiny.FAMILIES[family].image
+    ours_file = write_path(file_of(model, [module], 5), "ours.safetensors")
+    style = write_path(file_of(model, routable(model), 9), "style.safetensors")
+    styled = run("LoraLoaderModelOnly", model=model, lora_name=style.name, strength_model=0.4)[0]
+    image = tiny.latent(family, *SIZE)
+    both = run("LoraLoaderModelOnly", model=styled, lora_name=ours_file.name, strength_model=0.6)[0]
+    wanted = sample(both, *conds(family), image, steps=2)
+    routed = with_lora(styled, ours_file, strength=0.6, scope="everywhere")
+    assert close(sample(routed, *conds(family), image, steps=2), wanted)
+
+
+def test_weights_in_eight_bits(write_path):
+    """The delta is of the compute type; a Linear that is stored in fp8 is cast for each call by the host."""
+    family = "flux"
+    model = tiny.build(family, stored=torch.float8_e4m3fn)
+    module = tiny.FAMILIES[family].image
+    path = write_path(file_of(model, [module]))
+    stock = sample(model, *conds(family), tiny.latent(family, *SIZE), steps=2)
+    ours = with_lora(model, path, strength=0.6, mask=drawn(0, 9))
+    out = sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=2)
+    assert out.isfinite().all() and not close(out, stock)
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+def test_a_reference_picture_is_nobodys(models, write_path, family):
+    """Kontext and edit models: tokens behind the picture's own stay as they are."""
+    model = models(family)
+    module = tiny.FAMILIES[family].image
+    ours = with_lora(model, write_path(file_of(model, [module])), strength=0.6, mask=drawn(0, 18))
+    positive, negative = conds(family)
+    reference = tiny.latent(family, 12, 8)["samples"] + 0.3
+    positive[0][1]["reference_latents"] = [reference]
+    ours = pack("conceptsplit_core.hosts.comfy.patch").with_masks(ours, {"bert": drawn(0, 0)})
+    ours, _ = with_loda(ours, loda_steps=0, afg=False)
+    with outputs(model, [module]) as stock:
+        sample(model, positive, negative, tiny.latent(family, *SIZE), steps=1, cfg=1.0)
+    with outputs(model, [module]) as got:
+        sample(ours, positive, negative, tiny.latent(family, *SIZE), steps=1, cfg=1.0)
+    base, new = stock[module][0][1], got[module][0][1]
+    moved = (base != new).any(dim=-1)[0]
+    assert base.shape[1] == 9 * 5 + 6 * 4 and moved[: 9 * 5].all() and not moved[9 * 5 :].any()
+
+
+def test_a_gradient_that_needs_too_much_memory_is_left_out(models, caplog):
+    model = models("sd3")
+    ours, maps = with_loda(model, loda_steps=2, afg=False)
+
+    def full(module: Any, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("as a card says it")
+
+    handle = model.model.diffusion_model.get_submodule(tiny.FAMILIES["sd3"].text).register_forward_hook(full)
+    try:
+        out = sample(ours, *conds("sd3"), tiny.latent("sd3", *SIZE), steps=4)
+    finally:
+        handle.remove()
+    assert out.isfinite().all() and maps.trace.backwards == 0
+    assert "LODA's gradient needs more memory than is free: the picture is drawn without it" in caplog.text
+
+
+def test_training_on_a_transformer_is_refused_before_it_starts(models):
+    with pytest.raises(
+        Exception, match="Value adapters can be trained on SD1.5, SD2.x and SDXL, not on Flux: train a LoRA"
+    ):
+        run(
+            "ConceptSplitTrain",
+            model=models("flux"),
+            clip=encoders.build("flux"),
+            vae=run("ConceptSplitDemoCheckpoint")[2],
+            images=torch.rand(1, 64, 64, 3),
+            concept_name="rex",
+            class_word="dog",
+            file_name="rex_on_flux",
+        )
