@@ -19,6 +19,7 @@ from torch import Tensor
 from ...adapters.factors import Factor, Whole
 from ...adapters.lora import LoraAdapter, LoraReport, loha_factor, lokr_factor, lora_adapter, lora_factor, trained_words
 from ...errors import ConceptSplitError
+from ...files import refuse_others
 from ...method.tova import Pair
 from ...network.site import NetworkMap
 from ...text.concepts import Concept, word_name
@@ -51,6 +52,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with torch.inference_mode(False):
             state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:  # the reader raises anything on a damaged file
+        refuse_others(path.read_bytes()[:256] if path.is_file() else b"", path.name)
         reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
         raise ConceptSplitError(
             f"{path.name} cannot be read ({reason}): it is damaged or no safetensors file; download it again."

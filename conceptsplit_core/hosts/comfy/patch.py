@@ -141,6 +141,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     # Regional texts that another pack has taken in are no conditionings of this run.
     taken_in = set().union(*(one.concepts() for one in encoders)) if _patches_texts(guider, options) else set()
     _warn_of_idle(patch, mentioned | taken_in)
+    _warn_of_negatives({one.concept for cond in guider.conds.get("negative", ()) for one in bindings[id(cond)]})
     silent = not patch.loda and not patch.masks and all(loaded.strength == 0.0 for loaded in patch.adapters)
     if silent or not (mentioned or any(loaded.name in taken_in for loaded in patch.adapters)):
         return executor(*args, **kwargs)
@@ -225,6 +226,15 @@ def _warn_of_idle(patch: Patch, mentioned: set[str]) -> None:
             "[ConceptSplit] No prompt of this run mentions %s: its region has no effect. Concept Region takes the "
             "concept's name or the marked word as the prompt writes it.",
             " or ".join(unplaced),
+        )
+
+
+def _warn_of_negatives(named: set[str]) -> None:
+    if named:
+        log.warning(
+            "[ConceptSplit] The negative prompt names %s: the picture is pushed away from its look. If that is not "
+            "meant, write another word there, or encode the negative prompt with the checkpoint's own CLIP.",
+            " and ".join(f"<{name}>" for name in sorted(named)),
         )
 
 
