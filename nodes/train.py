@@ -166,8 +166,10 @@ class _Progress:
         count = len(self.losses)
         if not count:
             return "Nothing was left to train."
-        early, late = (sum(part) / len(part) for part in (self.losses[:20], self.losses[-20:]))
-        return f"{count} steps of {self.seconds / count:.2g} s each; loss {early:.4f} at first, {late:.4f} at last."
+        quarter = max(count // 4, 1)  # single steps differ too much to compare
+        early, late = (sum(part) / quarter for part in (self.losses[:quarter], self.losses[-quarter:]))
+        pace = f"{count} steps of {self.seconds / count:.2g} s each"
+        return f"{pace}; loss {early:.4f} in the first quarter, {late:.4f} in the last."
 
     def _left(self, steps: int) -> str:
         seconds = steps * self.seconds / len(self.losses)

@@ -576,7 +576,7 @@ def test_killed_while_writing(tmp_path, kind, rounds):
 
 def training_prompt(name: str, steps: int, **more: Any) -> dict[str, Any]:
     """The training workflow, small, without the pictures after it."""
-    prompt = json.loads((REPO / "tests" / "workflows_api" / "conceptsplit_train.json").read_text())
+    prompt = json.loads((REPO / "tests" / "workflows_api" / "Train a concept.json").read_text())
     (key,) = [key for key, node in prompt.items() if node["class_type"] == "ConceptSplitTrain"]
     basic = {"seed": more.pop("seed")} if "seed" in more else {}
     prompt[key]["inputs"] |= {"file_name": name, "steps": steps, "batch_size": 1, "options": ["options", 0], **basic}
@@ -587,8 +587,10 @@ def training_prompt(name: str, steps: int, **more: Any) -> dict[str, Any]:
 
 def loading_prompt(name: str, seed: int) -> dict[str, Any]:
     """Loads a file and draws one picture with it."""
-    prompt = json.loads((REPO / "tests" / "workflows_api" / "conceptsplit_train.json").read_text())
-    prompt["6"] = {
+    prompt = json.loads((REPO / "tests" / "workflows_api" / "Train a concept.json").read_text())
+    kinds = {node["class_type"]: key for key, node in prompt.items() if node["class_type"] != "SaveImage"}
+    (saved,) = (key for key, node in prompt.items() if node["inputs"].get("images") == [kinds["VAEDecode"], 0])
+    prompt[kinds["ConceptSplitApply"]] = {
         "class_type": "ConceptSplitLoader",
         "inputs": {
             "model": ["1", 0],
@@ -598,9 +600,10 @@ def loading_prompt(name: str, seed: int) -> dict[str, Any]:
             "strength": 1.0,
         },
     }
-    prompt["9"]["inputs"]["batch_size"] = 1
-    prompt["10"]["inputs"] |= {"seed": seed, "steps": 4}
-    return {key: prompt[key] for key in ("1", "6", "7", "8", "9", "10", "11", "12")}
+    prompt[kinds["EmptyLatentImage"]]["inputs"]["batch_size"] = 1
+    prompt[kinds["KSampler"]]["inputs"] |= {"seed": seed, "steps": 4}
+    left = ("ConceptSplitDemoImages", "ConceptSplitTrain", "PreviewImage")
+    return {key: node for key, node in prompt.items() if key == saved or node["class_type"] not in (*left, "SaveImage")}
 
 
 def picture(program: Program, entry: dict[str, Any]) -> bytes:
@@ -611,7 +614,7 @@ def picture(program: Program, entry: dict[str, Any]) -> bytes:
     from PIL import Image
 
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
-    (image,) = [image for out in entry["outputs"].values() for image in out["images"]]
+    (image,) = [image for out in entry["outputs"].values() for image in out.get("images", ())]
     query = f"filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
     return np.asarray(Image.open(io.BytesIO(program.get(f"/view?{query}")))).tobytes()
 

@@ -21,6 +21,8 @@ from .conftest import HOST, REPO
 
 WORKFLOWS = sorted((REPO / "tests" / "workflows_api").glob("*.json"))
 SAVED = sorted((REPO / "tests" / "fixtures" / "workflows").glob("*/api/every_node.json"))
+OWN_FILES = [path for path in WORKFLOWS if "CheckpointLoaderSimple" in path.read_text()]
+RUNNABLE = [path for path in WORKFLOWS if path not in OWN_FILES]
 BOOT_SECONDS, RUN_SECONDS = 180, 600
 
 
@@ -150,7 +152,20 @@ def test_there_are_workflows():
     assert {path.stem for path in WORKFLOWS} == {path.stem for path in (REPO / "workflows").glob("*.json")} != set()
 
 
-@pytest.mark.parametrize("path", [*WORKFLOWS, *SAVED], ids=lambda path: path.stem)
+def test_templates_for_a_users_own_files_are_graphs_that_the_host_accepts_once_these_are_there(program):
+    """Such a template is refused for its files alone."""
+    for path in OWN_FILES:
+        with pytest.raises(AssertionError, match="prompt_outputs_failed_validation") as refused:
+            program.post("/prompt", {"prompt": json.loads(path.read_text())})
+        answer = json.loads(str(refused.value).partition(": ")[2])
+        faults = [one for node in answer["node_errors"].values() for one in node["errors"]]
+        assert {one["type"] for one in faults} == {"value_not_in_list"}
+        names = [one["extra_info"]["received_value"] for one in faults]
+        assert names[1:] == [f"your_{nth}_lora.safetensors" for nth in ("first", "second", "third")][: len(names) - 1]
+        assert len(names) > 2 and names[0] in ("v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors")
+
+
+@pytest.mark.parametrize("path", [*RUNNABLE, *SAVED], ids=lambda path: path.stem)
 def test_workflow(program, path):
     prompt = json.loads(path.read_text())
     entry = program.run(prompt)
@@ -169,7 +184,7 @@ def test_workflow(program, path):
 
 def test_stop_button(program):
     """POST /interrupt while training: the prompt ends, and the next one runs."""
-    train = json.loads((REPO / "tests" / "workflows_api" / "conceptsplit_train.json").read_text())
+    train = json.loads((REPO / "tests" / "workflows_api" / "Train a concept.json").read_text())
     (node,) = [node for node in train.values() if node["class_type"] == "ConceptSplitTrain"]
     node["inputs"] |= {"steps": 100000, "file_name": "stopped"}
     queued = program.post("/prompt", {"prompt": train})
