@@ -1,11 +1,11 @@
 """Writes workflows/*.json and tests/workflows_api/*.json: each template once as the page saves it, once as the page
 queues it, from one description.
 
-    python -m tools.write_templates http://127.0.0.1:8188
+    python -m tools.write_templates http://127.0.0.1:8188 http://127.0.0.1:8189
 
-A running ComfyUI with the pack says which inputs its nodes have and in which order; take the oldest one that is
-supported. File names are the titles that the page's list of templates shows. Pictures of the same name beside them are
-made by hand from a run.
+Running ComfyUIs with the pack say which inputs their nodes have and in which order: first the oldest one that is
+supported, then a newer one for nodes that the first lacks. File names are the titles that the page's list of
+templates shows. Pictures of the same name beside them are made by hand from a run.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ HEIGHTS = {
     "ConceptSplitTrain": (560, 700),
     "CLIPTextEncode": (110, 150),
     "EmptyLatentImage": (110, 150),
+    "EmptySD3LatentImage": (110, 150),
+    "EmptyFlux2LatentImage": (110, 150),
+    "UNETLoader": (90, 120),
+    "CLIPLoader": (110, 150),
+    "DualCLIPLoader": (130, 190),
+    "VAELoader": (60, 90),
+    "ModelSamplingAuraFlow": (60, 90),
+    "ConditioningZeroOut": (30, 50),
     "ConceptSplitKSampler": (570, 640),
     "KSampler": (270, 340),
     "ConceptSplitPreview": (60, 110),
@@ -51,11 +59,48 @@ HEIGHTS = {
 }
 COLORS = {"Prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), "Read me": ("#432", "#653")}
 SAMPLERS = {"sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+HUB = "https://huggingface.co/"
+# File to (address, folder of models), as the host's own templates name them.
 DOWNLOADS = {
-    "v1-5-pruned-emaonly-fp16.safetensors": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/"
-    "main/v1-5-pruned-emaonly-fp16.safetensors",
-    "sd_xl_base_1.0.safetensors": "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/"
-    "sd_xl_base_1.0.safetensors",
+    "v1-5-pruned-emaonly-fp16.safetensors": (
+        "Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+        "checkpoints",
+    ),
+    "sd_xl_base_1.0.safetensors": (
+        "stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
+        "checkpoints",
+    ),
+    **{
+        name: (f"{repository}/resolve/main/{path}{folder}/{name}", folder)
+        for repository, path, folder, name in (
+            ("Comfy-Org/z_image_turbo", "split_files/", "diffusion_models", "z_image_turbo_bf16.safetensors"),
+            ("Comfy-Org/z_image_turbo", "split_files/", "text_encoders", "qwen_3_4b.safetensors"),
+            ("Comfy-Org/z_image_turbo", "split_files/", "vae", "ae.safetensors"),
+            ("Comfy-Org/flux2-klein", "split_files/", "diffusion_models", "flux-2-klein-4b.safetensors"),
+            ("Comfy-Org/flux2-dev", "split_files/", "vae", "flux2-vae.safetensors"),
+            ("Comfy-Org/Qwen-Image_ComfyUI", "split_files/", "diffusion_models", "qwen_image_fp8_e4m3fn.safetensors"),
+            (
+                "Comfy-Org/Qwen-Image_ComfyUI",
+                "split_files/",
+                "text_encoders",
+                "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+            ),
+            ("Comfy-Org/Qwen-Image_ComfyUI", "split_files/", "vae", "qwen_image_vae.safetensors"),
+            ("Comfy-Org/Krea-2", "", "diffusion_models", "krea2_turbo_fp8_scaled.safetensors"),
+            ("Comfy-Org/Krea-2", "", "text_encoders", "qwen3vl_4b_fp8_scaled.safetensors"),
+            ("circlestone-labs/Anima", "split_files/", "diffusion_models", "anima-base-v1.0.safetensors"),
+            ("circlestone-labs/Anima", "split_files/", "text_encoders", "qwen_3_06b_base.safetensors"),
+        )
+    },
+    "flux1-dev.safetensors": ("Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors", "diffusion_models"),
+    "clip_l.safetensors": (
+        "comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors",
+        "text_encoders",
+    ),
+    "t5xxl_fp16.safetensors": (
+        "comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
+        "text_encoders",
+    ),
 }
 
 
@@ -214,7 +259,9 @@ def _saved(node: Node, number: int, box: tuple[int, int, int, int], info: dict[s
             if len(one) > 1 and one[1].get("control_after_generate"):
                 saved["widgets_values"].append("fixed")
             if plain in DOWNLOADS:
-                saved["properties"]["models"] = [{"name": plain, "url": DOWNLOADS[plain], "directory": "checkpoints"}]
+                address, folder = DOWNLOADS[plain]
+                models = saved["properties"].setdefault("models", [])
+                models.append({"name": plain, "url": HUB + address, "directory": folder})
             if not isinstance(value, Output):
                 continue
             socket["widget"] = {"name": name}
@@ -641,8 +688,104 @@ def own_checkpoint(family: str, checkpoint: str, width: int, height: int, cfg: f
     return t
 
 
+def own_transformer(
+    name: str,
+    model: str,
+    encoder: dict[str, str],
+    vae: str,
+    latent: str = "EmptySD3LatentImage",
+    shift: float | None = None,
+    size: tuple[int, int] = (1216, 832),
+    negative: str = "",
+    **numbers: Any,
+) -> Template:
+    """Two LoRAs on a transformer, with the loaders and numbers of the host's own template for it.
+
+    encoder: inputs of CLIPLoader, or of DualCLIPLoader.  shift: of ModelSamplingAuraFlow; None where the host has none.
+    """
+    t = Template(f"Two LoRAs on {name}")
+    loaded = t.add("UNETLoader", 0, unet_name=model, weight_dtype="default")
+    clip = t.add("DualCLIPLoader" if "clip_name1" in encoder else "CLIPLoader", 0, **encoder)
+    decoder = t.add("VAELoader", 0, vae_name=vae)
+    t.note(
+        f"Choose your two LoRA files for {name}, and write for each its `concept_name`, here `<anna>` and `<ben>`, and "
+        "the `words` it was trained on.\n\nThe first steps are drawn as a plan, without LoRAs; attention then shows "
+        "where each person is, and the picture is drawn anew, each LoRA in its own part. LODA's updates are off "
+        "(`loda_steps` -1): through a transformer they cost several steps each and much memory.\n\nTwo people of one "
+        "kind are told apart best with masks: connect one to each loader's `mask`.",
+        330,
+    )
+    first = t.add(
+        "ConceptSplitLoraLoader", 1, "First person: <anna>",
+        model=loaded[0], clip=clip[0], lora="your_first_lora.safetensors", concept_name="anna", words="ohwx woman",
+    )  # fmt: skip
+    second = t.add(
+        "ConceptSplitLoraLoader", 1, "Second person: <ben>",
+        model=first[0], clip=first[1], lora="your_second_lora.safetensors", concept_name="ben", words="sks man",
+    )  # fmt: skip
+    text = "a photo of <anna> and <ben> sitting in a cafe, window light"
+    prompt = t.add("CLIPTextEncode", 2, "Prompt", text=text, clip=second[1])
+    if numbers["cfg"] == 1.0:
+        other = t.add("ConditioningZeroOut", 2, conditioning=prompt[0])
+    else:
+        other = t.add("CLIPTextEncode", 2, "Negative prompt", 70, text=negative, clip=second[1])
+    empty = t.add(latent, 2, width=size[0], height=size[1], batch_size=1)
+    settings = [prompt, other, empty]
+    sampled = second
+    if shift is not None:
+        sampled = t.add("ModelSamplingAuraFlow", 2, model=second[0], shift=shift)
+        settings.append(sampled)
+    sampler = _sampled("ConceptSplitKSampler", t, sampled[0], (prompt, other), empty,
+                       **{"seed": 1, "scheduler": "simple", **numbers})  # fmt: skip
+    decoded = _decoded(t, sampler, decoder[0])
+    maps = t.add("ConceptSplitPreview", 4, attention_maps=sampler[1], images=decoded[0])
+    prefix = "two_people_" + "".join(c for c in name.lower() if c.isalnum())
+    ours = _saved_image(t, decoded, "Both people", prefix, 400)
+    sheet = _shown(t, maps[0], "Where each person is", 400)
+    t.group("1. One LoRA per person", first, second)
+    t.group("2. Prompt and size", *settings)
+    t.group("3. Sample", sampler)
+    t.group("4. Look", decoded, maps, ours, sheet)
+    return t
+
+
+def transformers() -> list[Template]:
+    qwen_vae = "qwen_image_vae.safetensors"
+    t5 = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
+    return [
+        own_transformer(
+            "Z-Image-Turbo", "z_image_turbo_bf16.safetensors",
+            {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}, "ae.safetensors",
+            shift=3.0, steps=8, cfg=1.0, sampler_name="res_multistep",
+        ),
+        own_transformer(
+            "Flux.2 Klein", "flux-2-klein-4b.safetensors",
+            {"clip_name": "qwen_3_4b.safetensors", "type": "flux2"}, "flux2-vae.safetensors",
+            latent="EmptyFlux2LatentImage", steps=4, cfg=1.0,
+        ),
+        own_transformer("Flux.1 dev", "flux1-dev.safetensors", t5, "ae.safetensors", steps=20, cfg=1.0),
+        own_transformer(
+            "Qwen-Image", "qwen_image_fp8_e4m3fn.safetensors",
+            {"clip_name": "qwen_2.5_vl_7b_fp8_scaled.safetensors", "type": "qwen_image"}, qwen_vae,
+            shift=3.1, size=(1664, 928), steps=20, cfg=2.5,
+        ),
+        own_transformer(
+            "Krea 2", "krea2_turbo_fp8_scaled.safetensors",
+            {"clip_name": "qwen3vl_4b_fp8_scaled.safetensors", "type": "krea2"}, qwen_vae,
+            latent="EmptyLatentImage", steps=8, cfg=1.0,
+        ),
+        own_transformer(
+            "Anima", "anima-base-v1.0.safetensors",
+            {"clip_name": "qwen_3_06b_base.safetensors", "type": "stable_diffusion"}, qwen_vae,
+            latent="EmptyLatentImage", steps=30, cfg=4.0,
+            negative="worst quality, low quality, score_1, score_2, score_3, blurry, jpeg artifacts, sepia",
+        ),
+    ]  # fmt: skip
+
+
 def templates() -> list[Template]:
     return [
+        *transformers(),
         two_loras(),
         two_concepts(),
         regions(),
@@ -657,9 +800,11 @@ def templates() -> list[Template]:
     ]
 
 
-def main(address: str) -> None:
-    with urllib.request.urlopen(f"{address.rstrip('/')}/object_info") as answer:
-        info = json.load(answer)
+def main(addresses: Sequence[str]) -> None:
+    info: dict[str, Any] = {}
+    for address in reversed(addresses):
+        with urllib.request.urlopen(f"{address.rstrip('/')}/object_info") as answer:
+            info |= json.load(answer)
     for template in templates():
         for folder, form in (("workflows", as_graph), ("tests/workflows_api", as_prompt)):
             text = json.dumps(form(template, info), indent=1, ensure_ascii=False)
@@ -667,4 +812,4 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

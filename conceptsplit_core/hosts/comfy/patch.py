@@ -193,8 +193,8 @@ def _bindings(cond: Mapping[str, Any]) -> tuple[tuple[Binding, ...], bool]:
     """The bindings of a conditioning, those of texts that were joined to its own included, and whether one of these
     texts could be either of two."""
     carried, text = _carried(cond), cond.get("cross_attn")
-    if carried is None:
-        return (), False
+    if carried is None or (text is not None and not bool(text.any())):
+        return (), False  # no text of ours, or one that a node has blanked (ConditioningZeroOut) and that binds nothing
     if carried.known is None or text is None or text.shape[1] <= carried.rows:
         return carried.bindings, False
     joined, ambiguous = carried.known.joined(text, carried.rows)

@@ -178,11 +178,48 @@ def allows(type_, options, value):
     return number and not isinstance(value, bool) and options.get("min", value) <= value <= options.get("max", value)
 
 
+@pytest.fixture(scope="module")
+def users_files(base):
+    """The files that templates for a user's own models name, empty: listing them is all that is asked."""
+    import folder_paths
+
+    made = []
+    for path, _ in SHIPPED:
+        for node in json.loads(path.read_text())["nodes"]:
+            named = [(one["directory"], one["name"]) for one in node["properties"].get("models", [])]
+            named += [("loras", one) for one in node.get("widgets_values", []) if str(one).startswith("your_")]
+            for folder, name in named:
+                file = base / "models" / folder / name
+                if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.touch()
+                    made.append(file)
+    folder_paths.filename_list_cache.clear()
+    yield
+    for file in made:
+        file.unlink()
+    folder_paths.filename_list_cache.clear()
+
+
 @pytest.fixture(autouse=True)
-def demo_adapters_listed():
+def demo_adapters_listed(users_files):
     import folder_paths
 
     folder_paths.filename_list_cache.pop("value_adapters", None)
+
+
+def skip_what_this_host_lacks(path):
+    """Templates of models that came after the oldest host that we support."""
+    import nodes
+
+    missing = []
+    for node in json.loads(path.read_text())["nodes"]:
+        if node["type"] not in nodes.NODE_CLASS_MAPPINGS and node["type"] not in PAGE_ONLY:
+            missing.append(f"node {node['type']}")
+        elif node["type"] == "CLIPLoader" and node["widgets_values"][1] not in declared("CLIPLoader")["type"][0]:
+            missing.append(f"text encoder {node['widgets_values'][1]}")
+    if missing and path.stem in ("Two LoRAs on Flux.2 Klein", "Two LoRAs on Krea 2"):
+        pytest.skip(f"{path.stem}: this ComfyUI has no {' and no '.join(missing)}")
 
 
 def test_there_are_saved_workflows():
@@ -203,6 +240,7 @@ def test_a_saved_workflow_has_every_node_and_every_input_of_ours():
 @pytest.mark.parametrize("case", SHIPPED + SAVED, ids=name_of)
 def test_workflow_opens(case):
     path, shipped = case
+    skip_what_this_host_lacks(path)
     graph = json.loads(path.read_text())
     assert graph["version"] == UI_VERSION and set(graph) <= UI_FIELDS
     links = {link[0]: link for link in graph["links"]}
@@ -249,7 +287,9 @@ def test_prompt_is_valid(case):
 
     import execution
 
-    path, _ = case
+    path, shipped = case
+    if shipped:
+        skip_what_this_host_lacks(REPO / "workflows" / path.name)
     prompt = json.loads(path.read_text())
     ok, error, _, node_errors = asyncio.run(execution.validate_prompt("check", prompt, None))
     assert ok and not node_errors, (error, node_errors)
@@ -267,6 +307,7 @@ def test_prompt_is_valid(case):
 def test_both_copies_of_a_workflow_say_the_same(case):
     """workflows/ is what people open, tests/workflows_api what the tests run."""
     path, _ = case
+    skip_what_this_host_lacks(path)
     graph = json.loads(path.read_text())
     api = json.loads((REPO / "tests" / "workflows_api" / path.name).read_text())
     nodes = {str(node["id"]): node for node in graph["nodes"] if node["type"] not in PAGE_ONLY}

