@@ -7,7 +7,7 @@ order. Saved graphs hold values by position: a new field goes to the end of its 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -83,6 +83,22 @@ def option(default: Any, label: str, help: str, change: str = "", **rest: Any) -
     return field(default=default, metadata={"option": Option(label, help, change, **rest)})
 
 
+_EXTENDED: dict[type, type] = {}
+
+
+def extends(config: type) -> Callable[[type], type]:
+    """Registers a subclass whose further fields are options of `config` too, in the nodes and in the terminal.
+
+    A field at the end of its class is the usual way; this is for a package that stands beside this one.
+    """
+
+    def register(extended: type) -> type:
+        _EXTENDED[config] = extended
+        return extended
+
+    return register
+
+
 def options(config: Any, advanced: bool | None = None) -> dict[str, Option]:
     """Options that a user may set, by name, in order: all, or the basic or the advanced ones."""
     return {
@@ -93,13 +109,13 @@ def options(config: Any, advanced: bool | None = None) -> dict[str, Option]:
 
 
 def _all_options(config: Any) -> Iterator[tuple[str, Option]]:
-    for each in fields(config):
+    for each in fields(_EXTENDED.get(config, config)):
         yield each.name, each.metadata["option"]
 
 
 def defaults(config: Any) -> dict[str, Any]:
     """Default of every field."""
-    return {each.name: each.default for each in fields(config)}
+    return {each.name: each.default for each in fields(_EXTENDED.get(config, config))}
 
 
 def shown(value: Any) -> str:
@@ -121,7 +137,7 @@ def from_values(config: type[Config], values: Mapping[str, Any], base: Config | 
     given = {name: values[name] for name in options(config) if name in values}
     # A list of choices reaches us as text, whatever its values are.
     given = {name: type(default)(given[name]) for name, default in defaults(config).items() if name in given}
-    return config(**given) if base is None else replace(base, **given)
+    return _EXTENDED.get(config, config)(**given) if base is None else replace(base, **given)
 
 
 def _check(config: Any, what: str) -> None:

@@ -156,8 +156,8 @@ def subject_masks(model: host.DiffusersModel, images: Tensor, concept: Concept, 
     alpha = float(model.alphas_cumprod[300])
     for draw in range(noises):
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(draw))
-        probe = Probe([site.name for site in both.attention], shares, lambda: None)
-        probe.install(both)
+        probe = Probe([site.name for site in both.attention], both, shares, lambda: None)
+        probe.install()
         try:
             x = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise
             host.call_unet(model, x, 300, cond.context.expand(len(latents), -1, -1))

@@ -48,8 +48,8 @@ class Group:
         return list(range(methods.REPORT_FROM, methods.REPORT_FROM + self.seeds))
 
 
-MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code", "lora_routed",
-        "lora_routed_no_loda")  # fmt: skip
+MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code")
+LORAS = ("lora_merged", "tara", "tova_loda_afg", "lora_routed", "lora_routed_no_loda")
 
 SAYABLE = ("bobo", "pixa", "ozzy")
 """Reported concepts whose look the model draws in four of five pictures when it is described in words, without any
@@ -78,11 +78,15 @@ FULL = (
         ("tova_loda_afg", "tova_loda_afg_longer", "tova_loda_afg_more_updates", "tova_loda_afg_larger",
          "tova_loda_afg_guided"), of=SAYABLE,
     ),
-    Group(
-        "same", "Two concepts of one class", 2, 2, 32,
-        (*MAIN, "lora_routed_by_place", "tova_loda_afg_by_place"), same_class=True,
-    ),
+    Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
     Group("four", "Four concepts", 4, 1, 48, MAIN),
+    Group("loras", "Ordinary LoRAs, two concepts", 2, 4, 64, LORAS),
+    Group(
+        "loras_same", "Ordinary LoRAs, two concepts of one class", 2, 2, 32,
+        (*LORAS, "lora_routed_by_place", "tova_loda_afg_by_place"), same_class=True,
+    ),
+    Group("loras_three", "Ordinary LoRAs, three concepts", 3, 2, 32, (*LORAS, "lora_routed_more_updates")),
+    Group("loras_four", "Ordinary LoRAs, four concepts", 4, 1, 32, (*LORAS, "lora_routed_more_updates")),
     Group(
         "beyond", "Two concepts, beyond the paper", 2, 2, 32,
         ("tova", "tova_loda", "tova_loda_afg", "tova_loda_sign", "tova_loda_raw", "tova_loda_iou",
@@ -106,6 +110,8 @@ PAIRS = (
     ("tova_loda_afg_larger", "tova_loda_afg"), ("tova_loda_afg_guided", "tova_loda_afg"),
     ("lora_routed", "lora_merged"), ("lora_routed", "tara"), ("lora_routed", "tova_loda_afg"),
     ("lora_routed", "lora_routed_no_loda"), ("lora_routed_by_place", "lora_routed"),
+    ("lora_routed_no_loda", "tova_loda_afg"), ("lora_routed_more_updates", "lora_routed"),
+    ("tova_loda_afg_by_place", "tova_loda_afg"),
     ("tova_loda_afg", "lora_merged"), ("tova_loda_afg", "tara"), ("tova_loda_afg", "paper_code"),
     ("paper_mended", "paper_code"), ("tova_best_of_3", "tova"), ("tova_more_steps", "tova"),
     ("tova_loda_afg", "tova_best_of_3"), ("tova_loda_afg", "tova_more_steps"), ("base_loda_afg", "base"),

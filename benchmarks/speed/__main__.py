@@ -1,11 +1,11 @@
 """Measures speed and memory; writes benchmarks/results/speed.json and, from it, docs/tables/speed.md.
 
-    python -m benchmarks.speed                  everything (about half an hour on two cores)
+    python -m benchmarks.speed                  everything (about an hour on two cores)
     python -m benchmarks.speed --only counted   one part anew; the other parts' rows stay as they are
     python -m benchmarks.speed --tables         the page alone, from the rows that are there
 
-Parts: counted (operations and memory from shapes, at real size), timed (on this machine), size (of the shipped demo
-adapters), comfyui (each ComfyUI found).
+Parts: counted (operations and memory from shapes, at real size), loras (ordinary LoRAs, routed against merged, counted
+and timed), timed (on this machine), size (of the shipped demo adapters), comfyui (each ComfyUI found).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 PAGE = ROOT / "docs" / "tables" / "speed.md"
 TITLES = {
     "counted": "Counted: operations and memory at real size, half precision, batch 1",
+    "loras": "Ordinary LoRAs, each on its own concept: counted at real size, timed on reduced models",
     "timed": "Timed on this machine, fp32, through diffusers",
     "size": "Size of an adapter file",
     "comfyui": "Timed in ComfyUI",

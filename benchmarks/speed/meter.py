@@ -127,8 +127,9 @@ class Answers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.nonzero.default:
-            # 1-D: which text rows any concept uses; 2-D: the places of one concept.
-            return torch.empty(self.concepts if args[0].ndim == 1 else 1, args[0].ndim, dtype=torch.int64)
+            # 1-D: which text rows any concept uses, or which guidance branch; 2-D: the places of one concept.
+            several = args[0].ndim == 1 and len(args[0]) > 2
+            return torch.empty(self.concepts if several else 1, args[0].ndim, dtype=torch.int64)
         if func is aten.equal.default:
             return args[0].shape == args[1].shape
         if func is aten._local_scalar_dense.default:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conceptsplit_core.adapters.lora import LoraAdapter, lora_adapter, lora_factor
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers.configs import UNET_CONFIGS, VAE_CONFIG
@@ -138,6 +139,28 @@ def adapter(built: Built, rank: int, index: int = 0) -> LowRankAdapter:
     for layer, up in made.up.items():
         made.up[layer] = torch.randn_like(up) * 0.01
     return made
+
+
+def lora(built: Built, rank: int, index: int = 0) -> LoraAdapter:
+    """Concept `index`'s LoRA in the model's precision with random factors, on what kohya's scripts train by default:
+    every projection of the transformer blocks, before and after them, and their feed-forward layers."""
+    network, dtype = host.network_map(built.model), built.model.dtype
+    ends = ("proj_in", "proj_out")
+    shapes = network.shapes(n for n in network.sites if ".transformer_blocks." in n or n.endswith(ends))
+    factors = {}
+    for name, (d_in, d_out) in shapes.items():
+        up, down = torch.randn(d_out, rank, dtype=dtype) * 0.01, torch.randn(rank, d_in, dtype=dtype)
+        convolution = isinstance(network.module(name), torch.nn.Conv2d)
+        factors[name] = lora_factor(up, down, None, None, convolution)
+    return lora_adapter(concept_name(index), "dog", factors, network)[0]
+
+
+def lora_bytes(adapter: LoraAdapter) -> int:
+    """Bytes of all factors of a LoRA that `lora` made."""
+    sides = [
+        factor[:2] if isinstance(factor, tuple) else (factor.down, factor.up) for factor in adapter.factors.values()
+    ]
+    return sum(side.numel() * side.element_size() for pair in sides for side in pair)
 
 
 def train_batch(built: Built) -> TrainBatch:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from conceptsplit_core.adapters.lora import LoraAdapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.settings import LodaConfig
@@ -34,7 +35,7 @@ def picture(
     built: Built,
     steps: int,
     loda: LodaConfig | None = None,
-    adapters: Sequence[LowRankAdapter] = (),
+    adapters: Sequence[LowRankAdapter | LoraAdapter] = (),
     concepts: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> host.SampleResult:

@@ -251,7 +251,7 @@ def _pairs(tensors: Mapping[str, Tensor], kind: str, name: str) -> tuple[dict[st
             raise ConceptSplitError(
                 f"{name} contains {key[:100]!r}, which is not a value projection (attn2.to_v) of a UNet: it is "
                 + (
-                    "a LoRA; load it with LoRA Concept Loader."
+                    "a LoRA; load it with LoRA Concept Loader (terminal: --lora)."
                     if lora
                     else "another kind of file; load it with the node made for it."
                 )

@@ -19,7 +19,7 @@ from ..adapters.file import load_adapter
 from ..adapters.lora import trained_words
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
-from ..files import read_header
+from ..files import MAX_TAGS_BYTES, read_header
 from ..settings import LoaderConfig, LodaConfig, from_values, seeds
 from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
@@ -76,7 +76,7 @@ def lora_concept(path: Path, name: str, words: str) -> Concept:
         ConceptSplitError: no such file, no safetensors file, or nobody says which words it was trained on.
     """
     try:
-        header = read_header(path.read_bytes(), path.name)
+        header = read_header(path.read_bytes(), path.name, MAX_TAGS_BYTES)
     except OSError as error:
         raise ConceptSplitError(f"Cannot read {path}: {error.strerror or error}.") from None
     metadata = header.get("__metadata__")

@@ -52,6 +52,47 @@ def _bound_attention(
     return (kept @ weights).transpose(1, 2)
 
 
+def member_attention(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """The same maps where text and picture are attended to together, without a matrix of all pixels and keys: the
+    values that fused attention averages are the rows' membership, so that its output is the attention they get.
+
+    Args:
+        q: [B, H, Lq, d];  k: [B, H, L, d], as the attention gets them;  mask: [B, L', n] of the first L' ≤ L keys.
+
+    Returns:
+        [B, n, Lq] in at least fp32, for n ≤ d.
+    """
+    member = (mask != 0).to(q.dtype)
+    values = F.pad(member, (0, q.shape[-1] - mask.shape[-1], 0, k.shape[2] - mask.shape[1]))
+    out = F.scaled_dot_product_attention(q, k, values.unsqueeze(1).expand(-1, q.shape[1], -1, -1))
+    kept = out[..., : mask.shape[-1]].to(torch.promote_types(q.dtype, torch.float32)).mean(dim=1)
+    return kept.transpose(1, 2) / member.sum(dim=1).clamp(min=1.0).unsqueeze(-1)
+
+
+def with_logits(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, first: int, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values whose plain attention has logits added where pixels meet the rows of concepts.
+
+    A bias b_i(p) on the rows of concept i has rank n: it is n more dimensions of every head, so that no [Lq, L] matrix
+    exists and kernels without a mask can serve. The caller cuts the outputs back to d.
+
+    Args:
+        q, k, v: [B, H, ·, d].
+        logits: [B, n, p] for the queries first … first + p.
+        mask: [B, L', n] of the first L' keys.
+    """
+    d, n = q.shape[-1], mask.shape[-1]
+    more = -(-n // 8) * 8  # kernels want widths that 8 divides
+    # Plain attention divides by √(d + more), and must divide what it was given by √d and the bias by nothing.
+    q = F.pad(q * ((d + more) / d) ** 0.5, (0, more))
+    k, v = F.pad(k, (0, more)), F.pad(v, (0, more))
+    added = logits.transpose(1, 2).to(q) * (d + more) ** 0.5
+    q[:, :, first : first + logits.shape[-1], d : d + n] = added.unsqueeze(1)
+    k[:, :, : mask.shape[1], d : d + n] = (mask != 0).to(k).unsqueeze(1)
+    return q, k, v
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:

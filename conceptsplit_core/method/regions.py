@@ -64,10 +64,14 @@ def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: f
     Returns:
         [B, h·w, L] in fp32; rows of no concept get exactly 0.
     """
+    return on_rows(region_logits(region, size, positive, negative), mask)
+
+
+def region_logits(region: Tensor, size: tuple[int, int], positive: float, negative: float) -> Tensor:
+    """The same per concept and pixel, [B, n, h·w] in fp32."""
     fitted = resize_regions(region, size).flatten(2)  # [B, n, hw]
     has = region.flatten(2).any(dim=-1, keepdim=True) & fitted.any(dim=-1, keepdim=True)
-    per_concept = torch.where(fitted, positive, negative) * has  # [B, n, hw]
-    return _on_rows(per_concept.float(), mask)
+    return (torch.where(fitted, positive, negative) * has).float()
 
 
 def suppression_bias(maps: Tensor, mask: Tensor, keep: float = 0.0) -> Tensor:
@@ -82,8 +86,13 @@ def suppression_bias(maps: Tensor, mask: Tensor, keep: float = 0.0) -> Tensor:
     Returns:
         [B, h·w, L] in fp32: ln(keep), at least ln(10⁻⁹), on the rows of the weaker concepts, else 0.
     """
+    return on_rows(suppression_logits(maps, keep), mask)
+
+
+def suppression_logits(maps: Tensor, keep: float = 0.0) -> Tensor:
+    """The same per concept and pixel, [B, n, h·w] in fp32."""
     weaker = (maps < maps.amax(dim=1, keepdim=True)).flatten(2)
-    return _on_rows(weaker.float() * math.log(max(keep, 1e-9)), mask)
+    return weaker.float() * math.log(max(keep, 1e-9))
 
 
 def resize_areas(areas: Tensor, size: tuple[int, int]) -> Tensor:
@@ -95,6 +104,6 @@ def resize_areas(areas: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(areas, size)
 
 
-def _on_rows(per_concept: Tensor, mask: Tensor) -> Tensor:
+def on_rows(per_concept: Tensor, mask: Tensor) -> Tensor:
     """A number per concept and pixel [B, n, hw] on the concept's rows: [B, hw, L]."""
     return torch.einsum("bnp,bln->bpl", per_concept, (mask != 0).to(per_concept))

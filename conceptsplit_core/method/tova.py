@@ -102,14 +102,19 @@ def low_rank_sum(x: Tensor, pairs: Sequence[Pair], *, factor: Tensor) -> Tensor:
     return (inner * factor.to(dtype)).masked_fill(factor == 0, 0.0) @ up.t()
 
 
-def add_at(out: Tensor, places: Tensor, added: Tensor) -> Tensor:
+def add_at(out: Tensor, places: Tensor, added: Tensor, in_place: bool = False) -> Tensor:
     """`out` with `added` at `places`, as a new tensor: autograd needs the old one, and another pack may hold it.
 
     Args:
         out: [B, T, d] or, for a convolution, [B, d, h, w].
         places: tokens batch row · T + token [p] where `added` is [p, d]; batch rows [b] where `added` is [b, ...].
+        in_place: write into `out` and return it. Right for the output of a Linear, which saves its input alone.
     """
     # index_add, because on a CPU index_put does the same forty times slower.
+    added = added.to(out.dtype)
+    if in_place:
+        (out if added.ndim == out.ndim else out.view(-1, out.shape[-1])).index_add_(0, places, added)
+        return out
     if added.ndim == out.ndim:
-        return out.index_add(0, places, added.to(out.dtype))
-    return out.flatten(0, 1).index_add(0, places, added.to(out.dtype)).unflatten(0, out.shape[:2])
+        return out.index_add(0, places, added)
+    return out.flatten(0, 1).index_add(0, places, added).unflatten(0, out.shape[:2])

@@ -57,12 +57,16 @@ class PassPlan:
     groups: the adapters that act.
     rows: the row mask of a text [B, L, d] as a layer reads it; None where it cannot be told.
     pixels: the mask of the pixels of a layer's output [B, T, d] or [B, d, h, w]; None where nobody acts.
+    joint: the same for an output that holds text and pixels, by where the adapters act.
+    in_place: whether layers' outputs are written into: those of a transformer are too large to copy for a few rows.
     kept: changes of earlier passes of the same run; None works each out anew, as training must.
     """
 
     groups: tuple[Group, ...] = ()
     rows: Callable[[Tensor], TokenMask | None] = lambda text: None
     pixels: Callable[[Tensor], TokenMask | None] = lambda out: None
+    joint: Callable[[Tensor, Scope], TokenMask | None] = lambda out, scope: None
+    in_place: bool = False
     kept: KeptChanges | None = None
     _text: tuple[Tensor, Tensor, KeptText] | None = None
 
@@ -72,6 +76,8 @@ class PassPlan:
             return everything(out, self.channels)
         if site.reads == "text":
             return self.rows(x)
+        if site.reads == "joint":
+            return self.joint(out, scope)
         return self.pixels(out) if site.reads == "image" and scope == "region" else None
 
     @property
@@ -187,12 +193,17 @@ class Hooks:
             plan = self.plan
             if plan is None or not plan.groups:
                 return None
-            new = output
+            x, out = inputs[0], output
+            if site.columns is not None:
+                out = out.narrow(-1, *site.columns)
+            if out.ndim > 4:  # pictures as [B, frames, h, w, d]
+                x, out = x.flatten(1, -2), out.view(out.shape[0], -1, out.shape[-1])
+            new = out
             for index in indices:
-                found = plan.change(plan.groups[index], site, layer, inputs[0], output)
+                found = plan.change(plan.groups[index], site, layer, x, out)
                 if found is not None:
-                    new = add_at(new, *found)
-            return new if new is not output else None
+                    new = add_at(new, *found, in_place=plan.in_place)
+            return new if new is not out else None
 
         return hook
 

@@ -20,27 +20,28 @@ class Probe:
     found: maps by layer, as far as the pass has come.
     """
 
-    def __init__(self, layers: Iterable[str], read: ReadMaps, finished: Callable[[], None]):
+    def __init__(self, layers: Iterable[str], network: NetworkMap, read: ReadMaps, finished: Callable[[], None]):
         """
         Args:
-            layers: names of attention sites.
+            layers: names of attention sites of `network`.
             read: makes maps of what a layer attends with.
             finished: called from within the pass as soon as every layer has been read; may raise to leave it.
         """
         self.layers = frozenset(layers)
+        self.network = network
         self.read = read
         self.finished = finished
         self.found: dict[str, Tensor] = {}
         self._halves: dict[str, tuple[str, Tensor, Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def install(self, network: NetworkMap) -> None:
-        for site in network.attention:
+    def install(self) -> None:
+        for site in self.network.attention:
             if site.name in self.layers:
-                layer = network.module(site.name)
+                layer = self.network.module(site.name)
                 for side, name in (("q", site.q), ("k", site.k)):
                     hook = self._hook(site, layer, side)
-                    self._handles.append(network.module(name).register_forward_hook(hook))
+                    self._handles.append(self.network.module(name).register_forward_hook(hook))
 
     def _hook(self, site: AttentionSite, layer: nn.Module, side: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

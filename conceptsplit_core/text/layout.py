@@ -8,7 +8,7 @@ all that differs between encoders: templates, spaces and padding need no descrip
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConceptSplitError
 
@@ -55,11 +55,13 @@ class TextLayout:
     groups: parts whose rows stand one behind the other; the parts of one group share their rows (their features are
         concatenated, as SDXL's two CLIPs), so a concept must stand at the same positions in all of them.
     cropped: the encoder cuts its template's beginning off, so that the context is shorter than the ids.
+    remade: the model itself makes the rows, one for each of these ids, of what the encoder gives.
     """
 
     name: str
     groups: tuple[tuple[str, ...], ...]
     cropped: bool = False
+    remade: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -69,7 +71,7 @@ class TextLayout:
     def without(self, missing: Collection[str]) -> TextLayout:
         """The layout of an encoder some of whose text models are not loaded (SD3 without T5)."""
         kept = (tuple(part for part in group if part not in missing) for group in self.groups)
-        return TextLayout(self.name, tuple(group for group in kept if group), self.cropped)
+        return replace(self, groups=tuple(group for group in kept if group))
 
     def length(self, lengths: Mapping[str, int]) -> int:
         """Rows before cropping, for parts of these lengths; of a group the shortest counts, as the encoders cut."""
@@ -86,6 +88,8 @@ class TextLayout:
         Raises:
             ConceptSplitError: the numbers do not belong together, so that no position is sure.
         """
+        if self.remade:
+            return tuple(positions)
         crop = tokens - rows
         if crop != 0 and not (self.cropped and 0 < crop <= min(positions, default=crop)):
             raise ConceptSplitError(
@@ -108,11 +112,11 @@ _LAYOUTS = {
     "Krea2Tokenizer": TextLayout("Krea 2", (("qwen3vl_4b",),), cropped=True),
     "MageFlowTokenizer": TextLayout("Mage-Flow", (("qwen3vl_4b",),), cropped=True),
     "JoyImageTokenizer": TextLayout("JoyImage", (("qwen3vl_8b",),), cropped=True),
+    "AnimaTokenizer": TextLayout("Anima", (("t5xxl",),), remade=True),
     "OvisTokenizer": TextLayout("Ovis", (("qwen3_2b",),), cropped=True),
 }
 # Their context is made inside the model, of other ids than the encoder's rows, or cut at both ends.
 _UNSUPPORTED = {
-    "AnimaTokenizer": "Anima",
     "HiDreamTokenizer": "HiDream",
     "HunyuanVideoTokenizer": "HunyuanVideo",
     "LongCatImageTokenizer": "LongCat-Image",

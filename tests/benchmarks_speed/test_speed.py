@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.speed import __main__ as program
 from benchmarks.speed import counted, models, programs
+from benchmarks.speed import loras as lora_rows
 from benchmarks.speed import size as sizes
 from benchmarks.speed.meter import fake, in_turn, measured
 from benchmarks.speed.rows import Row, read_rows, table, write_json
@@ -97,6 +98,33 @@ def test_a_default_step_makes_three_updates(small):
         for config in (LodaConfig(loda_iterations=1), LodaConfig(loda_iterations=2), LodaConfig())
     )
     assert default - one == 2 * (two - one) > 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_picture_with_routed_loras_added_up_from_its_steps_is_that_picture(small, monkeypatch, count):
+    """Without LODA: a plan of 3 of 10 steps, where there is more than one LoRA."""
+    monkeypatch.setattr(lora_rows, "STEPS", 10)
+    loras = [models.lora(small, 4, i) for i in range(count)]
+    whole = programs.step_costs(small, 10, LodaConfig(loda_steps=0), adapters=loras)
+    assert len(whole) == (10 if count == 1 else 13)
+    flops, step = lora_rows.pictures(small, loras, False)
+    assert list(flops.values()) == [sum(step.flops for step in whole)]
+    assert step.flops == whole[-5].flops
+
+
+def test_loda_in_the_plan_of_loras_is_added_up_too(small, monkeypatch):
+    monkeypatch.setattr(lora_rows, "STEPS", 10)
+    loras = [models.lora(small, 4, i) for i in range(2)]
+    whole = programs.step_costs(small, 10, LodaConfig(), adapters=loras)
+    assert lora_rows.pictures(small, loras, True)[0]["2 LoRAs, LODA in the plan"] == sum(step.flops for step in whole)
+
+
+def test_a_lora_changes_every_projection_of_the_transformers(small):
+    lora = models.lora(small, 4)
+    layers = [(n, m) for n, m in small.model.unet.named_modules() if ".attentions." in n and hasattr(m, "weight")]
+    wanted = {n: m.weight.shape[:2] for n, m in layers if m.weight.ndim > 1}
+    assert set(lora.factors) == set(wanted)
+    assert models.lora_bytes(lora) == 4 * 4 * sum(sum(shape) for shape in wanted.values())
 
 
 def test_the_peer_draws_the_same_picture_and_moves_the_latent(small):

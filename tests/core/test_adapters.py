@@ -491,10 +491,12 @@ def test_peft_facts_that_cannot_be_read(tmp_path, text):
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",),
     ],
 )
-def test_a_lora_file_names_the_loader_that_takes_it(names):
+def test_case_24_a_lora_file_names_the_loader_that_takes_it(names):
     layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {name.format(layer): torch.ones(2, 2) for name in names}
-    with pytest.raises(ConceptSplitError, match=r"it is a LoRA; load it with LoRA Concept Loader\.") as error:
+    with pytest.raises(
+        ConceptSplitError, match=r"it is a LoRA; load it with LoRA Concept Loader \(terminal: --lora\)\."
+    ) as error:
         parse_adapter(save(tensors, metadata={"ss_network_dim": "2"}), "style.safetensors")
     one_sentence(error)
     assert str(error.value).startswith("style.safetensors contains ")
@@ -545,5 +547,29 @@ def test_the_norm_that_inspect_prints_has_the_scale_in_it(tmp_path, capsys):
 def test_a_header_larger_than_any_adapters_is_not_parsed():
     """JSON takes up to forty times its length in memory."""
     raw = b'{"x":[' + b"[[[[]]]]," * 200_000 + b"[]]}"
-    with pytest.raises(ConceptSplitError, match="its header claims"):
+    with pytest.raises(
+        ConceptSplitError, match=r"has a header of 1\.7 MiB, more than .*\(1 MiB\): if it is a LoRA"
+    ) as error:
         parse_adapter(struct.pack("<Q", len(raw)) + raw)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"<!doctype HTML>\n<html>" + b"x" * 500, "a web page: the site has asked for a login"),
+        (b"\x80\x04\x95" + b"x" * 500, "a pickle"),
+        (b"GGUF\x03\x00\x00\x00" + b"x" * 500, "a GGUF file"),
+    ],
+)
+def test_case_24_what_a_file_is_that_is_no_adapter(tmp_path, data, what):
+    path = tmp_path / "rex.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ConceptSplitError, match=f"rex.safetensors is not a safetensors file but {what}") as error:
+        load_adapter(path)
+    one_sentence(error)
+
+
+def test_case_24_a_file_that_ends_within_its_header():
+    with pytest.raises(ConceptSplitError, match="it ends before its header does"):
+        parse_adapter(good_bytes()[:200])

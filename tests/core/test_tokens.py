@@ -305,10 +305,15 @@ def test_layouts_shift_and_crop_rows():
         plain.rows((5,), 20, 19)
 
 
+def test_rows_that_the_model_makes_of_ids_keep_their_places():
+    anima = layout_of(["AnimaTokenizer"], ["qwen3_06b", "t5xxl"])
+    assert anima.parts == ("t5xxl",) and anima.rows((4, 6), 9, 31) == (4, 6)
+
+
 @pytest.mark.parametrize(
     "classes, parts, name",
     [
-        (["AnimaTokenizer"], ["qwen3_06b", "t5xxl"], "Anima"),
+        (["HiDreamTokenizer"], ["l", "t5xxl", "llama"], "HiDream"),
         (["Mine", "LongCatImageTokenizer", "SD1Tokenizer"], ["qwen25_7b"], "LongCat-Image"),
         (["HyditTokenizer"], ["hydit_clip", "mt5xl"], "Hydit"),
     ],

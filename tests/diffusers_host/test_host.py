@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import REX, attentions, bound, every_family, inputs, layers_at, stock_pipeline
+from tiny import REX, attentions, bound, every_family, inputs, layers_at, pipeline, stock_pipeline
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.adapters.base import AdapterInfo
@@ -401,6 +401,34 @@ def test_a_folder_with_a_part_missing_names_it(folder, tmp_path):
     (copy / "vae").mkdir()
     with pytest.raises(ConceptSplitError, match="vae in .* cannot be loaded"):
         host.load_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "safe"),
+    [("fp16", "20KB", True), ("fp16", "10GB", True), ("non_ema", "20KB", True), ("fp16", "10GB", False)],
+)
+def test_case_23_a_folder_with_weights_of_one_variant(tmp_path, variant, size, safe):
+    """In parts too, as the large models are published."""
+    pipe = pipeline("sd15", seed=6)
+    pipe.save_pretrained(tmp_path, variant=variant, max_shard_size=size, safe_serialization=safe)
+    ending = "safetensors" if safe else "bin"
+    names = [path.name for path in (tmp_path / "unet").glob(f"*.{ending}")]
+    assert all(variant in name for name in names) and (len(names) > 2) == (size == "20KB"), names
+    model = host.load_model(tmp_path)
+    for mine, theirs in ((model.unet, pipe.unet), (model.encoders[0].model, pipe.text_encoder)):
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[key], value), key
+
+
+def test_case_23_plain_weights_come_first(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder("sd15"), tmp_path / "model")
+    other = pipeline("sd15", seed=6)
+    other.save_pretrained(copy, variant="fp16")
+    plain = host.load_model(folder("sd15")).unet.state_dict()
+    for key, value in host.load_model(copy).unet.state_dict().items():
+        assert torch.equal(value, plain[key])
 
 
 def test_a_checkpoint_file_without_a_tokenizer_says_so(tmp_path):

@@ -1,11 +1,16 @@
-"""A divergence and an update rule that only this file knows, drawn with on a diffusers model."""
+"""A divergence, an update rule and an option that only this file knows, drawn with on a diffusers model."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from tiny import REX, TOM
 
+from conceptsplit_core import settings
+from conceptsplit_core.cli.options import parse
+from conceptsplit_core.cli.sample import loda_config
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import DIVERGENCES, divergence
@@ -59,6 +64,38 @@ def test_an_update_rule_is_one_registered_function(load, registered):
     assert trace.losses[1][1][0] < trace.losses[0][1][0]
     torch.testing.assert_close(trace.losses[1][1][1], trace.losses[0][1][1])
     assert (latents[1] - usual[1]).abs().max() > 0.01
+
+
+@pytest.fixture
+def extended():
+    @settings.extends(LodaConfig)
+    @dataclass(frozen=True)
+    class Eased(LodaConfig):
+        ease: float = settings.option(0.0, "ease", "Lowers by this share how far apart is enough.", high=0.9)
+
+        @property
+        def target(self):
+            return super().target * (1 - self.ease)
+
+    yield Eased
+    del settings._EXTENDED[LodaConfig]
+
+
+def test_an_option_is_one_field_and_its_use(load, extended):
+    """From the terminal's option to the loss that is optimised."""
+    arguments = parse(["sample", "--prompt", "x", "--steps", "2", "--loda-steps", "1", "--ease", "0.25"])
+    config = loda_config(arguments)
+    assert (type(config), config.ease, config.loda_steps) == (extended, 0.25, 1)
+    model = load()
+    cond = host.encode_text(model, "a photo of a <rex> and a <tom>", [REX, TOM])
+    draw = lambda loda: host.sample(model, [cond], seeds=[3], steps=2, concepts=["rex", "tom"], loda=loda)
+    eased, usual = draw(config).trace, draw(LodaConfig(loda_steps=1)).trace
+    (_, values), (_, loss) = eased.divergences[0], eased.losses[0]
+    torch.testing.assert_close(loss, 0.75 * 0.45 - values[:, 0])
+    torch.testing.assert_close(usual.losses[0][1], 0.45 - values[:, 0])
+    assert eased.settings["ease"] == 0.25
+    with pytest.raises(ConceptSplitError, match=r"LODA setting out of range: ease is 1\.0, use 0 to 0\.9"):
+        settings.from_values(LodaConfig, {"ease": 1.0})
 
 
 def test_names_go_with_their_registration():

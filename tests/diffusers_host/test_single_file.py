@@ -8,7 +8,7 @@ import ldm
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
@@ -84,8 +84,6 @@ def test_the_tokenizer_may_lie_beside_the_file(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_without_its_text_encoder_says_so(checkpoint, tmp_path):
-    from safetensors.torch import load_file
-
     path, _ = checkpoint
     kept = {k: v for k, v in load_file(path).items() if not k.startswith("cond_stage_model")}
     save_file(kept, path)
@@ -146,8 +144,6 @@ def test_case_19_files_with_other_channels_are_refused_before_they_are_loaded(tm
 
 
 def test_case_3_a_file_with_the_flags_is_sampled_as_v_with_zero_terminal_snr(checkpoint, tmp_path):
-    from safetensors.torch import load_file
-
     path, _ = checkpoint
     save_file({**load_file(path), "v_pred": FLAG.clone(), "ztsnr": FLAG.clone()}, path)
     model = host.load_model(path, tokenizer=tmp_path / "words")
@@ -155,3 +151,49 @@ def test_case_3_a_file_with_the_flags_is_sampled_as_v_with_zero_terminal_snr(che
     assert 0 < float(model.alphas_cumprod[-1]) < 1e-7 and float(model.alphas_cumprod[-2]) > 1e-7
     result = host.sample(model, [host.encode_text(model, "a photo of a dog")], seeds=[0], steps=2)
     assert torch.isfinite(result.latents).all()
+
+
+@pytest.mark.parametrize("name", ["{}.scale_weight", "{}.scale_input"])
+def test_case_6_weights_with_a_scale_of_their_own_are_one_sentence(checkpoint, tmp_path, name):
+    """Read without it they are some thousand times too large."""
+    path, _ = checkpoint
+    layer = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    tensors = load_file(path)
+    tensors[f"{layer}.weight"] = (tensors[f"{layer}.weight"] / 8e-5).to(torch.float8_e4m3fn)
+    save_file({**tensors, name.format(layer): torch.tensor(8e-5)}, path)
+    with pytest.raises(ConceptSplitError, match=r"'model\.safetensors' holds fp8 weights with a scale .*use the fp16"):
+        host.load_model(path, tokenizer=tmp_path / "words")
+
+
+def test_case_25_text_encoder_names_of_2022(checkpoint, tmp_path):
+    path, pipe = checkpoint
+    new, old = "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."
+    tensors = {key.replace(new, old): value for key, value in load_file(path).items()}
+    assert not any(new in key for key in tensors)
+    save_file({**tensors, f"{old}embeddings.position_ids": torch.arange(77)[None]}, path)
+    assert detect_file(path).old_text_encoder
+    model = host.load_model(path, tokenizer=tmp_path / "words")
+    expected = pipe.text_encoder.state_dict()
+    for key, value in model.encoders[0].model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    save_file({key: value for key, value in tensors.items() if "layers.1.mlp.fc1.bias" not in key}, path)
+    with pytest.raises(
+        ConceptSplitError, match=r"lacks cond_stage_model\.transformer\.encoder\.layers\.1\.mlp\.fc1\.bias"
+    ):
+        host.load_model(path, tokenizer=tmp_path / "words")
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"<!DOCTYPE html><html><head><title>Log in</title>" + b" " * 300, "a web page: .*log in"),
+        (b'\n\n<html lang="en">' + b" " * 300, "a web page"),
+        (b'{"error":"Unauthorized","message":"The creator requires you to be logged in"}', "a site's error message"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265146304\n", "a pointer to the file"),
+        (b"PK\x03\x04\x14\x00\x00\x00\x08\x00" + b" " * 300, "a pickle"),
+    ],
+)
+def test_case_24_what_a_file_is_that_is_no_checkpoint(tmp_path, start, what):
+    (tmp_path / "model.safetensors").write_bytes(start)
+    with pytest.raises(ConceptSplitError, match=f"'model.safetensors' is not a safetensors file but {what}"):
+        host.load_model(tmp_path / "model.safetensors")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...errors import ConceptSplitError
 
+_NO_BACKWARD = "no autograd formula"
 _BROKEN_GRADIENT = ("inplace operation", "in-place operation", "does not require grad", "Inference tensors")
 
 
@@ -22,12 +24,32 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if _NO_BACKWARD in str(error):
+            raise ConceptSplitError(
+                "LODA needs a gradient through the model, and this ComfyUI computes a part of it with a kernel that "
+                "has none: set loda_steps to -1 (regions are then found without it) or to 0."
+            ) from error
         if not any(part in str(error) for part in _BROKEN_GRADIENT):
             raise
         raise ConceptSplitError(
             "LODA needs a gradient through the model, and another node's patch of this model breaks it: remove that "
             "node, or set loda_steps to 0."
         ) from error
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """While it is on, the host computes with kernels that have a backward pass, as in its own training: those of
+    comfy-kitchen (rotary embedding, fused norms) have none. Hosts without them have no such switch."""
+    before = getattr(comfy.model_management, "in_training", None)
+    if before is None:
+        yield
+        return
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 def copied_activations() -> Any:

@@ -5,23 +5,25 @@ Everything put on the model for a call is taken back however the call ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...method.attention import bound_attention
-from ...method.regions import resize_areas
 from ...method.tova import TokenMask
-from ...network.grid import map_size
 from ...network.hooks import PassPlan
 from ...network.probe import Probe
-from ...network.site import AttentionSite, find_module
+from ...network.site import AttentionSite, TokenSequence, find_module
+from ...network.tokens import CallTokens
+from ...settings import LodaConfig
 from .afg import Guidance, override
+from .joint import JointAttention
 from .model import KEY, network_map
 from .run import Run
 
@@ -60,15 +62,28 @@ class CallRows:
         self.given = RowMasks(mask)
         self.patched = patched
         self._last: tuple[Tensor, RowMasks] | None = None
+        self._fitted: dict[torch.Size, RowMasks] = {}
 
     def fit(self, context: Tensor) -> RowMasks:
         """The masks for the text [B, L, d] that a layer reads; worked out once for its keys and values."""
         if not self.patched and context.shape[:2] == self.given.mask.shape[:2]:
             return self.given
+        if (sequence := self.run.network.sequence) is not None:
+            return self._of_sequence(context.shape[:2], sequence)
         if self._last is None or self._last[0] is not context:
             mask = self.run.texts.index.mask(context).to(self.given.mask)
             self._last = (context, RowMasks(mask, torch.arange(len(mask), device=mask.device)))
         return self._last[1]
+
+    def _of_sequence(self, shape: torch.Size, sequence: TokenSequence) -> RowMasks:
+        """For a transformer's text, which it may have filled up; of another length the rows are nobody's."""
+        if shape not in self._fitted:
+            mask = self.given.mask
+            batch, length = mask.shape[:2]
+            known = shape[0] == batch and length <= shape[1] <= sequence.text(length)
+            added = F.pad(mask, (0, 0, 0, shape[1] - length)) if known else mask.new_zeros(*shape, mask.shape[2])
+            self._fitted[shape] = RowMasks(added)
+        return self._fitted[shape]
 
     def adapters(self, context: Tensor) -> TokenMask:
         """The rows at which adapters act."""
@@ -79,47 +94,6 @@ class CallRows:
         return fitted.adapters
 
     _noted = False
-
-
-class CallPixels:
-    """Which pixels of a layer's output belong to whom, during one call: each concept's area, in the batch rows whose
-    prompt binds it.
-
-    Args:
-        areas: [b, n, h, w] of each row of the call's batch; None where no area is known, and concepts own all pixels.
-        latent: (h, w) that the call sees.
-        bound: [b, n], whether a batch row's text holds a concept.
-    """
-
-    def __init__(self, areas: Tensor | None, latent: tuple[int, int], bound: Tensor):
-        self.areas = areas
-        self.latent = latent
-        self.bound = bound
-        self._known: dict[tuple[int, ...], TokenMask | None] = {}
-
-    @cached_property
-    def rows(self) -> Tensor:
-        return self.bound.to("cpu").any(dim=1).nonzero().flatten().to(self.bound.device)
-
-    def of(self, out: Tensor) -> TokenMask | None:
-        """The mask for a layer's output [B, T, d] or [B, d, h, w]; None where its grid is not the latent's."""
-        key = (out.ndim, out.shape[0], *(out.shape[2:] if out.ndim == 4 else out.shape[1:2]))
-        if key not in self._known:
-            self._known[key] = self._made(out)
-        return self._known[key]
-
-    def _made(self, out: Tensor) -> TokenMask | None:
-        tokens = out.shape[2] * out.shape[3] if out.ndim == 4 else out.shape[1]
-        if out.shape[0] != self.bound.shape[0] or not len(self.rows):
-            return None
-        bound = self.bound[self.rows]
-        if self.areas is None:
-            return TokenMask(bound[:, None].expand(-1, tokens, -1), self.rows)
-        size = (out.shape[2], out.shape[3]) if out.ndim == 4 else map_size(tokens, self.latent)
-        if size is None:
-            return None
-        weights = resize_areas(self.areas[self.rows], size).flatten(2).transpose(1, 2)
-        return TokenMask(weights * bound[:, None], self.rows)
 
 
 class Reading:
@@ -205,61 +179,72 @@ def _in_force(
         alone: whether the pass may be left as soon as its maps are read.
     """
     text = CallRows(run, rows, bool(options.get("patches", {}).get("attn2_patch")))
-    probe = None
-    guidance = None
+    latent, sequence = (x.shape[-2], x.shape[-1]), run.network.sequence
+    reads = run.reading is not None and (x.shape[0], *latent) == run.reading.shape
+    acting: list[Any] = []  # what notes attention for the length of the call
+    probe: Probe | JointAttention | None = None
     try:
         if run.reading is not None:
             run.reading.asked = True
-            if (x.shape[0], x.shape[-2], x.shape[-1]) == run.reading.shape:
+        if groups := () if run.planning else run.concepts.groups_at(t):
+            tokens = CallTokens(text.given.adapters.weights, _areas(run, x, options), latent, sequence)
+            # Where another pack changes the text on its way into a layer, each layer looks at its own. A transformer's
+            # rows change from block to block and step to step.
+            kept = None if text.patched or sequence is not None else run.kept
+            run.hooks.plan = PassPlan(groups, text.adapters, tokens.pixels, tokens.joint, sequence is not None, kept)
+        config, regions = _guided(run, x, t, options)
+        chained = options.get("optimized_attention_override")
+        replacement: Callable | None = None
+        if sequence is not None:
+            if reads or config is not None or run.gradient:
+                layers = run.reading.layers if reads else frozenset()
+                finished = partial(_finished, alone and chained is None)
+                probe = JointAttention(run, text.given.attended, latent, layers, finished, regions, config)
+                acting, replacement = [probe], probe.override(chained)
+        else:
+            if reads:
                 probe = _probe(run, text, x.shape[0], alone)
-                probe.install(run.network)
-        groups = () if run.planning else run.concepts.groups_at(t)
-        if groups:
-            areas, known = _areas(run, x, options)
-            run.notes.unplaced |= not known
-            pixels = CallPixels(areas, (x.shape[-2], x.shape[-1]), text.given.adapters.weights.amax(dim=1))
-            # Where another pack changes the text on its way into a layer, each layer looks at its own.
-            run.hooks.plan = PassPlan(
-                groups, text.adapters, pixels.of if known else _nowhere, None if text.patched else run.kept
-            )
-        config, regions = run.patch.loda, None
-        if run.regions is not None and run.regions.afg is not None and run.reading is None:
-            config = run.regions.config
-            if _above(run.regions.until, t):
-                regions = chunk_regions(run.regions.afg, run, x, options)
-                run.notes.afg_skipped |= regions is None
-        if config is not None and (regions is not None or config.suppression > 0):
-            images = x.shape[0] // len(options.get("uuids") or [None])
-            guidance = Guidance(run, regions, images, config, (x.shape[-2], x.shape[-1]), text.fit)
-            guidance.install()
-        if guidance is not None or run.gradient:
-            options = dict(options)
-            chained = options.get("optimized_attention_override")
-            options["optimized_attention_override"] = override(chained, guidance, run.gradient)
-        yield options
+                acting.append(probe)
+            guidance = None
+            if config is not None:
+                images = x.shape[0] // len(options.get("uuids") or [None])
+                guidance = Guidance(run, regions, images, config, latent, text.fit)
+                acting.append(guidance)
+            if guidance is not None or run.gradient:
+                replacement = override(chained, guidance, run.gradient)
+        for one in acting:
+            one.install()
+        yield options if replacement is None else {**options, "optimized_attention_override": replacement}
     finally:
         run.hooks.plan = None
-        if probe is not None:
+        if reads and probe is not None:
             run.reading.found = probe.found
-            probe.remove()
-        if guidance is not None:
-            guidance.remove()
+        for one in acting:
+            one.remove()
+
+
+def _guided(run: Run, x: Tensor, t: Tensor, options: Mapping[str, Any]) -> tuple[LodaConfig | None, Tensor | None]:
+    """The settings of AFG and suppression where either acts in this call, and AFG's regions [b, n, h, w]."""
+    config, regions = run.patch.loda, None
+    if run.regions is not None and run.regions.afg is not None and run.reading is None:
+        config = run.regions.config
+        if _above(run.regions.until, t):
+            regions = chunk_regions(run.regions.afg, run, x, options)
+            run.notes.afg_skipped |= regions is None
+    return config if config is not None and (regions is not None or config.suppression > 0) else None, regions
 
 
 def _above(until: float, t: Tensor) -> bool:
     return until <= 0.0 or float(t.flatten()[0]) > until
 
 
-def _nowhere(out: Tensor) -> None:
-    return None
-
-
-def _areas(run: Run, x: Tensor, options: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
-    """Areas of each row of this batch [b, n, h, w], None for the whole picture; and whether their place is known."""
+def _areas(run: Run, x: Tensor, options: Mapping[str, Any]) -> Tensor | None:
+    """Areas of each row of this batch [b, n, h, w]; None for the whole picture, zeros where their place is unknown."""
     if run.regions is None or run.regions.areas is None:
-        return None, True
+        return None
     found = chunk_regions(run.regions.areas, run, x, options)
-    return found, found is not None
+    run.notes.unplaced |= found is None
+    return x.new_zeros(x.shape[0], run.regions.areas.shape[1], 1, 1) if found is None else found
 
 
 def _probe(run: Run, text: CallRows, images: int, alone: bool) -> Probe:
@@ -273,13 +258,15 @@ def _probe(run: Run, text: CallRows, images: int, alone: bool) -> Probe:
         heads: int = layer.heads  # type: ignore[assignment]
         return per_image(bound_attention(query, key, heads, fitted.attended), fitted.attended, images)
 
-    def finished() -> None:
-        if alone:
-            raise PassDone
-        # Another pack's wrapper must see the call end as any other; without gradients the rest costs no memory.
-        torch.set_grad_enabled(False)
+    return Probe(run.reading.layers, run.network, read, partial(_finished, alone))
 
-    return Probe(run.reading.layers, read, finished)
+
+def _finished(alone: bool) -> None:
+    """Leaves a pass whose maps are all there."""
+    if alone:
+        raise PassDone
+    # Another pack's wrapper must see the call end as any other; without gradients the rest costs no memory.
+    torch.set_grad_enabled(False)
 
 
 def per_image(maps: Tensor, mask: Tensor, images: int) -> Tensor:

@@ -134,6 +134,12 @@ class ConceptCLIP(_AnyCLIP):
         self, encoded: torch.Tensor, carried: CarriedText, clone: Callable[[], comfy.sd.CLIP], tokens: Any
     ) -> torch.Tensor:
         """The text [1, L, d] in which each concept's rows come from the encoder with that concept's LoRA alone."""
+        if carried.layout.remade and self.conceptsplit_loras:
+            log.warning(
+                "[ConceptSplit] The text encoder's part of a LoRA has no effect: the %s model makes its rows anew.",
+                carried.layout.name,
+            )
+            return encoded
         for lora in self.conceptsplit_loras:
             bindings = carried.placed(encoded)
             rows = [row for one in bindings if one.concept == lora.concept for row in one.rows]

@@ -19,14 +19,13 @@ from torch import Tensor
 from ...adapters.factors import Factor, Whole
 from ...adapters.lora import LoraAdapter, LoraReport, loha_factor, lokr_factor, lora_adapter, lora_factor, trained_words
 from ...errors import ConceptSplitError
+from ...files import refuse_others
 from ...method.tova import Pair
 from ...network.site import NetworkMap
 from ...text.concepts import Concept, word_name
-from .model import network_map
+from .model import DENOISER, network_map
 
 log = logging.getLogger("ConceptSplit")
-
-_UNET = "diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with torch.inference_mode(False):
             state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:  # the reader raises anything on a damaged file
+        refuse_others(path.read_bytes()[:256] if path.is_file() else b"", path.name)
         reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
         raise ConceptSplitError(
             f"{path.name} cannot be read ({reason}): it is damaged or no safetensors file; download it again."
@@ -87,7 +87,7 @@ def read_lora(
     network = network_map(model.model)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     # The host knows diffusers' older names alone, with `processor` in them; PEFT writes the plain ones.
-    keys |= {f"unet.{site.name}": f"{_UNET}{site.path}.weight" for site in network.sites.values()}
+    keys |= {f"unet.{site.name}": f"{DENOISER}{site.path}.weight" for site in network.sites.values()}
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys)
@@ -96,20 +96,21 @@ def read_lora(
         raise ConceptSplitError(
             f"{path.name} holds no LoRA for this model (first tensor: {first}): choose a LoRA that was made for it."
         )
-    names = {site.path: site.name for site in network.sites.values()}
+    names = {(site.path, site.columns): site.name for site in network.sites.values()}
     factors: dict[str, Pair | Factor] = {}
     unsupported: list[str] = []
     text: dict[Any, Any] = {}
     for key, patch in loaded.items():
         place = key if isinstance(key, str) else key[0]
-        if not place.startswith(_UNET):
+        if not place.startswith(DENOISER):
             text[key] = patch
             continue
         if place.endswith(".bias"):
             unsupported.append("a change of a bias or a norm")
             continue
-        canonical = names.get(place.removeprefix(_UNET).removesuffix(".weight"), place)
-        factor = _factor(patch, canonical, network) if isinstance(key, str) else "part of a fused layer"
+        columns = None if isinstance(key, str) or key[1] is None else (key[1][1], key[1][2])
+        canonical = names.get((place.removeprefix(DENOISER).removesuffix(".weight"), columns), place)
+        factor = _factor(patch, canonical, network)
         if isinstance(factor, str):
             unsupported.append(factor)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import comfy.lora
 import comfy.model_base
 import comfy.model_patcher
 import comfy.utils
@@ -13,25 +14,32 @@ from torch import nn
 
 from ...adapters.base import family
 from ...errors import ConceptSplitError
+from ...network.families import TRANSFORMERS, transformer_map
 from ...network.families.unet import unet_map
 from ...network.site import NetworkMap
 
 KEY = "conceptsplit"
+DENOISER = "diffusion_model."
 
 
 def network_map(model: comfy.model_base.BaseModel) -> NetworkMap:
     """What the core needs to know of a BaseModel (``patcher.model``).
 
     Raises:
-        ConceptSplitError: the model is not a UNet with cross-attention (Flux, SD3 and other transformers).
+        ConceptSplitError: neither a UNet with cross-attention nor a transformer of a known family.
     """
+    transformer = TRANSFORMERS.get(type(model.diffusion_model).__name__)
+    if transformer is not None:
+        return transformer_map(transformer, lambda: model.diffusion_model, _fused(model))
     config = model.model_config.unet_config
-    paths: dict[str, str] = {}
-    if "num_res_blocks" in config and "transformer_depth" in config:
-        table = comfy.utils.unet_to_diffusers(config)
-        paths = {
-            k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in table.items() if k.endswith(".weight")
-        }
+    if not ("num_res_blocks" in config and "transformer_depth" in config):
+        known = ", ".join(family.label for family in dict.fromkeys(TRANSFORMERS.values()))
+        raise ConceptSplitError(
+            f"ConceptSplit does not know this kind of model ({type(model).__name__}): it works on SD1.5, SD2.x and "
+            f"SDXL checkpoints and on {known}."
+        )
+    table = comfy.utils.unet_to_diffusers(config)
+    paths = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in table.items() if k.endswith(".weight")}
     network = unet_map(
         paths,
         len(config.get("channel_mult", ())),
@@ -41,6 +49,16 @@ def network_map(model: comfy.model_base.BaseModel) -> NetworkMap:
     )
     demo = bool(model.model_config.__dict__.get("conceptsplit_demo", False))
     return replace(network, family=family(network.context_dim, demo))
+
+
+def _fused(model: comfy.model_base.BaseModel) -> list[tuple[str, tuple[int, int]]]:
+    """The parts of fused projections that the host's own LoRA names stand for: (module, (first, count))."""
+    parts = {
+        (key[0].removeprefix(DENOISER).removesuffix(".weight"), (key[1][1], key[1][2]))
+        for key in comfy.lora.model_lora_keys_unet(model, {}).values()
+        if not isinstance(key, str) and key[1] is not None
+    }
+    return sorted(parts)
 
 
 def compute_dtype(model: comfy.model_base.BaseModel) -> torch.dtype:

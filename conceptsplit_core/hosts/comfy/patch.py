@@ -29,7 +29,7 @@ from ...text.binding import Binding
 from . import call, sampler
 from .clip import BoundText
 from .model import KEY, compute_dtype, network_map, whole
-from .run import AttentionMaps, Concepts, LoadedAdapter, Patch, Run, RunTexts, bindings_mask, patch_of
+from .run import AttentionMaps, Concepts, LoadedAdapter, Patch, Run, RunTexts, bindings_mask, optimised, patch_of
 
 log = logging.getLogger("ConceptSplit")
 
@@ -81,8 +81,8 @@ def with_loda(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` whose samplers run LODA; `maps` receives the trace of each run. With maps of an earlier stage
     they take its regions and look for none."""
-    network_map(model.model)  # refuses what is not a UNet before anything is sampled
-    loaded = whole(model) if config.loda_steps and earlier is None else model
+    network = network_map(model.model)  # refuses what is not known before anything is sampled
+    loaded = whole(model) if optimised(config, network) and earlier is None else model
     return _patched(loaded, replace(patch_of(model), loda=config, maps=maps, earlier=earlier))
 
 
@@ -114,7 +114,7 @@ def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.mod
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
     out = executor(model, noise_shape, conds, *args, **kwargs)
     patch = patch_of(model)
-    if patch.loda is not None and patch.loda.loda_steps and patch.earlier is None:
+    if patch.loda is not None and patch.earlier is None and optimised(patch.loda, network_map(model.model)):
         # Streaming parts of the model overwrites weights before the backward pass has used them.
         need = model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
         comfy.model_management.load_models_gpu([model], memory_required=2 * need, force_full_load=True)
@@ -141,6 +141,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     # Regional texts that another pack has taken in are no conditionings of this run.
     taken_in = set().union(*(one.concepts() for one in encoders)) if _patches_texts(guider, options) else set()
     _warn_of_idle(patch, mentioned | taken_in)
+    _warn_of_negatives({one.concept for cond in guider.conds.get("negative", ()) for one in bindings[id(cond)]})
     silent = not patch.loda and not patch.masks and all(loaded.strength == 0.0 for loaded in patch.adapters)
     if silent or not (mentioned or any(loaded.name in taken_in for loaded in patch.adapters)):
         return executor(*args, **kwargs)
@@ -153,7 +154,9 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 continue
             # Every conditioning gets a mask, also one of zeros: unequal keys would keep the host from batching
             # positive and negative, and rounding would differ from the stock run.
-            mask = bindings_mask(bindings[id(cond)], names, cond["cross_attn"].shape[1], kind == "positive")
+            mask = bindings_mask(bindings[id(cond)], names, _row_count(cond), kind == "positive")
+            if run.network.sequence is not None:
+                mask = run.network.sequence.filled(mask)
             cond["model_conds"] = {**cond["model_conds"], call.ROWS: comfy.conds.CONDCrossAttn(mask.unsqueeze(0))}
             run.texts.own.append((cond["cross_attn"], mask))
     options[KEY] = run
@@ -198,6 +201,12 @@ def _bindings(cond: Mapping[str, Any]) -> tuple[tuple[Binding, ...], bool]:
     return (*carried.bindings, *joined), ambiguous
 
 
+def _row_count(cond: Mapping[str, Any]) -> int:
+    """How many text rows the model sees, before they are filled up: Anima makes one of each of these ids."""
+    ids = cond.get("t5xxl_ids")
+    return int(cond["cross_attn"].shape[1]) if ids is None else len(ids)
+
+
 def _patches_texts(guider: Any, transformer_options: Mapping[str, Any]) -> bool:
     """Whether another pack changes texts on their way into the cross-attention, from now on or by a hook."""
     hooked = any(cond.get("hooks") is not None for conds in guider.conds.values() for cond in conds)
@@ -217,6 +226,15 @@ def _warn_of_idle(patch: Patch, mentioned: set[str]) -> None:
             "[ConceptSplit] No prompt of this run mentions %s: its region has no effect. Concept Region takes the "
             "concept's name or the marked word as the prompt writes it.",
             " or ".join(unplaced),
+        )
+
+
+def _warn_of_negatives(named: set[str]) -> None:
+    if named:
+        log.warning(
+            "[ConceptSplit] The negative prompt names %s: the picture is pushed away from its look. If that is not "
+            "meant, write another word there, or encode the negative prompt with the checkpoint's own CLIP.",
+            " and ".join(f"<{name}>" for name in sorted(named)),
         )
 
 

@@ -28,7 +28,10 @@ class MapReader:
         self.run = run
         self.bound = bound
         factors = {site.name: site.downscale for site in run.network.attention}
-        self.factor, layers = choose_layers(factors, config.map_downscale, config.map_part)
+        if run.network.readable:
+            self.factor, layers = factors[run.network.readable[0]], list(run.network.readable)
+        else:
+            self.factor, layers = choose_layers(factors, config.map_downscale, config.map_part)
         self.layers = frozenset(layers)
         self.conds: list[dict[str, Any]] = []
         self.model: Any = None

@@ -16,7 +16,7 @@ from ...adapters.base import Member, Scope, grouped
 from ...method.loda import LodaTrace
 from ...network.hooks import Group, Hooks, KeptChanges
 from ...network.site import NetworkMap
-from ...settings import LodaConfig
+from ...settings import AUTO, LodaConfig
 from ...text.binding import Binding, row_mask
 from .model import KEY
 from .texts import BoundTexts, TextIndex, fingerprints
@@ -266,6 +266,12 @@ class Run:
             if mask is not None:
                 found[channel] = mask
         return found
+
+
+def optimised(config: LodaConfig, network: NetworkMap) -> bool:
+    """Whether a run optimises the latent. A gradient through a transformer costs as much as several of its steps and
+    needs all of it in memory, so there only where a number of steps is asked for."""
+    return config.loda_steps > 0 or (config.loda_steps == AUTO and network.sequence is None)
 
 
 def bindings_mask(bindings: Sequence[Binding], names: Sequence[str], rows: int, attended: bool) -> Tensor:

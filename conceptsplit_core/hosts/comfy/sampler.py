@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,14 @@ from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ...errors import ConceptSplitError
+from ...method.diffusion import PARAMETERISATIONS
 from ...method.loda import LodaTrace
 from ...method.timeline import Timeline
 from ...settings import LodaConfig
-from .autograd import copied_activations, plain_errors
+from .autograd import copied_activations, plain_errors, plain_kernels
 from .model import KEY, adopt_parameters, compute_dtype
 from .reader import MapReader, attended_rows
-from .run import Regions, Run, patch_of
+from .run import Regions, Run, optimised, patch_of
 from .steps import NEVER_ALONE, single_step
 
 log = logging.getLogger("ConceptSplit")
@@ -99,8 +101,11 @@ class StagedSampler:
         self.guider = guider
         self.run = run
         self.config = config
+        # Without updates a transformer's maps at the first step are of noise: they are read from a plan instead.
+        self.plans = bool(run.concepts.routed) or (config.acts and not optimised(config, run.network))
         self.bound = bound
         self.maps = MapReader(guider, run, config, bound)
+        self.too_large = False  # whether a gradient has needed more memory than there is
         self.in_place = False  # whether another pack's patch has been found to write into what a gradient needs
         self.__name__ = getattr(self.base, "__name__", "sampler")
 
@@ -146,7 +151,8 @@ class StagedSampler:
                 f"The attention_maps given are of {len(earlier.regions)} pictures and the latent holds {x.shape[0]}: "
                 "connect those of the same pictures."
             )
-        timeline = Timeline(self.config, total, names, self.maps, bool(run.concepts.routed), given, earlier)
+        config = self.config if optimised(self.config, run.network) else replace(self.config, loda_steps=0)
+        timeline = Timeline(config, total, names, self.maps, self.plans, given, earlier)
         if run.patch.maps is not None:
             run.patch.maps.traces.append(timeline.trace)
         if timeline.optimised_steps:
@@ -209,8 +215,16 @@ class StagedSampler:
     ) -> Tensor:
         # Clones: some samplers write into the sigmas they are given, CFG++ ones put functions into the arguments.
         segment = sigmas[k : k + 2].clone()
-        if not self.maps.unreadable:
-            x = self._begin(timeline, k, x, segment[0], extra_args.get("denoise_mask"))
+        if not (self.maps.unreadable or self.too_large):
+            try:
+                x = self._begin(timeline, k, x, segment[0], extra_args.get("denoise_mask"))
+            except torch.OutOfMemoryError:
+                self.too_large = True
+                comfy.model_management.soft_empty_cache()
+                log.warning(
+                    "[ConceptSplit] LODA's gradient needs more memory than is free: the picture is drawn without it, "
+                    "and regions are found all the same; draw it smaller, or set loda_steps to 0."
+                )
         return one_step(model, x, segment, extra_args=dict(extra_args), callback=callback, disable=True)
 
     def _begin(self, timeline: Timeline, k: int, x: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:
@@ -225,8 +239,9 @@ class StagedSampler:
             denoise_mask=mask,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
             loss_scale=1024.0 if half else 1.0,
+            unit=PARAMETERISATIONS["epsilon" if self.run.network.sequence is None else "flow"].unit,
         )
-        with plain_errors():
+        with plain_errors(), plain_kernels():
             if not self.in_place:
                 before = copy.copy(timeline.trace)
                 before.losses, before.divergences = [*before.losses], [*before.divergences]

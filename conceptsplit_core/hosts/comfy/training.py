@@ -170,6 +170,11 @@ def train_adapter(
     """
     if model is None or vae is None:
         raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
+    if network_map(model.model).sequence is not None:
+        raise ConceptSplitError(
+            f"Value adapters can be trained on SD1.5, SD2.x and SDXL, not on {type(model.model).__name__}: train a "
+            "LoRA with a trainer for this model, and load it with LoRA Concept Loader."
+        )
     model = whole(model)
     network = network_map(model.model)
     kind = check_trainable(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,14 @@ def _number(config: Path, key: str) -> int:
 
 
 def _variant(folder: Path) -> str | None:
-    """'fp16' when a folder holds only half-precision weights."""
-    names = [p.name for p in folder.glob("*.safetensors")] + [p.name for p in folder.glob("*.bin")]
-    return "fp16" if names and all(".fp16." in name for name in names) else None
+    """The variant to open of a folder without plain weights, such as 'fp16'; files may be in parts."""
+    names = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")]
+    found = {match[1] if (match := _VARIANT.search(name)) else None for name in names}
+    return None if not found or None in found else "fp16" if "fp16" in found else min(filter(None, found))
+
+
+# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+_VARIANT = re.compile(r"\.(\w+)(?:-\d{5}-of-\d{5})?\.\w+$")
 
 
 # --- the demo model -------------------------------------------------------------------------------------------

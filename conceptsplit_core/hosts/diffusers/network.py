@@ -17,13 +17,14 @@ from ...adapters.base import grouped
 from ...errors import ConceptSplitError
 from ...method.attention import bound_attention
 from ...method.maps import gaussian_blur
-from ...method.regions import SUPPRESSION_BLUR, resize_areas, suppression_bias
+from ...method.regions import SUPPRESSION_BLUR, suppression_bias
 from ...method.tova import TokenMask
 from ...network.families.unet import unet_map
 from ...network.grid import map_size
-from ...network.hooks import Group, Hooks, KeptChanges, PassPlan, Scope, everything, remove_hooks
+from ...network.hooks import Group, Hooks, KeptChanges, PassPlan, Scope, remove_hooks
 from ...network.probe import Probe
 from ...network.site import AttentionSite, NetworkMap
+from ...network.tokens import CallTokens
 from .model import DiffusersModel
 
 
@@ -72,20 +73,12 @@ class Patch:
             self._hooks.plan = None
             return
         rows = TokenMask(mask)
-        bound = (mask != 0).any(dim=1)
 
         def of_text(text: Tensor) -> TokenMask | None:
             return rows if mask.shape[:2] == text.shape[:2] else None
 
-        known: dict[tuple[int, ...], TokenMask | None] = {}
-
-        def of_pixels(out: Tensor) -> TokenMask | None:
-            key = (out.ndim, *out.shape[2:]) if out.ndim == 4 else (out.ndim, out.shape[1])
-            if key not in known:
-                known[key] = _pixels(out, bound, areas, latent)
-            return known[key]
-
-        self._hooks.plan = PassPlan(self.groups, of_text, of_pixels, self._kept)
+        tokens = CallTokens(mask, areas, latent or (0, 0))
+        self._hooks.plan = PassPlan(self.groups, of_text, tokens.pixels, kept=self._kept)
 
     @contextmanager
     def capturing(self, wanted: Sequence[str], mask: Tensor) -> Iterator[dict[str, Tensor]]:
@@ -100,8 +93,8 @@ class Patch:
         def finished() -> None:
             raise _Finished
 
-        probe = Probe(wanted, read, finished)
-        probe.install(self.network)
+        probe = Probe(wanted, self.network, read, finished)
+        probe.install()
         try:
             yield probe.found
         except _Finished:
@@ -147,20 +140,6 @@ class Patch:
             return None if bias is None else (args, {**kwargs, "attention_mask": bias})
 
         return hook
-
-
-def _pixels(out: Tensor, bound: Tensor, areas: Tensor | None, latent: tuple[int, int] | None) -> TokenMask | None:
-    """The pixels of a layer's output that belong to concepts, in the batch rows whose prompt binds them [B, n]."""
-    if areas is None or latent is None:
-        whole = everything(out, bound.shape[-1])
-        weights = whole.weights * (bound[:, None] if whole.weights.ndim == 3 else bound)
-    else:
-        size = (out.shape[2], out.shape[3]) if out.ndim == 4 else map_size(out.shape[1], latent)
-        if size is None:
-            return None
-        weights = resize_areas(areas, size).flatten(2).transpose(1, 2) * bound[:, None]
-    rows = bound.to("cpu").any(dim=1).nonzero().flatten().to(bound.device)
-    return TokenMask(weights[rows], rows) if len(rows) else None
 
 
 def _head_norm(norm: nn.Module | None, x: Tensor, heads: int) -> Tensor:

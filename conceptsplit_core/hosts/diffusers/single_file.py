@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -13,18 +14,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import ConceptSplitError
-from .configs import write_config
+from ...files import refuse_others
+from .configs import TEXT_CONFIGS, write_config
 from .model import DiffusersModel, check_channels, text_encoder
 from .schedule import refuse_denoiser, schedule, solved
 
 
 @dataclass(frozen=True)
 class CheckpointKind:
-    """What a checkpoint file is: its family, what it predicts, and whether its last step is pure noise."""
+    """What a checkpoint file is: its family, what it predicts, and whether its last step is pure noise.
+
+    old_text_encoder: the names of its text encoder are those of 2022, without `text_model.`; diffusers can't read them.
+    """
 
     family: str
     prediction_type: str
     zero_terminal_snr: bool = False
+    old_text_encoder: bool = False
 
 
 def detect_file(path: Path) -> CheckpointKind:
@@ -53,6 +59,8 @@ def detect_file(path: Path) -> CheckpointKind:
             spread = float(file.get_tensor(last).float().std(correction=0)) if last in names else 0.0
             channels = file.get_slice(first).get_shape()[1] if first in names else 4
     except (SafetensorError, OSError) as problem:
+        with path.open("rb") as file:
+            refuse_others(file.read(256), f"'{path.name}'")
         raise ConceptSplitError(f"'{path.name}' is not a readable safetensors file: {problem}.") from None
     family = {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(width or 0)
     if family is None:
@@ -61,11 +69,37 @@ def detect_file(path: Path) -> CheckpointKind:
             "1024 or 2048 was found in it."
         )
     check_channels(f"'{path.name}'", channels)
+    if scaled := next(
+        (n for n in sorted(names) if re.search(r"\.scale_(weight|input)$|scaled_fp8$|\.comfy_quant$", n)), None
+    ):
+        raise ConceptSplitError(
+            f"'{path.name}' holds fp8 weights with a scale of their own ({scaled}), which the terminal does not read: "
+            "use the fp16 or bf16 version here, or this one in ComfyUI."
+        )
     if names & {"edm_mean", "edm_vpred.sigma_max"}:
         refuse_denoiser(f"'{path.name}'", "an EDM model")
-    if "v_pred" in names or (family == "sd21" and spread > 0.09):
-        return CheckpointKind(family, "v_prediction", "ztsnr" in names)
-    return CheckpointKind(family, "epsilon", "ztsnr" in names)
+    predicts = "v_prediction" if "v_pred" in names or (family == "sd21" and spread > 0.09) else "epsilon"
+    old = any(name.startswith((_OLD_TEXT + "embeddings.", _OLD_TEXT + "encoder.")) for name in names)
+    return CheckpointKind(family, predicts, "ztsnr" in names, old)
+
+
+_OLD_TEXT = "cond_stage_model.transformer."
+
+
+def _old_text_encoder(path: Path, dtype: torch.dtype) -> Any:
+    """The text encoder of an SD 1.x file of 2022."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIGS["clip"])).to(dtype)
+    wanted = model.state_dict()
+    with safe_open(str(path), framework="pt") as file:
+        # transformers before 5.6 keeps the encoder one level down, under `text_model`.
+        found = {name: _OLD_TEXT + name.removeprefix("text_model.") for name in wanted}
+        lacking = sorted(set(found.values()) - set(file.keys()))
+        if lacking:
+            raise ConceptSplitError(f"'{path.name}' lacks {lacking[0]}, a part of its text encoder: download it again.")
+        model.load_state_dict({name: file.get_tensor(other) for name, other in found.items()})
+    return model
 
 
 def load_file(path: Path, dtype: torch.dtype, tokenizer: str | os.PathLike[str] | None) -> DiffusersModel:
@@ -87,6 +121,8 @@ def load_file(path: Path, dtype: torch.dtype, tokenizer: str | os.PathLike[str] 
         write_config(Path(temp), family, kind.prediction_type, words)
         pipeline = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
         options: dict[str, Any] = {} if family == "sdxl" else {"safety_checker": None}
+        if kind.old_text_encoder:
+            options["text_encoder"] = _old_text_encoder(path, dtype)
         try:
             loaded = pipeline.from_single_file(
                 str(path), config=temp, local_files_only=True, torch_dtype=dtype, **options

@@ -1,0 +1,184 @@
+"""Ordinary LoRAs on the demo model in a real ComfyUI: merged, the core's LoRA hooks with masks, FreeFuse's nodes, ours.
+
+    python -m benchmarks.host                               without FreeFuse
+    python -m benchmarks.host --freefuse FOLDER             with it: the folder freefuse_comfyui of its checkout
+
+The laboratory's concepts, prompts, seeds and detector; its LoRAs as kohya files. Every arm draws the same pictures from
+the same noise, one at a time. What was drawn is kept under --cache and never drawn twice. Writes --out and the block
+`host` of --page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.separation import learning, methods, report, run
+from benchmarks.separation.methods import REPORT_FROM
+from conceptsplit_core.demo.scenes import CONCEPTS
+from tests.host.run import find_hosts, host_python, tools, version
+from tools.demo_model.loras import file_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+INSIDE = Path(__file__).with_name("inside.py")
+RESULTS = ROOT / "benchmarks" / "results" / "separation_host.json"
+PAGE = ROOT / "docs" / "tables" / "separation.md"
+ARMS = ("merged", "hooks_slices", "ours_slices", "hooks_our_regions", "ours", "ours_loda")
+FREEFUSE = ("freefuse", "freefuse_mended")
+PAIRS = (
+    ("ours", "merged"), ("ours_loda", "merged"), ("ours_loda", "ours"), ("ours", "hooks_slices"),
+    ("ours_slices", "hooks_slices"), ("ours", "hooks_our_regions"), ("ours", "freefuse"), ("ours", "freefuse_mended"),
+    ("ours_loda", "freefuse_mended"),
+)  # fmt: skip
+COLUMNS = ("success", "loose_success", "omission", "leak", "loose_leak")
+ROUND = 8
+
+
+def task(names: Sequence[str], seed: int) -> dict[str, Any]:
+    """A picture's job: the concepts in the order of its prompt."""
+    order = list(names) if seed % 2 == 0 else list(reversed(names))
+    words = [CONCEPTS[name].class_word for name in order]
+    return {"names": order, "words": words, "text": methods.prompt_for(names, seed, "bound"), "seed": seed}
+
+
+def jobs_of(
+    arms: Sequence[str], sets: Sequence[Sequence[str]], seeds: Sequence[int], folder: Path
+) -> list[dict[str, Any]]:
+    """Round by round over all sets and arms; first one picture of each arm of which everything is counted."""
+    jobs = []
+    for at in range(0, len(seeds), ROUND):
+        for names in sets:
+            for arm in arms:
+                tasks = [task(names, seed) for seed in seeds[at : at + ROUND]]
+                out = folder / f"{arm}-{'+'.join(names)}-{seeds[at]}.npz"
+                jobs.append({"arm": arm, "names": list(names), "tasks": tasks, "out": str(out), "meter": False})
+    counts = [
+        {"arm": arm, "names": list(sets[0]), "tasks": [task(sets[0], seeds[0])], "meter": True,
+         "out": str(folder / f"{arm}-counted.npz")}
+        for arm in arms
+    ]  # fmt: skip
+    return counts + jobs
+
+
+def read(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    with np.load(path) as file:
+        return file["images"], json.loads(str(file["facts"]))
+
+
+def records(jobs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> tuple[run.Results, dict[str, Any]]:
+    """What the detector reads in the pictures that every arm has, and what an arm takes."""
+    found: run.Results = {arm: {} for arm in arms}
+    costs: dict[str, Any] = {arm: {} for arm in arms}
+    for job in jobs:
+        if not Path(job["out"]).exists():
+            continue
+        images, facts = read(Path(job["out"]))
+        if job["meter"]:
+            costs[job["arm"]] |= {k: facts[0][k] for k in ("gflop", "started", "peak_mib")}
+            continue
+        names = tuple(job["names"])
+        kept = found[job["arm"]].setdefault("+".join(names), {})
+        for image, fact in zip(images, facts, strict=True):
+            values, leaks = run.measure_picture(image, names, fact["seed"])
+            kept[fact["seed"]] = {**values, **fact, "leaks": leaks}
+    for key in {key for sets in found.values() for key in sets}:
+        common = set.intersection(*({*found[arm].get(key, {})} for arm in arms))
+        for arm in arms:
+            found[arm][key] = {seed: found[arm].get(key, {})[seed] for seed in sorted(common)}
+    for arm in arms:
+        pictures = [one for kept in found[arm].values() for one in kept.values()]
+        for fact in ("seconds", "calls", "rows") if pictures else ():
+            costs[arm][fact] = float(np.median([one[fact] for one in pictures]))
+    return {arm: {key: kept for key, kept in sets.items() if kept} for arm, sets in found.items()}, costs
+
+
+def table(data: Mapping[str, Any]) -> str:
+    lines = [
+        f"ComfyUI {data['host']}, {', '.join(data['sets'])}, seeds from {data['first_seed']}, one picture at a time; "
+        f"{data['machine']['processor']}, one thread, torch {data['machine']['torch']}.\n",
+        "| arm | pictures | " + " | ".join(c.replace("_", " ") for c in COLUMNS)
+        + " | UNet calls (rows) | work | s | peak MiB |",
+        "|---" * (len(COLUMNS) + 6) + "|",
+    ]  # fmt: skip
+    first = data["costs"]["merged"]["gflop"]
+    for arm, row in data["arms"].items():
+        cost = data["costs"][arm]
+        cells = [report._cell(row[c]) for c in COLUMNS]
+        lines.append(
+            f"| {arm} | {row['pictures']} | {' | '.join(cells)} | {cost['calls']:.0f} ({cost['rows']:.0f}) | "
+            f"{cost['gflop'] / first:.2f} | {cost['seconds']:.2f} | {cost['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines) + "\n\n" + report.comparison_table(data["comparisons"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--freefuse", type=Path, help="folder freefuse_comfyui of FreeFuse's checkout")
+    parser.add_argument("--arms", help="comma separated, instead of the usual")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=24, help="of each pair")
+    parser.add_argument("--tune", action="store_true", help="a pair and seeds that nothing is reported of")
+    parser.add_argument("--minutes", type=float, default=1e6, help="draw nothing more after this time")
+    parser.add_argument("--cache", type=Path, default=Path("out/host"))
+    parser.add_argument("--adapters", type=Path, default=run.CACHE, help="cache of the laboratory")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    arms = args.arms.split(",") if args.arms else [*ARMS, *(FREEFUSE if args.freefuse else ())]
+    sets = methods.concept_sets("tuning" if args.tune else "reporting", 2, args.pairs)
+    first = 100 if args.tune else REPORT_FROM
+    seeds = range(first, first + args.seeds)
+    hosts = [one for one in find_hosts() if host_python(one) is not None]
+    if not hosts:
+        sys.exit("No ComfyUI was found: set COMFYUI_PATH to its folder.")
+    host = max(hosts, key=lambda one: [int(part) for part in version(one).split(".") if part.isdigit()])
+    python = host_python(host)
+    assert python is not None
+
+    bench = run.Bench(learning.open_model("demo"), cache=args.adapters)
+    loras = args.cache / "loras"
+    loras.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(name for names in sets for name in names):
+        (loras / f"{name}.safetensors").write_bytes(file_bytes(bench.learned([name], "lora")[name]))
+    jobs = jobs_of(arms, sets, seeds, args.cache.resolve())
+    todo = [job for job in jobs if not Path(job["out"]).exists()]
+    if todo:
+        file = args.cache / "jobs.json"
+        freefuse = str(args.freefuse.resolve()) if args.freefuse else ""
+        until = time.time() + 60 * args.minutes
+        file.write_text(json.dumps({"jobs": todo, "loras": str(loras.resolve()), "freefuse": freefuse, "until": until}))
+        environment = dict(os.environ, CONCEPTSPLIT_HOST=str(host), PYTHONDONTWRITEBYTECODE="1")
+        paths = [str(ROOT), *map(str, tools(python)), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        subprocess.run([str(python), str(INSIDE), str(file)], cwd=ROOT, env=environment, check=True)
+    results, costs = records(jobs, arms)
+    data = {
+        "what_this_shows": "The mechanism on a small model of drawn shapes; nothing about photographic quality.",
+        "host": version(host),
+        "machine": report.machine(),
+        "sets": ["+".join(names) for names in sets],
+        "first_seed": first,
+        "arms": report.summary(results),
+        "costs": costs,
+        "comparisons": report.comparisons(results, PAIRS),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(table(data))
+    report.fill(args.page, {"host": table(data)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""Runs in a ComfyUI's own Python (see `__main__`): boots the host as its tests do and draws what a file of jobs asks.
+
+python inside.py JOBS.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Importing this boots the host, and only then can its modules be imported.
+from tests.host.suite.conftest import BASE, run, run_with_options  # isort: skip
+import nodes  # isort: skip
+
+from benchmarks.speed.meter import measured
+
+SIDE, CHANNELS = 128, 8  # of the demo model's pictures and latents
+SAMPLING = {"steps": 16, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+DRAW = {**SAMPLING, "denoise": 1.0}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture: concepts in the order of the prompt, their class words, the prompt with placeholders."""
+
+    names: tuple[str, ...]
+    words: tuple[str, ...]
+    text: str
+    seed: int
+
+    @property
+    def plain(self) -> str:
+        text = self.text
+        for name, word in zip(self.names, self.words, strict=True):
+            text = text.replace(f"<{name}>", word)
+        return text
+
+
+@lru_cache(maxsize=1)
+def base() -> tuple[Any, Any, Any]:
+    return run("ConceptSplitDemoCheckpoint")
+
+
+def file_of(name: str) -> str:
+    return f"{name}.safetensors"
+
+
+def latent() -> dict[str, Any]:
+    return {"samples": torch.zeros(1, CHANNELS, SIDE // 8, SIDE // 8)}
+
+
+def encode(clip: Any, text: str) -> Any:
+    return run("CLIPTextEncode", clip=clip, text=text)[0]
+
+
+def sampled(model: Any, positive: Any, negative: Any, task: Task) -> Any:
+    given = {"model": model, "positive": positive, "negative": negative, "latent_image": latent(), "seed": task.seed}
+    return run("KSampler", **given, **DRAW)[0]
+
+
+def slices(count: int) -> list[Any]:
+    """The picture in `count` upright parts, masks [1, H, W], from left to right."""
+    owner = torch.arange(SIDE) * count // SIDE
+    return [(owner == i).float().expand(1, SIDE, SIDE).clone() for i in range(count)]
+
+
+# --- merged, and the core's hooks -----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def merged_model(names: tuple[str, ...]) -> Any:
+    model, clip, _ = base()
+    for name in names:
+        model, clip = run(
+            "LoraLoader", model=model, clip=clip, lora_name=file_of(name), strength_model=1.0, strength_clip=1.0
+        )
+    return model, clip
+
+
+def merged(task: Task) -> Any:
+    model, clip = merged_model(tuple(sorted(task.names)))
+    return sampled(model, encode(clip, task.plain), encode(clip, ""), task)
+
+
+@lru_cache(maxsize=32)
+def hook(name: str) -> Any:
+    return run("CreateHookLoraModelOnly", lora_name=file_of(name), strength_model=1.0)[0]
+
+
+def hooks(task: Task, masks: list[Any]) -> Any:
+    """One pass per LoRA, blended by masks; the whole prompt in each."""
+    model, clip, _ = base()
+    positive, negative = encode(clip, task.plain), encode(clip, "")
+    pairs = [
+        run(
+            "PairConditioningSetProperties", positive_NEW=positive, negative_NEW=negative, strength=1.0,
+            set_cond_area="default", mask=mask, hooks=hook(name),
+        )
+        for name, mask in zip(task.names, masks, strict=True)
+    ]  # fmt: skip
+    whole = pairs[0]
+    for pair in pairs[1:]:
+        whole = run(
+            "PairConditioningCombine", positive_A=whole[0], negative_A=whole[1], positive_B=pair[0], negative_B=pair[1]
+        )
+    return sampled(model, *whole, task)
+
+
+# --- ours -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def our_model(names: tuple[str, ...], words: tuple[str, ...], placed: bool) -> Any:
+    """placed: the concepts stand side by side in the order of the names."""
+    model, clip, _ = base()
+    for i, (name, word) in enumerate(zip(names, words, strict=True)):
+        mask = slices(len(names))[i] if placed else None
+        model, clip, _ = run(
+            "ConceptSplitLoraLoader", model=model, clip=clip, lora=file_of(name), concept_name=name, words=word,
+            mask=mask,
+        )  # fmt: skip
+    return model, clip
+
+
+def ours(task: Task, placed: bool = False) -> Any:
+    model, clip = our_model(task.names, task.words, placed)
+    return sampled(model, encode(clip, task.text), encode(clip, ""), task)
+
+
+def ours_loda(task: Task, **options: Any) -> Any:
+    return ours_with_maps(task, **options)[0]
+
+
+def ours_with_maps(task: Task, **options: Any) -> Any:
+    model, clip = our_model(task.names, task.words, False)
+    given = {"model": model, "positive": encode(clip, task.text), "negative": encode(clip, "")}
+    return run_with_options("ConceptSplitKSampler", **given, latent_image=latent(), seed=task.seed, **DRAW, **options)
+
+
+def our_regions(task: Task) -> list[Any]:
+    """The areas that our node finds for this very picture, as masks."""
+    _, maps = ours_with_maps(task, loda_steps=0)
+    blank = torch.zeros(1, SIDE, SIDE, 3)
+    find = partial(run, "ConceptSplitMasks", attention_maps=maps, images=blank, kind="area")
+    return [find(concept_name=name)[0] for name in task.names]
+
+
+# --- FreeFuse, from its own checkout --------------------------------------------------------------------------
+
+WORKFLOW = {"collect_step": 5, "top_k_ratio": 0.1, "temperature": 500.0, "gravity_weight": 0.01, "bias": (5.0, 7.0)}
+"""The values of its SDXL workflow, which collects at a third of the steps."""
+MENDED: list[bool] = [False]
+
+
+def load_freefuse(folder: str) -> None:
+    asyncio.run(nodes.load_custom_node(folder))
+    module = nodes.NODE_CLASS_MAPPINGS["FreeFuseLoRALoader"].__module__.rpartition(".nodes.")[0]
+    hooks_of = importlib.import_module(f"{module}.freefuse_core.bypass_lora_loader").MultiAdapterBypassForwardHook
+    stock = hooks_of._should_apply_spatial_mask
+
+    def mended(self: Any) -> bool:
+        """Its rule for SDXL's layers knows diffusers' names and meets ComfyUI's."""
+        key = self.module_key
+        if not MENDED[0] or key is None:
+            return stock(self)
+        for ours, theirs in (
+            ("input_blocks", "down_blocks"),
+            ("middle_block", "mid_block"),
+            ("output_blocks", "up_blocks"),
+        ):
+            self.module_key = self.module_key.replace(ours, theirs)
+        try:
+            return stock(self)
+        finally:
+            self.module_key = key
+
+    hooks_of._should_apply_spatial_mask = mended
+
+
+@lru_cache(maxsize=64)
+def freefuse_model(names: tuple[str, ...], key: Any) -> Any:
+    """A model of its own per arm: its masks stay on the loaders' model."""
+    model, clip, _ = base()
+    data = None
+    for name in names:
+        model, clip, data = run(
+            "FreeFuseLoRALoader", model=model, clip=clip, lora_name=file_of(name), adapter_name=name,
+            strength_model=1.0, strength_clip=1.0, freefuse_data=data,
+        )  # fmt: skip
+        data["model_type"] = "sdxl"  # otherwise it takes this small UNet for none it knows
+    return model, clip, data
+
+
+def freefuse(task: Task, region: str = "output_late", mended: bool = False, **changes: Any) -> Any:
+    MENDED[0] = mended
+    values = {**WORKFLOW, **changes}
+    low, high = values.pop("bias")
+    with redirect_stdout(open(os.devnull, "w")):
+        model, clip, data = freefuse_model(tuple(sorted(task.names)), (mended, region))
+        concepts = {}
+        for i, (name, word) in enumerate(zip(task.names, task.words, strict=True), start=1):
+            concepts |= {f"adapter_name_{i}": name, f"concept_text_{i}": word}
+        (data,) = run("FreeFuseConceptMap", freefuse_data=data, enable_background=False, **concepts)
+        (data,) = run("FreeFuseTokenPositions", clip=clip, prompt=task.plain, freefuse_data=data)
+        positive, negative = encode(clip, task.plain), encode(clip, "")
+        full = next(
+            k
+            for k in nodes.NODE_CLASS_MAPPINGS["FreeFusePhase1Sampler"].INPUT_TYPES()["optional"]["collect_region"][0]
+            if k.startswith(region)
+        )
+        planned, masks, _ = run(
+            "FreeFusePhase1Sampler", model=model, conditioning=positive, neg_conditioning=negative, latent=latent(),
+            freefuse_data=data, seed=task.seed, collect_region=full, collect_tf_index=0,
+            use_morphological_cleaning=False, **values, **SAMPLING,
+        )  # fmt: skip
+        covered = [float(masks["masks"][name].mean()) for name in task.names]
+        if max(covered) == 1.0:
+            raise RuntimeError(f"FreeFuse found no regions for {task}")
+        (model,) = run(
+            "FreeFuseMaskApplicator", model=planned, masks=masks, freefuse_data=data, latent=latent(),
+            bias_scale=low, positive_bias_scale=high, bias_blocks="all",
+        )  # fmt: skip
+        return sampled(model, positive, negative, task)
+
+
+# --- arms -----------------------------------------------------------------------------------------------------
+
+Draw = Callable[[Task], Any]
+
+ARMS: dict[str, tuple[Draw, Callable[[Task], Any] | None]] = {
+    "merged": (merged, None),
+    "hooks_slices": (lambda task: hooks(task, slices(len(task.names))), None),
+    "ours_slices": (lambda task: ours(task, placed=True), None),
+    "hooks_our_regions": (hooks, our_regions),
+    "freefuse": (freefuse, None),
+    "freefuse_mended": (partial(freefuse, mended=True), None),
+    "ours": (ours, None),
+    "ours_loda": (ours_loda, None),
+}
+"""Name to how it draws, and what is found beforehand outside its account: slices stand side by side in the order of the
+prompt."""
+for _region in ("output_early", "output_late", "output_shallow"):
+    for _bias in ((5.0, 7.0), (5.0, 1.0)):
+        _options = {"region": _region, "bias": _bias}
+        ARMS[f"freefuse_{_region}_{_bias[1]:g}"] = (partial(freefuse, **_options), None)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Calls of the UNet and their batch rows."""
+    found = {"calls": 0, "rows": 0}
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        found["calls"] += 1
+        found["rows"] += (args[0] if args else kwargs["x"]).shape[0]
+
+    handle = base()[0].model.diffusion_model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def picture(arm: str, task: Task, meter: bool) -> tuple[np.ndarray, dict[str, float]]:
+    """A picture uint8 [H, W, 3] and what it took; with `meter` also operations and peak memory, and no time."""
+    draw, before = ARMS[arm]
+    if before is not None:
+        draw = partial(draw, masks=before(task))
+    facts: dict[str, float] = {}
+    began = time.process_time()
+    if meter:
+        with measured() as cost:
+            found = draw(task)
+        facts |= {"gflop": cost.flops / 1e9, "started": cost.started, "peak_mib": cost.peak / 2**20}
+    else:
+        with counted() as calls:
+            found = draw(task)
+        facts |= {"seconds": time.process_time() - began, **calls}
+    (image,) = run("VAEDecode", vae=base()[2], samples=found)
+    return (image[0].clamp(0, 1) * 255).round().byte().numpy(), facts
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    logging.disable(logging.INFO)
+    torch.set_num_threads(1)
+    loras = BASE / "models" / "loras"
+    loras.mkdir(parents=True, exist_ok=True)
+    for file in Path(jobs["loras"]).glob("*.safetensors"):
+        (loras / file.name).write_bytes(file.read_bytes())
+    if jobs["freefuse"]:
+        load_freefuse(jobs["freefuse"])
+    for job in jobs["jobs"]:
+        if time.time() > jobs["until"]:
+            break
+        images, facts = [], []
+        for one in job["tasks"]:
+            task = Task(tuple(one["names"]), tuple(one["words"]), one["text"], one["seed"])
+            if job["meter"]:
+                picture(job["arm"], task, False)  # what is made once per model is not counted
+            image, fact = picture(job["arm"], task, job["meter"])
+            images.append(image)
+            facts.append({"seed": task.seed, **fact})
+        partial_file = Path(job["out"]).with_suffix(".tmp.npz")
+        np.savez_compressed(partial_file, images=np.stack(images), facts=json.dumps(facts))
+        partial_file.replace(job["out"])
+        print(
+            f"{job['arm']} {Path(job['out']).stem}: {np.mean([f.get('seconds', 0) for f in facts]):.2f} s", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

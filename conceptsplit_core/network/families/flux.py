@@ -1,0 +1,43 @@
+"""Flux.1, Chroma, Flux.2 and Klein: blocks with two streams, then blocks with one, which holds the text first."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..site import TokenSequence
+from .transformer import Columns, Transformer, last_of_three, register
+
+# The host puts zero rows before a text of Flux.2 that is shorter.
+FLUX2_ROWS = 512
+
+
+def _values(denoiser: nn.Module, path: str) -> Columns:
+    if path.endswith(".qkv"):
+        return last_of_three(denoiser, path)
+    width = int(denoiser.hidden_size)  # type: ignore[arg-type]
+    return 2 * width, width
+
+
+def _sequence(denoiser: nn.Module) -> TokenSequence:
+    patch = int(denoiser.patch_size)  # type: ignore[arg-type]
+    if getattr(denoiser.params, "global_modulation", False):
+        return TokenSequence(patch, fill=FLUX2_ROWS, fill_before=True)
+    return TokenSequence(patch)
+
+
+FLUX = register(
+    Transformer(
+        "flux",
+        "Flux, Flux.2, Klein or Chroma",
+        ("Flux", "Chroma"),
+        (
+            (r"^single_blocks\.\d+\.linear[12]$", "joint"),
+            (r"^double_blocks\.\d+\.img_(attn|mlp)\.|^img_in$|^final_layer\.linear$", "image"),
+            (r"^double_blocks\.\d+\.txt_(attn|mlp)\.|^txt_in$", "text"),
+        ),
+        r"^double_blocks\.\d+\.txt_attn\.qkv$|^single_blocks\.\d+\.linear1$",
+        _values,
+        (0.2, 0.4),
+        _sequence,
+    )
+)

@@ -1,0 +1,89 @@
+"""Reports of others, each by its number, tried on the real host."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from .conftest import pack, run
+from .helpers import apply, changed_rows, encode, make_adapter, messages, sample, sample_loda, watched
+from .test_lora import MID, load, only
+
+ConceptSplitError = pack("conceptsplit_core.errors").ConceptSplitError
+PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head>" + b" " * 400
+
+
+@pytest.fixture(scope="module")
+def sd(loaded):
+    return loaded("tiny")
+
+
+@pytest.fixture
+def two(sd):
+    """MODEL and CLIP with rex, a dog, and tom, a cat."""
+    model, clip = apply(sd.model, sd.clip, make_adapter(sd.model))
+    return apply(model, clip, make_adapter(sd.model, "tom", "cat", seed=5))
+
+
+@pytest.mark.parametrize("negative", ["a <rex>", "an ugly dog", "a (<REX>:1.3)"])
+def test_case_26_a_concept_in_the_negative_prompt_is_said(two, sd, caplog, negative):
+    """It acts there, so that pictures move away from it."""
+    model, clip = two
+    positive = encode(clip, "a <tom> at sea")
+    with messages(caplog) as said, watched(sd.model) as ours:
+        sample(model, positive, encode(clip, negative), steps=1)
+    with watched(sd.model) as stock:
+        sample(sd.model, positive, encode(clip, negative), steps=1)
+    (line,) = [line for line in said if "negative" in line]
+    assert line.startswith("[ConceptSplit] The negative prompt names <rex>: the picture is pushed away from its look.")
+    assert {row for _, row in changed_rows(ours, stock)[1]}
+    with messages(caplog) as said:
+        sample(model, encode(clip, "a <tom> and a <rex>"), encode(clip, "blurry"), steps=1)
+    assert not said
+
+
+@pytest.mark.parametrize("way", ["Combine", "Concat"])
+def test_case_b20_two_prompts_with_one_concept_each_are_separated(two, way, caplog):
+    model, clip = two
+    first, second = encode(clip, "a <rex> in a park"), encode(clip, "the small <tom>")
+    names = ("conditioning_1", "conditioning_2") if way == "Combine" else ("conditioning_to", "conditioning_from")
+    (both,) = run(f"Conditioning{way}", **dict(zip(names, (first, second), strict=True)))
+    with messages(caplog) as said:
+        _, maps = sample_loda(model, both, encode(clip, ""), loda_steps=2, loda_iterations=3, loda_strength=0.1)
+    assert not said
+    trace = maps.trace
+    assert trace.concepts == ("rex", "tom")
+    assert (trace.before.flatten(2).amax(dim=-1) > 0).all(), "both have been found"
+    assert float(trace.losses[-1][1]) < float(trace.losses[0][1])
+
+
+def test_case_24_a_web_page_in_either_loader(sd, base, write):
+    folder = base / "models" / "value_adapters"
+    (folder / "page.safetensors").write_bytes(PAGE)
+    with pytest.raises(
+        ConceptSplitError, match=r"page\.safetensors is not a safetensors file but a web page: .*log in"
+    ):
+        run("ConceptSplitLoader", model=sd.model, clip=sd.clip, adapter="page.safetensors")
+    name = write({"x": torch.zeros(1)}, "page.safetensors")
+    (base / "models" / "loras" / name).write_bytes(PAGE)
+    with pytest.raises(ConceptSplitError, match=r"page\.safetensors is not a safetensors file but a web page"):
+        load(sd, name, "anna", "dog")
+
+
+def test_case_24_a_kohya_file_with_long_tags_and_its_loader(sd, base, write):
+    """2 MiB of tags: the value adapter loader says which node takes it, and that node does."""
+    tags = json.dumps({"10_anna": {f"a tag of some length {i}": i for i in range(60_000)} | {"ohwx dog": 10**6}})
+    state = only(sd.model, torch.Generator().manual_seed(1), f"{MID}.attn2.to_v")
+    name = write(state, "tagged.safetensors", ss_tag_frequency=tags)
+    file = (base / "models" / "loras" / name).read_bytes()
+    (base / "models" / "value_adapters" / name).write_bytes(file)
+    with pytest.raises(ConceptSplitError, match=r"header of \d\.\d MiB, .*load it with LoRA Concept Loader"):
+        run("ConceptSplitLoader", model=sd.model, clip=sd.clip, adapter=name)
+    _, _, info = load(sd, name, "anna", "")
+    assert "<anna> = 'ohwx dog'" in info
+    name = write(state, "short.safetensors")
+    (base / "models" / "value_adapters" / name).write_bytes((base / "models" / "loras" / name).read_bytes())
+    with pytest.raises(ConceptSplitError, match=r"it is a LoRA; load it with LoRA Concept Loader"):
+        run("ConceptSplitLoader", model=sd.model, clip=sd.clip, adapter=name)

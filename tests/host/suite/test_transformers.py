@@ -1,0 +1,609 @@
+"""Diffusion transformers, family by family: routed LoRAs, maps and AFG against the host's own merge and plain sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import test_encoders as encoders
+from . import transformers as tiny
+from .conftest import pack, run
+from .helpers import encode, sample
+
+BOUND = {"anna": (3, 4), "bert": (9,)}
+EACH = pytest.mark.parametrize("family", tiny.here())
+SIZE = (18, 10)  # latent pixels: 9 x 5 tokens, so that Z-Image fills its picture up
+
+
+@pytest.fixture(scope="module")
+def models() -> Any:
+    made: dict[str, Any] = {}
+
+    def get(family: str) -> Any:
+        if family not in made:
+            made.clear()  # one at a time
+            made[family] = tiny.build(family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def write_path(write, base) -> Any:
+    """Writes a LoRA file and gives its path."""
+    return lambda state, name="x.safetensors": base / "models" / "loras" / write(state, name)
+
+
+def network_of(model: Any) -> Any:
+    return pack("conceptsplit_core.hosts.comfy.model").network_map(model.model)
+
+
+def pair(shape: tuple[int, ...], generator: torch.Generator, rank: int = 3) -> tuple[Tensor, Tensor]:
+    """A [r, d_in] and B [d_out, r]."""
+    width = int(torch.tensor(shape[1:]).prod())
+    down = torch.randn(rank, width, generator=generator) / width**0.5
+    return down, 0.3 * torch.randn(shape[0], rank, generator=generator)
+
+
+def kohya(path: str) -> str:
+    return "lora_unet_" + path.replace(".", "_")
+
+
+def file_of(model: Any, paths: list[str], seed: int = 5) -> dict[str, Tensor]:
+    """A kohya LoRA on these modules."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for path in paths:
+        shape = tuple(model.model.diffusion_model.get_submodule(path).weight.shape)
+        down, up = pair(shape, generator)
+        if len(shape) == 4:
+            down, up = down.unflatten(1, shape[1:]), up[..., None, None]
+        state |= {f"{kohya(path)}.lora_down.weight": down, f"{kohya(path)}.lora_up.weight": up}
+        state[f"{kohya(path)}.alpha"] = torch.tensor(1.5)
+    return state
+
+
+def with_lora(model: Any, path: Any, name: str = "anna", **options: Any) -> Any:
+    comfy = "conceptsplit_core.hosts.comfy"
+    read = pack(f"{comfy}.lora").read_lora(path, model, None, name, "dog")
+    patch = pack(f"{comfy}.patch")
+    return patch.with_adapter(model, patch.LoadedAdapter(name, read.adapter, **options))
+
+
+def with_loda(model: Any, **options: Any) -> tuple[Any, Any]:
+    """The model as KSampler (LODA) samples it, and the maps it will leave."""
+    patch, maps = (
+        pack("conceptsplit_core.hosts.comfy.patch"),
+        pack("conceptsplit_core.hosts.comfy.patch").AttentionMaps(),
+    )
+    config = pack("conceptsplit_core.settings").LodaConfig(**{"afg_end": 1.0, **options})
+    return patch.with_loda(model, config, maps), maps
+
+
+def routable(model: Any) -> list[str]:
+    sites = network_of(model).sites.values()
+    return [site.path for site in sites if site.columns is None and site.reads != "time"]
+
+
+def conds(family: str, bound: Any = BOUND) -> tuple[Any, Any]:
+    return tiny.prompt(bound, 7, family), tiny.prompt({}, 8, family)
+
+
+def drawn(left: int, right: int, size: tuple[int, int] = SIZE) -> Tensor:
+    """A mask in pixels that is white between two columns of latent pixels."""
+    mask = torch.zeros(1, size[1] * 8, size[0] * 8)
+    mask[..., left * 8 : right * 8] = 1.0
+    return mask
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, atol=2e-3 * float(other.abs().max()), rtol=0)
+
+
+@contextmanager
+def outputs(model: Any, paths: list[str]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """(input, output) of modules at every call, after all hooks that stand when the model is called."""
+    denoiser, handles = model.model.diffusion_model, []
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in paths}
+
+    def record(path: str) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            found[path].append((args[0].detach().clone(), output.detach().clone()))
+
+        return hook
+
+    def start(*_: Any) -> None:
+        handles.extend(denoiser.get_submodule(path).register_forward_hook(record(path)) for path in paths)
+
+    def stop(*_: Any) -> None:
+        while handles:
+            handles.pop().remove()
+
+    outer = [denoiser.register_forward_pre_hook(start), denoiser.register_forward_hook(stop, always_call=True)]
+    try:
+        yield found
+    finally:
+        stop()
+        for handle in outer:
+            handle.remove()
+
+
+@EACH
+def test_routed_everywhere_equals_the_hosts_merge(models, write_path, family):
+    model = models(family)
+    path = write_path(file_of(model, routable(model)))
+    image, given = tiny.latent(family, *SIZE), {"steps": 2, "cfg": 4.0}
+    stock = sample(model, *conds(family), image, **given)
+    merged = run("LoraLoaderModelOnly", model=model, lora_name=path.name, strength_model=0.7)[0]
+    wanted = sample(merged, *conds(family), image, **given)
+    assert not close(stock, wanted), "this LoRA changes the picture"
+    ours = with_lora(model, path, strength=0.7, scope="everywhere")
+    assert close(sample(ours, *conds(family), image, **given), wanted)
+    assert torch.equal(sample(with_lora(model, path, strength=0.0), *conds(family), image, **given), stock)
+    assert torch.equal(sample(model, *conds(family), image, **given), stock)
+
+
+@EACH
+def test_parts_of_fused_projections_equal_the_hosts_merge(models, write_path, family):
+    """Files in diffusers' names change columns of a fused module, each by its own pair."""
+    import comfy.lora
+
+    model = models(family)
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    parts = {
+        name: key
+        for name, key in keys.items()
+        if not isinstance(key, str)
+        and key[1] is not None
+        and key[0] in model.model.state_dict()  # the host's table has an attn2 for every block of SD3
+        and name.startswith(("transformer.", "diffusion_model."))
+    }
+    if not parts:
+        assert family in ("qwen_image", "krea2", "anima", "lumina2"), "this family's files name whole modules"
+        return
+    generator, state = torch.Generator().manual_seed(3), {}
+    for name, key in parts.items():
+        weight = model.model.get_submodule(key[0].removesuffix(".weight")).weight
+        if key[1][1] + key[1][2] > weight.shape[0]:
+            continue  # the host's own table has a wider part than Flux.2's module
+        down, up = pair((key[1][2], weight.shape[1]), generator)
+        state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    path = write_path(state)
+    image = tiny.latent(family, *SIZE)
+    merged = run("LoraLoaderModelOnly", model=model, lora_name=path.name, strength_model=0.8)[0]
+    wanted = sample(merged, *conds(family), image, steps=2)
+    assert not close(sample(model, *conds(family), image, steps=2), wanted)
+    ours = with_lora(model, path, strength=0.8, scope="everywhere")
+    assert close(sample(ours, *conds(family), image, steps=2), wanted)
+
+
+@EACH
+def test_half_a_picture_changes_inside_only(models, write_path, family):
+    """The first module that sees the picture, by an independent sum; bit-equal outside and for the negative prompt."""
+    model = models(family)
+    module = tiny.FAMILIES[family].image
+    state = file_of(model, [module])
+    ours = with_lora(model, write_path(state), strength=0.6, mask=drawn(0, 7))
+    image = tiny.latent(family, *SIZE, batch=2)
+    with outputs(model, [module]) as stock:
+        sample(model, *conds(family), image, steps=1)
+    with outputs(model, [module]) as got:
+        sample(ours, *conds(family), image, steps=1)
+    patch = tiny.FAMILIES[family].patch
+    h, w = -(-SIZE[1] // patch), -(-SIZE[0] // patch)
+    share = torch.nn.functional.adaptive_avg_pool2d(drawn(0, 7)[None], (h, w)).flatten()
+    changed = total = 0
+    for (read, base), (_, new) in zip(stock[module], got[module], strict=True):
+        down, up = (state[f"{kohya(module)}.lora_{side}.weight"].flatten(1) for side in ("down", "up"))
+        wanted = base + 0.6 * 0.5 * (read.flatten(1, -2) @ down.t() @ up.t()).view(base.shape) * _beside(share, base)
+        for row in range(len(base)):
+            total += 1
+            if torch.equal(new[row], base[row]):
+                continue
+            changed += 1
+            torch.testing.assert_close(new[row], wanted[row], atol=2e-5, rtol=1e-4)
+            moved = (new[row] != base[row]).flatten(0, -2).any(dim=-1)
+            assert torch.equal(moved[: h * w], share > 0) and not moved[h * w :].any()
+    assert (changed, total) == (2, 4), "both pictures of the positive prompt, none of the negative"
+
+
+def _beside(share: Tensor, out: Tensor) -> Tensor:
+    """Weights of the picture's tokens beside a module's output [B, T, d] or [B, 1, h, w, d]; nothing behind them."""
+    tokens = out[0].flatten(0, -2).shape[0]
+    return torch.nn.functional.pad(share, (0, tokens - len(share))).view(1, *out.shape[1:-1], 1)
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["text", "joint"])
+def test_a_loras_text_side_acts_at_its_own_rows(models, write_path, family, kind):
+    """Rows of one concept by an independent sum, those of the other, of the negative and of the padding bit-equal."""
+    model = models(family)
+    module = getattr(tiny.FAMILIES[family], kind)
+    if module is None:
+        assert family in ("qwen_image", "sd3", "anima"), "two streams, or a cross-attention"
+        return
+    state = file_of(model, [module])
+    ours = with_lora(model, write_path(state), strength=0.6, mask=drawn(0, 0))
+    ours = pack("conceptsplit_core.hosts.comfy.patch").with_masks(ours, {"bert": drawn(0, 0)})
+    # Without AFG, which computes attention in another way, to rounding the same where it adds nothing.
+    ours, _ = with_loda(ours, loda_steps=0, afg=False)
+    image = tiny.latent(family, *SIZE)
+    with outputs(model, [module]) as stock:
+        sample(model, *conds(family), image, steps=1)
+    with outputs(model, [module]) as got:
+        sample(ours, *conds(family), image, steps=1)
+    before = 512 - tiny.ROWS if family == "flux2" else 0  # rows that the host puts before a text
+    down, up = (state[f"{kohya(module)}.lora_{side}.weight"] for side in ("down", "up"))
+    changed = 0
+    for (read, base), (_, new) in zip(stock[module], got[module], strict=True):
+        for row in range(len(base)):
+            moved = (new[row] != base[row]).any(dim=-1).nonzero().flatten().tolist()
+            changed += bool(moved)
+            if moved:
+                assert moved == [before + place for place in BOUND["anna"]]
+                wanted = base[row, moved] + 0.6 * 0.5 * (read[row, moved] @ down.t() @ up.t())
+                torch.testing.assert_close(new[row, moved], wanted, atol=2e-5, rtol=1e-4)
+    assert changed == 1
+
+
+@EACH
+def test_maps_are_the_attention_that_rows_get(models, family):
+    """Read from a plan's pass, against a softmax over what the host's attention was given."""
+    import comfy.ldm.modules.attention as attention
+
+    model, found = models(family), []
+    ours, maps = with_loda(model, plan_steps=1)
+    network = network_of(model)
+    plain = attention.attention_pytorch
+    marks: list[str] = []
+
+    def override(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        if marks:
+            found.append((marks.pop(), *(_folded(one, heads, kwargs) for one in (q, k))))
+        return plain(q, k, v, heads, *args, **kwargs)
+
+    ours.model_options["transformer_options"]["optimized_attention_override"] = override
+    handles = [
+        model.model.diffusion_model.get_submodule(name).register_forward_hook(lambda *_, name=name: marks.append(name))
+        for name in network.readable
+    ]
+    try:
+        sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=3)
+    finally:
+        for handle in handles:
+            handle.remove()
+    trace = maps.trace
+    h, w = network.sequence.size((SIZE[1], SIZE[0]))
+    assert trace.after.shape == (1, 2, h, w) and trace.regions.shape == (1, 2, h, w)
+    # The pass that read the maps has one batch row and is the second that the sampler did not ask for.
+    single = [(name, q, k) for name, q, k in found if q.shape[0] == 1]
+    rows = 512 if family in ("flux2", "anima") else tiny.ROWS
+    before = 512 - tiny.ROWS if family == "flux2" else 0
+    first = 0 if family == "anima" else 32 if family == "z_image" else rows
+    matches = []
+    for at in range(len(single) - len(network.readable) + 1):
+        means = torch.zeros(2, h * w)
+        for _name, q, k in single[at : at + len(network.readable)]:
+            weights = (q[0, :, first : first + h * w] @ k[0].mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)
+            for i, places in enumerate(BOUND.values()):
+                means[i] += weights[:, [before + place for place in places]].mean(-1) / len(network.readable)
+        matches.append(torch.allclose(means, trace.after[0].flatten(1), atol=1e-6, rtol=1e-3))
+    assert any(matches)
+
+
+def _folded(x: Tensor, heads: int, kwargs: dict[str, Any]) -> Tensor:
+    if not kwargs.get("skip_reshape"):
+        x = (x if x.ndim == 4 else x.unflatten(-1, (heads, -1))).transpose(1, 2)
+    return x.detach().clone()
+
+
+@EACH
+def test_afg_is_a_bias_on_the_concepts_rows(models, family):
+    """One block's attention against a mask [L, L] of the same numbers; the negative prompt is bit-equal."""
+    import comfy.ldm.modules.attention as attention
+
+    model = models(family)
+    masked = {"anna": drawn(0, 8), "bert": drawn(8, 18)}
+    ours = pack("conceptsplit_core.hosts.comfy.patch").with_masks(model, masked)
+    ours, maps = with_loda(ours, afg_inside=2.0, afg_outside=5.0)
+    network = network_of(model)
+    given: list[Any] = []
+    plain = attention.attention_pytorch
+
+    def override(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        out = plain(q, k, v, heads, *args, **kwargs)
+        given.append((q.clone(), k.clone(), v.clone(), out.clone(), heads, args, kwargs))
+        return out
+
+    def sampled(chosen: Any) -> tuple[Tensor, list[Any]]:
+        given.clear()
+        chosen = chosen.clone()
+        chosen.model_options["transformer_options"]["optimized_attention_override"] = override
+        return sample(chosen, *conds(family), tiny.latent(family, *SIZE), steps=1), list(given)
+
+    stock, before = sampled(model)
+    out, after = sampled(ours)
+    assert not close(stock, out)
+    assert len(before) == len(after), "given regions need no plan"
+    h, w = network.sequence.size((SIZE[1], SIZE[0]))
+    pixels = torch.arange(h * w) % w
+    region = torch.stack([pixels < round(8 * w / SIZE[0]), pixels >= round(8 * w / SIZE[0])])
+    assert torch.equal(
+        maps.trace.regions[0],
+        torch.nn.functional.interpolate(
+            region.float().view(1, 2, h, w), size=maps.trace.regions.shape[-2:], mode="nearest-exact"
+        )[0].bool(),
+    )
+    rows = 512 if family in ("flux2", "anima") else tiny.ROWS
+    shift = 512 - tiny.ROWS if family == "flux2" else 0
+    first = 0 if family == "anima" else 32 if family == "z_image" else rows
+    compared = 0
+    for one, other in zip(before, after, strict=True):
+        if one[0].shape == other[0].shape:
+            continue
+        q, k, v, _, heads, _args, kwargs = one
+        q, k, v = (_folded(x, heads, kwargs) for x in (q, k, v))
+        bias = torch.zeros(q.shape[0], 1, q.shape[2], k.shape[2])
+        for i, places in enumerate(BOUND.values()):
+            for place in places:
+                bias[:, 0, first : first + h * w, shift + place] = torch.where(region[i], 2.0, -5.0)
+        if q.shape[0] == 2:
+            bias[0] = 0.0  # the negative prompt, which the host puts first
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        wide = other[3].unflatten(-1, (heads, -1))[..., : v.shape[-1]].transpose(1, 2)
+        if compared == 0:  # the first block alone reads the same in both runs
+            torch.testing.assert_close(wide, wanted, atol=2e-4, rtol=1e-3)
+        compared += 1
+    assert compared
+
+
+@EACH
+def test_two_loras_find_their_regions_and_leave_nothing(models, write_path, family):
+    """A plan of one step of five on the base model, one pass for its maps, then the run; the model as it was."""
+    model = models(family)
+    paths = routable(model)
+    one = with_lora(model, write_path(file_of(model, paths, 5), "anna.safetensors"), strength=0.5)
+    both = with_lora(one, write_path(file_of(model, paths, 6), "bert.safetensors"), "bert", strength=0.5)
+    ours, maps = with_loda(both, plan_steps=1, area_rule="argmax")
+    image = tiny.latent(family, *SIZE, batch=2)
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    stock = sample(model, *conds(family), image, steps=5)
+    first = tiny.FAMILIES[family].text
+    with outputs(model, [first]) as calls:
+        out = sample(ours, *conds(family), image, steps=5)
+    assert out.isfinite().all() and not close(out, stock)
+    rows = [len(read) for read, _ in calls[first]]
+    # Of six steps each has two prompts of two pictures, in one call or two; the pass for maps has one prompt.
+    assert sum(rows) == 6 * 4 + 2
+    areas = maps.trace.areas
+    assert torch.equal(areas.sum(dim=1), torch.ones_like(areas[:, 0])), "every pixel is somebody's"
+    assert torch.equal(sample(ours, *conds(family), image, steps=5), out)
+    assert torch.equal(sample(model, *conds(family), image, steps=5), stock)
+    after = model.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any(module._forward_hooks for module in model.model.modules())
+
+
+@EACH
+def test_a_lora_of_another_model_is_refused(models, write_path, family):
+    model = models(family)
+    with pytest.raises(
+        Exception, match=r"other\.safetensors holds no LoRA for this model \(first tensor: 'lora_unet_d"
+    ):
+        state = {"lora_unet_down_blocks_9_attentions_0.lora_down.weight": torch.ones(2, 4)}
+        with_lora(model, write_path(state, "other.safetensors"))
+    module = tiny.FAMILIES[family].image
+    wide = file_of(model, [module])
+    wide[f"{kohya(module)}.lora_down.weight"] = torch.ones(3, 11)
+    with pytest.raises(Exception, match=rf"wide\.safetensors: The LoRA 'anna' maps 11 to \d+ values at {module}, the"):
+        with_lora(model, write_path(wide, "wide.safetensors"))
+
+
+def test_an_unknown_transformer_is_refused_by_name():
+    """AuraFlow's denoiser has the name of another family's parent class."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    options = {"in_channels": 4, "dim": 64, "n_layers": 2, "n_heads": 2, "cond_seq_dim": 32, "max_seq": 64}
+    with torch.inference_mode():
+        config = comfy.supported_models.AuraFlow({**options, "n_double_layers": 1, "dtype": torch.float32})
+        config.set_inference_dtype(torch.float32, None)
+        model = comfy.model_patcher.ModelPatcher(config.get_model({}, ""), torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(
+        Exception, match=r"ConceptSplit does not know this kind of model \(AuraFlow\): it works on SD1.5"
+    ):
+        with_loda(model)
+
+
+@EACH
+def test_loda_separates_where_its_steps_are_asked_for(models, family, monkeypatch):
+    """On weights that the host has made under inference mode: the gradient against differences, and the loss falls."""
+    timeline = pack("conceptsplit_core.method.timeline")
+    separation_loss = pack("conceptsplit_core.method.maps").separation_loss
+    model = models(family)
+    image = tiny.latent(family, *SIZE, batch=2)
+    stock = sample(model, *conds(family), image, steps=4)
+    ours, maps = with_loda(model, loda_steps=2, loda_iterations=2, loda_strength=0.05, afg=False)
+    slopes: list[tuple[float, float]] = []
+    separate = timeline.separate
+
+    def checked(x: Tensor, sigma: Any, step: int, maps_of: Any, config: Any, *args: Any, **kwargs: Any) -> Tensor:
+        def loss_of(latent: Tensor) -> Tensor:
+            return separation_loss(maps_of(latent), config.divergence, config.target, config.map_smoothing)[0].sum()
+
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(loss_of(leaf), leaf)
+        for seed in range(3 if not slopes else 0):
+            along = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) * 2e-3
+            with torch.inference_mode(False), torch.no_grad():
+                ahead, behind = (float(loss_of(x.detach().clone() + sign * along)) for sign in (1.0, -1.0))
+            slopes.append((float((slope * along).sum()), (ahead - behind) / 2))
+        return separate(x, sigma, step, maps_of, config, *args, **kwargs)
+
+    monkeypatch.setattr(timeline, "separate", checked)
+    if family == "anima":
+        with pytest.raises(
+            Exception, match="this ComfyUI computes a part of it with a kernel that has none: set loda_s"
+        ):
+            sample(ours, *conds(family), image, steps=4)
+        assert torch.equal(sample(model, *conds(family), image, steps=4), stock)
+        return
+    out = sample(ours, *conds(family), image, steps=4)
+    for slope, difference in slopes:
+        assert slope == pytest.approx(difference, rel=0.05, abs=2e-6)
+    trace = maps.trace
+    assert trace.backwards >= 3 and not trace.skipped
+    assert (trace.losses[-1][1] < trace.losses[0][1]).all() and out.isfinite().all() and not close(out, stock)
+    assert torch.equal(sample(model, *conds(family), image, steps=4), stock)
+
+
+@EACH
+def test_without_asking_a_transformer_is_not_optimised(models, family):
+    """Words alone: a plan gives the regions, no gradient is taken."""
+    ours, maps = with_loda(models(family))
+    sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=5)
+    assert maps.trace.backwards == 0 and maps.trace.regions.any()
+
+
+# As people use it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, encoder",
+    [
+        ("flux", "flux"),
+        ("chroma", "chroma"),
+        ("z_image", "z-image"),
+        ("qwen_image", "qwen-image"),
+        ("sd3", "sd3 T5 alone"),
+        ("anima", "anima"),
+    ],
+)
+def test_two_loaders_one_sampler_the_prompt_typed_once(models, write_path, family, encoder):
+    """Through the nodes and the host's own text encoder: the words' rows change, and no others."""
+    if family not in tiny.here():
+        pytest.skip(f"{family}: this ComfyUI has no such model")
+    model, clip = models(family), encoders.build(encoder)
+    if family == "sd3":
+        pytest.skip("sd3: its small text encoder is as wide as the real one")
+    module = tiny.FAMILIES[family].text
+    both = given = model
+    for name, words, seed in (("anna", "black dog", 5), ("bert", "mug", 6)):
+        file = write_path(file_of(model, [module, tiny.FAMILIES[family].image], seed), f"{name}.safetensors").name
+        inputs = {"lora": file, "concept_name": name, "words": words, "strength": 0.8, "strength_clip": 1.0}
+        both, clip, info = run("ConceptSplitLoraLoader", model=both, clip=clip, **inputs)
+        assert "layers act at its words" in info and "1 in its region" in info
+    conditions = encode(clip, "look, a <anna> and a <bert>"), encode(clip, "blurry")
+    ours, maps = with_loda(both, plan_steps=1)
+    with outputs(model, [module]) as calls:
+        out = sample(ours, *conditions, tiny.latent(family, *SIZE), steps=4, cfg=1.0)
+    assert out.isfinite().all() and not close(out, sample(given, *conditions, tiny.latent(family, *SIZE), steps=4))
+    assert maps.trace.concepts == ("anna", "bert") and maps.trace.areas.any()
+    bound = {one.concept: one.rows for one in conditions[0][0][1]["conceptsplit"].bindings}
+    assert len(bound["anna"]) >= 2 and len(bound["bert"]) >= 1
+    # Of the first step's text, drawn with and without the LoRAs: the plan is drawn without them.
+    (read, plain), (again, routed) = calls[module][0], calls[module][2]
+    if torch.equal(read, again):
+        moved = (plain != routed).any(dim=-1)[0].nonzero().flatten().tolist()
+        assert moved == sorted(bound["anna"] + bound["bert"])
+
+
+@EACH
+def test_texts_of_unequal_length_guidance_one_and_few_steps(models, write_path, family):
+    """Positive and negative run apart, or without a negative at all; the plan is one step of four."""
+    model = models(family)
+    path = write_path(file_of(model, routable(model)))
+    ours, maps = with_loda(with_lora(model, path, strength=0.5))
+    positive, negative = tiny.prompt(BOUND, 7, family), tiny.prompt({}, 8, family, rows=33)
+    image = tiny.latent(family, 10, 18)
+    for cfg in (3.0, 1.0):
+        out = sample(ours, positive, negative, image, steps=4, cfg=cfg)
+        stock = sample(model, positive, negative, image, steps=4, cfg=cfg)
+        assert out.isfinite().all() and not close(out, stock)
+    assert maps.trace.settings["plan_steps"] == 1
+
+
+@EACH
+def test_a_merged_lora_below_and_fp8_weights(models, write_path, family):
+    """A style LoRA that the host merges, and weights stored in eight bits, change nothing of what ours adds."""
+    model = models(family)
+    module = tiny.FAMILIES[family].image
+    ours_file = write_path(file_of(model, [module], 5), "ours.safetensors")
+    style = write_path(file_of(model, routable(model), 9), "style.safetensors")
+    styled = run("LoraLoaderModelOnly", model=model, lora_name=style.name, strength_model=0.4)[0]
+    image = tiny.latent(family, *SIZE)
+    both = run("LoraLoaderModelOnly", model=styled, lora_name=ours_file.name, strength_model=0.6)[0]
+    wanted = sample(both, *conds(family), image, steps=2)
+    routed = with_lora(styled, ours_file, strength=0.6, scope="everywhere")
+    assert close(sample(routed, *conds(family), image, steps=2), wanted)
+
+
+def test_weights_in_eight_bits(write_path):
+    """The delta is of the compute type; a Linear that is stored in fp8 is cast for each call by the host."""
+    family = "flux"
+    model = tiny.build(family, stored=torch.float8_e4m3fn)
+    module = tiny.FAMILIES[family].image
+    path = write_path(file_of(model, [module]))
+    stock = sample(model, *conds(family), tiny.latent(family, *SIZE), steps=2)
+    ours = with_lora(model, path, strength=0.6, mask=drawn(0, 9))
+    out = sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=2)
+    assert out.isfinite().all() and not close(out, stock)
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+def test_a_reference_picture_is_nobodys(models, write_path, family):
+    """Kontext and edit models: tokens behind the picture's own stay as they are."""
+    model = models(family)
+    module = tiny.FAMILIES[family].image
+    ours = with_lora(model, write_path(file_of(model, [module])), strength=0.6, mask=drawn(0, 18))
+    positive, negative = conds(family)
+    reference = tiny.latent(family, 12, 8)["samples"] + 0.3
+    positive[0][1]["reference_latents"] = [reference]
+    ours = pack("conceptsplit_core.hosts.comfy.patch").with_masks(ours, {"bert": drawn(0, 0)})
+    ours, _ = with_loda(ours, loda_steps=0, afg=False)
+    with outputs(model, [module]) as stock:
+        sample(model, positive, negative, tiny.latent(family, *SIZE), steps=1, cfg=1.0)
+    with outputs(model, [module]) as got:
+        sample(ours, positive, negative, tiny.latent(family, *SIZE), steps=1, cfg=1.0)
+    base, new = stock[module][0][1], got[module][0][1]
+    moved = (base != new).any(dim=-1)[0]
+    assert base.shape[1] == 9 * 5 + 6 * 4 and moved[: 9 * 5].all() and not moved[9 * 5 :].any()
+
+
+def test_a_gradient_that_needs_too_much_memory_is_left_out(models, caplog):
+    model = models("sd3")
+    ours, maps = with_loda(model, loda_steps=2, afg=False)
+
+    def full(module: Any, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("as a card says it")
+
+    handle = model.model.diffusion_model.get_submodule(tiny.FAMILIES["sd3"].text).register_forward_hook(full)
+    try:
+        out = sample(ours, *conds("sd3"), tiny.latent("sd3", *SIZE), steps=4)
+    finally:
+        handle.remove()
+    assert out.isfinite().all() and maps.trace.backwards == 0
+    assert "LODA's gradient needs more memory than is free: the picture is drawn without it" in caplog.text
+
+
+def test_training_on_a_transformer_is_refused_before_it_starts(models):
+    with pytest.raises(
+        Exception, match="Value adapters can be trained on SD1.5, SD2.x and SDXL, not on Flux: train a LoRA"
+    ):
+        run(
+            "ConceptSplitTrain",
+            model=models("flux"),
+            clip=encoders.build("flux"),
+            vae=run("ConceptSplitDemoCheckpoint")[2],
+            images=torch.rand(1, 64, 64, 3),
+            concept_name="rex",
+            class_word="dog",
+            file_name="rex_on_flux",
+        )
