@@ -66,7 +66,16 @@ class ConceptSplitLoader(io.ComfyNode):
             description="Loads a concept trained by Train Value Adapter. Use it like a LoRA loader, once per concept, "
             "and write <concept name> where the concept belongs in the prompt. Unlike a LoRA it changes only the words "
             "that carry the concept, so several concepts do not mix.",
-            search_aliases=["tova", "value adapter", "concept", "lora loader", "conceptsplit"],
+            search_aliases=[
+                "tova",
+                "value adapter",
+                "concept",
+                "lora loader",
+                "identity",
+                "subject",
+                "multi concept",
+                "conceptsplit",
+            ],
             inputs=[
                 *loader_inputs(),
                 field(
@@ -176,7 +185,7 @@ class ConceptSplitMarkWords(io.ComfyNode):
             "Mark Concept Words",
             description="Marks plain words, such as 'cat, dog', so that KSampler (LODA) keeps them apart on any model, "
             "without trained concepts.",
-            search_aliases=["loda", "attention", "conceptsplit"],
+            search_aliases=["loda", "attention", "regional", "multi concept", "conceptsplit"],
             inputs=[
                 field(io.Clip, "clip", "The text encoder. Encode the prompt with the CLIP that leaves this node."),
                 field(

@@ -691,7 +691,7 @@ def own_checkpoint(family: str, checkpoint: str, width: int, height: int, cfg: f
 def own_transformer(
     name: str,
     model: str,
-    encoder: dict[str, str],
+    encoder: dict[str, Any],
     vae: str,
     latent: str = "EmptySD3LatentImage",
     shift: float | None = None,
@@ -751,7 +751,7 @@ def own_transformer(
 
 def transformers() -> list[Template]:
     qwen_vae = "qwen_image_vae.safetensors"
-    t5 = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
+    t5: dict[str, Any] = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
     return [
         own_transformer(
             "Z-Image-Turbo", "z_image_turbo_bf16.safetensors",

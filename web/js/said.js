@@ -85,14 +85,6 @@ app.registerExtension({
       const lines = detail.output?.said;
       if (lines) for (const node of nodesOf(detail.node).slice(-1)) show(node, lines);
     });
-    // Nodes that the server has kept from an earlier run are not executed; the history has their lines.
-    api.addEventListener("execution_success", async ({ detail }) => {
-      const answer = await api.fetchApi(`/history/${detail.prompt_id}`);
-      const outputs = (await answer.json())[detail.prompt_id]?.outputs ?? {};
-      for (const [id, output] of Object.entries(outputs)) {
-        if (output?.said) for (const node of nodesOf(id).slice(-1)) show(node, output.said);
-      }
-    });
     api.addEventListener("conceptsplit.said", ({ detail }) => {
       for (const node of nodesOf(detail.node)) {
         warned.set(node, [...(warned.get(node) ?? []), ...detail.lines]);

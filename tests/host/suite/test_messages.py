@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 
-from .conftest import pack
+from .conftest import pack, run
 from .helpers import apply, encode, latent, make_adapter, sample
 
 
@@ -87,6 +88,25 @@ def test_the_sampler_says_what_it_bound_how_far_it_came_and_who_got_which_share(
         "the CLIP of its loader.",
         "LODA needs two concepts in the prompt and found only <tom>: sampling without LODA.",
     ]
+
+
+def test_training_says_what_it_made_where_it_wrote_it_and_how_it_went(base, caplog):
+    model, clip, vae = run("ConceptSplitDemoCheckpoint")
+    images, word = run("ConceptSplitDemoImages", concept="vento", count=3, seed=4)
+    given = {"concept_name": "my_vento", "class_word": word, "file_name": "told", "steps": 8, "batch_size": 1}
+    given |= {"learning_rate": 0.002, "rank": 3, "seed": 5, "templates": "a {}"}
+    lists = {
+        key: [value] for key, value in ({"model": model, "clip": clip, "vae": vae, "images": images} | given).items()
+    }
+    with caplog.at_level("INFO", logger="ConceptSplit"):
+        lines = execute("ConceptSplitTrain", **lists).ui["said"]
+    assert lines[0] == ("<my_vento> stands for 'heart': value adapter (ToVA), rank 3, for the ConceptSplit demo model.")
+    assert lines[1] == "wrote told.safetensors after 8 steps"
+    assert (base / "models" / "value_adapters" / "told.safetensors").is_file()
+    number = r"\d+\.\d{4}"
+    assert re.fullmatch(
+        rf"8 steps of [\d.e-]+ s each; loss {number} in the first quarter, {number} in the last\.", lines[2]
+    )
 
 
 def execute(node_id, **inputs):
