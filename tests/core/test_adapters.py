@@ -369,7 +369,7 @@ def pairs_of(adapter):
     return {f"unet.{site}.lora_{s}.weight": tables[s][site].clone() for site in adapter.sites for s in "AB"}
 
 
-def test_a_pair_of_two_precisions_loads_and_works():
+def test_case_34_a_pair_of_two_precisions_loads_and_works():
     adapter = make()
     tensors = pairs_of(adapter)
     for name in tensors:
@@ -449,7 +449,7 @@ def peft_scale(back, adapter):
     ],
 )
 @pytest.mark.parametrize("where", ["header", "header without prefix", "beside"])
-def test_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, where):
+def test_case_5_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, where):
     adapter = make(rank=4, alpha=4.0)
     tensors = pairs_of(adapter)
     path = tmp_path / ("adapter_model.safetensors" if where == "beside" else "rex.safetensors")
