@@ -281,6 +281,7 @@ def _room(room: str, tree: Path, known: dict[str, Any], limit: int) -> None:
         shutil.copyfile(ROOT / mutant.file, tree / mutant.file)
         if status == 0:
             unseen.append(mutant)
+            print(f"{mutant.file}:{mutant.first}\n- {mutant.before}\n+ {mutant.after}", flush=True)
         if number % 25 == 0:
             rate = (time.monotonic() - started) / number
             print(f"{room}: {number} of {len(made)}, {len(unseen)} unseen, {rate:.1f} s each", flush=True)

@@ -257,7 +257,7 @@ def peft_alpha(facts: Mapping[str, Any], module: str, rank: int) -> float | None
 
 
 _PEFT = re.compile(
-    r"(?P<wrapped>base_model\.model\.)?(?:(?P<part>unet|text_encoder(?:_2)?)\.)?(?P<module>.+)"
+    r"(?P<wrapped>base_model\.model\.)?(?:(?P<part>unet|text_encoder(?:_2)?)\.)?(?:base_model\.model\.)?(?P<module>.+)"
     r"\.(?P<side>lora_[AB])(?:\.\w+)?\.weight"
 )
 
@@ -318,6 +318,12 @@ def lora_adapter(
     kept = routed(factors, network, report)
     for site, factor in kept.items():
         _check_kernel(name, site, factor, tuple(getattr(network.module(site), "kernel_size", ())))
+        held = factor if isinstance(factor, tuple) else vars(factor).values()
+        if not all(bool(torch.isfinite(one).all()) for one in held if isinstance(one, Tensor)):
+            raise ConceptSplitError(
+                f"The LoRA '{name}' holds values that are not finite at {site}: its training has diverged; take an "
+                "earlier version of it or train it again."
+            )
     ranks = [one[0].shape[0] for one in kept.values() if isinstance(one, tuple)]
     info = AdapterInfo(
         name,

@@ -36,7 +36,7 @@ _OTHER_FORM = re.compile(rf"\.({'|'.join(_FORMS)})[\w.]*$")
 _TEXT = ("lora_te", "text_encoder")
 _END = re.compile(r"\.(?:lora|alpha|hada|lokr|dora)|_lora\.")
 _NAME = re.compile(
-    r"^(?:base_model\.model\.)?(?:unet\.)?(?P<site>.+?)(?:_lora|\.lora)?"
+    r"^(?:base_model\.model\.)?(?:unet\.)?(?:base_model\.model\.)?(?P<site>.+?)(?:_lora|\.lora)?"
     r"(?:\.(?P<side>down|up|lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight)?(?P<alpha>\.alpha)?$"
 )
 
