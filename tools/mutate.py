@@ -230,7 +230,8 @@ def _tests(mutant: Mutant, lines: dict[str, dict[str, list[str]]], seconds: dict
     covered = lines.get(mutant.file, {})
     wanted = covered if mutant.imported else range(mutant.first, mutant.last + 1)
     names = {name for line in wanted for name in covered.get(str(line), ())}
-    return sorted((name for name in names if seconds.get(name, SLOWEST) < SLOWEST), key=lambda name: seconds[name])
+    quick = sorted((name for name in names if seconds.get(name, SLOWEST) < SLOWEST), key=lambda name: seconds[name])
+    return [f"tests/{name}" for name in quick]  # pytest names them from the folder of its configuration
 
 
 def main() -> int:
@@ -274,12 +275,13 @@ def _room(room: str, tree: Path, known: dict[str, Any], limit: int) -> None:
         if not names:
             unseen.append(mutant)
             continue
-        usual = sum(known["seconds"][name] for name in names)
+        usual = sum(known["seconds"][name.removeprefix("tests/")] for name in names)
         (tree / mutant.file).write_text(mutant.text, encoding="utf-8")
         status = _in_child(lambda names=names: _pytest(tree, ["-x", *names]), 30 + 5 * usual)
         shutil.copyfile(ROOT / mutant.file, tree / mutant.file)
         if status == 0:
             unseen.append(mutant)
+            print(f"{mutant.file}:{mutant.first}\n- {mutant.before}\n+ {mutant.after}", flush=True)
         if number % 25 == 0:
             rate = (time.monotonic() - started) / number
             print(f"{room}: {number} of {len(made)}, {len(unseen)} unseen, {rate:.1f} s each", flush=True)

@@ -21,6 +21,7 @@ from ..errors import ConceptSplitError
 from ..files import read_header, write_whole
 from ..network.site import Site
 from .base import FORMAT_VERSION, KINDS, AdapterInfo, family, kind_of
+from .lora import peft_alpha, peft_facts
 from .low_rank import LowRank
 
 FORMAT = "conceptsplit.value_adapter"
@@ -200,9 +201,8 @@ def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any]
 
     first = next((t for key, t in pairs.items() if key.endswith(".lora_A.weight")), None)
     context_dim = found.get("context_dim") or (first.shape[1] if first is not None and first.ndim == 2 else 0)
-    rank = found.get("rank") or max(
-        (t.shape[0] for key, t in pairs.items() if key.endswith(".lora_A.weight") and t.ndim == 2), default=1
-    )
+    rank = found.get("rank") or max(_ranks(pairs).values(), default=1)
+    facts = {} if found.get("alpha") else peft_facts(metadata, config, name)
     stem = re.sub(r"[^\w.\-]", "_", Path(name).stem).strip("_.-") or "concept"
     info = AdapterInfo(
         concept=found.get("concept") or stem,
@@ -211,7 +211,7 @@ def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any]
         context_dim=context_dim,
         rank=rank,
         # A file that does not say otherwise was trained with alpha = rank, as the paper's trainer does.
-        alpha=float(found.get("alpha") or _alpha(metadata, config, rank, name) or rank),
+        alpha=float(found.get("alpha") or peft_alpha(facts, "", rank) or rank),
         prediction_type=found.get("prediction_type", "epsilon"),
         training=found.get("training", {}),
         library_version=found.get("library_version", ""),
@@ -220,6 +220,10 @@ def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any]
     )
     if not 0 < info.rank <= 65536 or not abs(info.alpha) < 1e6:
         raise ConceptSplitError(f"{name} says rank {info.rank} and alpha {info.alpha}, which is not possible.")
+    for site, own_rank in _ranks(pairs).items():
+        own = peft_alpha(facts, site, own_rank)
+        if own is not None and site not in alphas and own / own_rank != info.alpha / info.rank:
+            alphas[site] = torch.tensor(own)
     for site, alpha in alphas.items():
         up = pairs.get(f"{site}.lora_B.weight")
         if alpha.numel() != 1:
@@ -234,6 +238,12 @@ def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any]
             )
         pairs[f"{site}.lora_B.weight"] = up
     return KINDS[kind].read(pairs, info)
+
+
+def _ranks(pairs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Ranks of low-rank pairs by site."""
+    end = ".lora_A.weight"
+    return {key.removesuffix(end): t.shape[0] for key, t in pairs.items() if key.endswith(end) and t.ndim == 2}
 
 
 def _pairs(tensors: Mapping[str, Tensor], kind: str, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -264,22 +274,3 @@ def _pairs(tensors: Mapping[str, Tensor], kind: str, name: str) -> tuple[dict[st
     if not pairs:
         raise ConceptSplitError(f"{name} holds no value adapter (no attn2.to_v tensors): choose an adapter file.")
     return pairs, alphas
-
-
-def _alpha(metadata: Mapping[str, Any], config: Mapping[str, Any] | None, rank: int, name: str) -> float | None:
-    """α as peft writes it: into the header (`lora_adapter_metadata`) or an `adapter_config.json` beside the file."""
-    facts: dict[str, Any] = dict(config or {})
-    text = metadata.get("lora_adapter_metadata")
-    if isinstance(text, str):
-        try:
-            told = json.loads(text)
-        except (ValueError, RecursionError):
-            told = None
-        if not isinstance(told, dict):
-            raise ConceptSplitError(f"{name} says lora_adapter_metadata = {text[:40]!r}, which is not possible.")
-        facts |= {key.removeprefix("unet."): value for key, value in told.items()}
-    alpha = facts.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e6:
-        return None
-    # Rank-stabilised LoRA scales by α/√r.
-    return float(alpha) * rank**0.5 if facts.get("use_rslora") else float(alpha)

@@ -7,6 +7,7 @@ LoRA and LoCon ΔW = (α/r) B A, also with a middle convolution, LoHa (B₁A₁)
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -221,6 +222,78 @@ def _json(text: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def peft_facts(
+    metadata: Mapping[str, Any], config: Mapping[str, Any] | None, name: str, part: str = "unet"
+) -> dict[str, Any]:
+    """PEFT's settings of one part of a model: from a file's header (`lora_adapter_metadata`, which diffusers writes),
+    or from an `adapter_config.json` beside it.
+
+    Raises:
+        ConceptSplitError: the header's are no table.
+    """
+    text = metadata.get("lora_adapter_metadata")
+    if not isinstance(text, str):
+        return dict(config or {})
+    said = _json(text)
+    if not said and text.strip() != "{}":
+        raise ConceptSplitError(f"{name} says lora_adapter_metadata = {text[:40]!r}, which is not possible.")
+    own = {key: value for key, value in said.items() if key.startswith(f"{part}.") or "." not in key}
+    return {**(config or {}), **{key.removeprefix(f"{part}."): value for key, value in own.items()}}
+
+
+def peft_alpha(facts: Mapping[str, Any], module: str, rank: int) -> float | None:
+    """α of a module of this rank, so that α / rank is PEFT's scale; None if it does not say.
+
+    `alpha_pattern` holds regular expressions for the end of a module's name. `rank_pattern` needs no reading: the
+    matrices have the rank.
+    """
+    patterns = facts.get("alpha_pattern")
+    fitting = (value for pattern, value in (patterns or {}).items() if _is_end(pattern, module))
+    alpha = next(fitting, facts.get("lora_alpha")) if isinstance(patterns, dict) else facts.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e6:
+        return None
+    # Rank-stabilised LoRA scales by α/√r.
+    return float(alpha) * rank**0.5 if facts.get("use_rslora") else float(alpha)
+
+
+_PEFT = re.compile(
+    r"(?P<wrapped>base_model\.model\.)?(?:(?P<part>unet|text_encoder(?:_2)?)\.)?(?:base_model\.model\.)?(?P<module>.+)"
+    r"\.(?P<side>lora_[AB])(?:\.\w+)?\.weight"
+)
+
+
+def peft_state(
+    state: Mapping[str, Tensor], metadata: Mapping[str, Any], config: Mapping[str, Any] | None, name: str
+) -> dict[str, Tensor]:
+    """The tensors of a file for a reader that knows neither PEFT's settings nor its wrapping: α as a tensor per module,
+    `base_model.model.` and the adapter's name gone from the names."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = _PEFT.fullmatch(key)
+        if match is None:
+            found[key] = tensor
+            continue
+        part = match["part"] or ("unet" if match["wrapped"] else "")
+        module = f"{part}.{match['module']}".removeprefix(".")
+        found[f"{module}.{match['side']}.weight"] = tensor
+        alpha = peft_alpha(peft_facts(metadata, config, name, part or "unet"), match["module"], tensor.shape[0])
+        if match["side"] == "lora_A" and alpha is not None and f"{module}.alpha" not in state:
+            found[f"{module}.alpha"] = torch.tensor(alpha)
+    return found
+
+
+def _is_end(pattern: str, module: str) -> bool:
+    if module == pattern or module.endswith(f".{pattern}"):
+        return True
+    # A repeated group may take for ever to fail.
+    if len(pattern) > 300 or re.search(r"\)[*+{?]", pattern):
+        return False
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except re.error:
+        return False
+
+
 def lora_adapter(
     name: str,
     words: str,
@@ -243,6 +316,14 @@ def lora_adapter(
     report = LoraReport(text_encoder=text_encoder)
     report.left_out.update(f"in a form that cannot be routed ({form})" for form in unsupported)
     kept = routed(factors, network, report)
+    for site, factor in kept.items():
+        _check_kernel(name, site, factor, tuple(getattr(network.module(site), "kernel_size", ())))
+        held = factor if isinstance(factor, tuple) else vars(factor).values()
+        if not all(bool(torch.isfinite(one).all()) for one in held if isinstance(one, Tensor)):
+            raise ConceptSplitError(
+                f"The LoRA '{name}' holds values that are not finite at {site}: its training has diverged; take an "
+                "earlier version of it or train it again."
+            )
     ranks = [one[0].shape[0] for one in kept.values() if isinstance(one, tuple)]
     info = AdapterInfo(
         name,
@@ -256,3 +337,13 @@ def lora_adapter(
     adapter = LoraAdapter(info, kept)
     adapter.check_fits(network.shapes(kept), network.family)
     return adapter, report
+
+
+def _check_kernel(name: str, site: str, factor: Pair | Factor, theirs: tuple[int, ...]) -> None:
+    weight = factor.down if isinstance(factor, ConvPair) else factor.weight if isinstance(factor, Whole) else None
+    mine = () if weight is None else tuple(weight.shape[2:])
+    if mine and mine != theirs:
+        raise ConceptSplitError(
+            f"The LoRA '{name}' convolves with {mine[0]} × {mine[1]} at {site}, the model with {theirs[0]} × "
+            f"{theirs[1]}: it was made for another model."
+        )

@@ -137,7 +137,6 @@ def run(arguments: argparse.Namespace) -> None:
                     config,
                     progress,
                     written.state,
-                    config.resume,
                     process,
                     write,
                 )

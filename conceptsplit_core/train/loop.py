@@ -68,7 +68,6 @@ def train(
     config: TrainConfig,
     on_event: Callable[[TrainEvent], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
     process: Process | None = None,
     on_stop: Callable[[TrainResult], None] | None = None,
     stops: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
@@ -82,8 +81,8 @@ def train(
             must read this very adapter, and add it only where ``batch.mask`` says.
         on_event: called after every step. Raising from it (or from `denoise`) interrupts: the state of the last
             complete step is written to `checkpoint`, then the exception goes on.
-        checkpoint: where resumable state is kept; the caller removes it once the adapter is safe.
-        resume: continue from `checkpoint` if it exists.
+        checkpoint: where resumable state is kept, and read if `config.resume`; the caller removes it once the adapter
+            is safe.
         process: this process's part when several train together.
         on_stop: called before one of `stops` goes on, if anything was learned by then; the adapter is without
             gradients again.
@@ -104,7 +103,7 @@ def train(
     try:
         # The host may call from inside inference mode; leaves made there could never get a gradient.
         with torch.inference_mode(False), torch.enable_grad():
-            _steps(adapter, data, levels, denoise, config, on_event, path, resume, process, losses)
+            _steps(adapter, data, levels, denoise, config, on_event, path, process, losses)
     except stops:
         if on_stop is not None and _changes_anything(adapter):
             on_stop(now())
@@ -129,7 +128,6 @@ def _steps(
     config: TrainConfig,
     on_event: Callable[[TrainEvent], None] | None,
     path: Path | None,
-    resume: bool,
     process: Process,
     losses: list[float],
 ) -> None:
@@ -141,7 +139,7 @@ def _steps(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
     try:
-        if resume and path is not None and path.exists():
+        if config.resume and path is not None and path.exists():
             losses += _load_checkpoint(path, parameters, optimizer, run)
             saved = len(losses)
         if path is not None and process.rank == 0 and len(losses) < config.steps:

@@ -48,7 +48,7 @@ def test_demo_writes_what_it_promises(call, tmp_path):
         assert (info.concept, info.class_word, info.base) == (name, scenes.CONCEPTS[name].class_word, "demo")
 
 
-def test_the_demo_computes_on_one_thread_whatever_the_environment_says(tmp_path):
+def test_case_38_the_demo_computes_on_one_thread_whatever_the_environment_says(tmp_path):
     command = [
         sys.executable,
         "-m",

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import stat
 import struct
 
@@ -368,7 +369,7 @@ def pairs_of(adapter):
     return {f"unet.{site}.lora_{s}.weight": tables[s][site].clone() for site in adapter.sites for s in "AB"}
 
 
-def test_a_pair_of_two_precisions_loads_and_works():
+def test_case_34_a_pair_of_two_precisions_loads_and_works():
     adapter = make()
     tensors = pairs_of(adapter)
     for name in tensors:
@@ -448,7 +449,7 @@ def peft_scale(back, adapter):
     ],
 )
 @pytest.mark.parametrize("where", ["header", "header without prefix", "beside"])
-def test_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, where):
+def test_case_5_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, where):
     adapter = make(rank=4, alpha=4.0)
     tensors = pairs_of(adapter)
     path = tmp_path / ("adapter_model.safetensors" if where == "beside" else "rex.safetensors")
@@ -460,6 +461,40 @@ def test_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, where):
         metadata["lora_adapter_metadata"] = json.dumps({f"{prefix}{key}": value for key, value in facts.items()})
     save_file(tensors, path, metadata=metadata)
     assert peft_scale(load_adapter(path), adapter) == {wanted}
+
+
+@pytest.mark.parametrize("where", ["header", "beside"])
+@pytest.mark.parametrize("stable", [False, True])
+def test_case_5_patterns_of_alpha_and_rank(tmp_path, where, stable):
+    """Each layer's own α, over its own rank or the root of it."""
+    first, second, third = LAYERS
+    ranks = {first: 2, second: 5, third: 3}
+    g = torch.Generator().manual_seed(3)
+    tensors, wanted = {}, {}
+    patterns = {re.escape(first): 8.0, rf"{third.split('.')[0]}\..*{third.split('.')[-2]}\.to_v": 0.75, "elsewhere": 99}
+    alphas = {first: 8.0, second: 4.0, third: 0.75}
+    for site, (wide, tall) in LAYERS.items():
+        a, b = (torch.randn(*size, generator=g) for size in ((ranks[site], wide), (tall, ranks[site])))
+        tensors |= {f"unet.{site}.lora_A.weight": a, f"unet.{site}.lora_B.weight": b}
+        wanted[site] = alphas[site] / (ranks[site] ** 0.5 if stable else ranks[site]) * b @ a
+    facts = {
+        "lora_alpha": 4,
+        "r": 5,
+        "alpha_pattern": patterns,
+        "rank_pattern": {first: 2, third: 3},
+        "use_rslora": stable,
+    }
+    path = tmp_path / ("adapter_model.safetensors" if where == "beside" else "rex.safetensors")
+    metadata = None
+    if where == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(facts))
+    else:
+        metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in facts.items()})}
+    save_file(tensors, path, metadata=metadata)
+    back = load_adapter(path)
+    for site in LAYERS:
+        a, b, scale = back.factor(site, torch.device("cpu"), torch.float32)
+        torch.testing.assert_close(scale * b @ a, wanted[site])
 
 
 def test_a_config_beside_a_file_of_another_name_is_not_its_own(tmp_path):

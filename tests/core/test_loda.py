@@ -226,7 +226,7 @@ def test_interrupt_is_asked_before_every_pass(asked, forwards):
     assert (trace.forwards, trace.backwards) == (forwards, 0)
 
 
-def test_maps_that_are_not_finite_are_warned_about_and_skipped(caplog):
+def test_case_35_maps_that_are_not_finite_are_warned_about_and_skipped(caplog):
     """Image 1 of three has NaN maps: it stays as it is and counts as skipped, the others are separated."""
     tiny, trace, x = TinyMaps(), LodaTrace(), latent(3)
     broken = torch.tensor([0.0, float("nan"), 0.0], dtype=torch.float64).view(3, 1, 1, 1)

@@ -219,7 +219,7 @@ def test_names_are_found_in_any_case_unless_that_leaves_a_doubt():
 
 
 @pytest.mark.parametrize("written, kept", [("E\u0301mile", "\u00c9mile"), ("\u00c9mile", "E\u0301mile")])
-def test_names_and_words_are_the_same_composed_or_not(written, kept):
+def test_case_13_names_and_words_are_the_same_composed_or_not(written, kept):
     concept = Concept(kept, "cafe\u0301")
     bound = bind(f"a <{written}>", [concept], tokenize, special=SPECIAL)
     assert bound.text == "a caf\u00e9" and bound.bindings == (Binding("\u00c9mile", (2,)),)
@@ -227,16 +227,16 @@ def test_names_and_words_are_the_same_composed_or_not(written, kept):
 
 
 @pytest.mark.parametrize("name", ["शेरू", "น้ำ", "کتاب\u200cها", "קֹל"])
-def test_marks_of_every_script_belong_to_names(name):
+def test_case_13_marks_of_every_script_belong_to_names(name):
     bound = bind(f"a <{name}> runs", [Concept(name, "dog")], tokenize, special=SPECIAL)
     assert bound.text == "a dog runs" and bound.bindings[0].rows == (2,)
 
 
-def test_brackets_around_a_given_name_do_not_matter():
+def test_case_30_brackets_around_a_given_name_do_not_matter():
     assert Concept(" <rex> ", "dog") == REX
 
 
-def test_brackets_that_the_tokenizer_knows_stay_text():
+def test_case_28_brackets_that_the_tokenizer_knows_stay_text():
     known = {"<cat-toy>"}
     assert bind("a <cat-toy>", [REX], tokenize, SPECIAL, known).text == "a <cat-toy>"
     with pytest.raises(ConceptSplitError, match="uses <dog-toy>"):
@@ -245,7 +245,7 @@ def test_brackets_that_the_tokenizer_knows_stay_text():
     assert bind("a <cat-toy>", [toy], tokenize, SPECIAL, known).text == "a cat", "a loaded concept comes first"
 
 
-def test_marked_words_need_no_name():
+def test_case_28_marked_words_need_no_name():
     words = "rock'n'roll, 🐶, #1 fan, polar bear, a:dog"
     concepts = marked_concepts(words)
     assert [(one.name, one.class_word) for one in concepts] == [
@@ -318,6 +318,6 @@ def test_rows_that_the_model_makes_of_ids_keep_their_places():
         (["HyditTokenizer"], ["hydit_clip", "mt5xl"], "Hydit"),
     ],
 )
-def test_text_encoders_whose_rows_are_not_known_are_refused_by_name(classes, parts, name):
+def test_case_33_text_encoders_whose_rows_are_not_known_are_refused_by_name(classes, parts, name):
     with pytest.raises(ConceptSplitError, match=f"behind the {name} text encoder"):
         layout_of(classes, parts)

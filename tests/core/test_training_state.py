@@ -1,6 +1,7 @@
 """Stopping a training and continuing it."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,9 @@ def test_resume_gives_the_same_weights_as_no_interruption(tmp_path):
     assert not any(t.requires_grad for t in part.parameters())
     rest = new_adapter()
     steps = []
-    result = train(rest, data(), ALPHAS, toy_denoise(rest), config, lambda e: steps.append(e.step), path, resume=True)
+    result = train(
+        rest, data(), ALPHAS, toy_denoise(rest), replace(config, resume=True), lambda e: steps.append(e.step), path
+    )
     assert steps == list(range(8, 21)), "the seven steps done are not done again"
     assert result.losses == expected.losses
     for a, b in zip(rest.parameters(), whole.parameters(), strict=True):
@@ -50,7 +53,7 @@ def test_a_longer_run_continues_a_finished_one(tmp_path):
     path = tmp_path / "state.safetensors"
     one, two, whole = new_adapter(), new_adapter(), new_adapter()
     train(one, data(), ALPHAS, toy_denoise(one), TrainConfig(steps=5), None, path)
-    train(two, data(), ALPHAS, toy_denoise(two), TrainConfig(steps=9), None, path, resume=True)
+    train(two, data(), ALPHAS, toy_denoise(two), TrainConfig(steps=9, resume=True), None, path)
     train(whole, data(), ALPHAS, toy_denoise(whole), TrainConfig(steps=9))
     assert all(torch.equal(a, b) for a, b in zip(two.parameters(), whole.parameters(), strict=True))
 
@@ -99,7 +102,7 @@ def test_b14_a_refused_resume_says_what_differs(tmp_path, changed, settings, nam
     fresh = new_adapter()
     config = TrainConfig(steps=4, **settings)
     with pytest.raises(ConceptSplitError, match=named) as told:
-        train(fresh, other(**changed), ALPHAS, toy_denoise(fresh), config, None, path, resume=True)
+        train(fresh, other(**changed), ALPHAS, toy_denoise(fresh), replace(config, resume=True), None, path)
     assert "\n" not in str(told.value) and path.read_bytes() == before
 
 
@@ -109,7 +112,7 @@ def test_b14_another_rank_is_named(tmp_path):
     train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
     wide = new_adapter().with_info(alpha=1.0)
     with pytest.raises(ConceptSplitError, match=r"with alpha 2\.0 then and 1\.0 now"):
-        train(wide, data(), ALPHAS, toy_denoise(wide), TrainConfig(steps=4), None, path, resume=True)
+        train(wide, data(), ALPHAS, toy_denoise(wide), TrainConfig(steps=4, resume=True), None, path)
 
 
 def test_another_kind_is_named(tmp_path):
@@ -118,7 +121,7 @@ def test_another_kind_is_named(tmp_path):
     train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
     keys = new_adapter().with_info(kind="key")
     with pytest.raises(ConceptSplitError, match="with kind value then and key now"):
-        train(keys, data(), ALPHAS, toy_denoise(keys), TrainConfig(steps=4), None, path, resume=True)
+        train(keys, data(), ALPHAS, toy_denoise(keys), TrainConfig(steps=4, resume=True), None, path)
 
 
 @pytest.mark.parametrize("continued", ["save_every", "sample_every", "gradient_checkpointing"])
@@ -127,7 +130,7 @@ def test_what_changes_nothing_may_differ(tmp_path, continued):
     adapter, fresh = new_adapter(), new_adapter()
     train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
     config = TrainConfig(steps=4, **{continued: 7 if continued.endswith("every") else True})
-    assert len(train(fresh, data(), ALPHAS, toy_denoise(fresh), config, None, path, resume=True).losses) == 4
+    assert len(train(fresh, data(), ALPHAS, toy_denoise(fresh), replace(config, resume=True), None, path).losses) == 4
 
 
 def test_case_18_pictures_encoded_again_may_differ_in_the_last_bit(tmp_path):
@@ -137,7 +140,7 @@ def test_case_18_pictures_encoded_again_may_differ_in_the_last_bit(tmp_path):
     again = other()
     again.latents = torch.nextafter(again.latents, torch.tensor(9.0))
     fresh = new_adapter()
-    result = train(fresh, again, ALPHAS, toy_denoise(fresh), TrainConfig(steps=4), None, path, resume=True)
+    result = train(fresh, again, ALPHAS, toy_denoise(fresh), TrainConfig(steps=4, resume=True), None, path)
     assert len(result.losses) == 4
 
 
@@ -146,7 +149,7 @@ def test_without_an_identity_the_latents_themselves_are_compared(tmp_path):
     adapter = new_adapter()
     train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
     with pytest.raises(ConceptSplitError, match="with other pictures:"):
-        train(adapter, data(n=4), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path, resume=True)
+        train(adapter, data(n=4), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, resume=True), None, path)
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
@@ -156,7 +159,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     for content in (b"", b"xx", path.read_bytes()[:-40], b"\xff" * 64):
         path.write_bytes(content)
         with pytest.raises(ConceptSplitError, match="not a readable training checkpoint"):
-            train(new_adapter(), data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path, resume=True)
+            train(new_adapter(), data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, resume=True), None, path)
 
 
 def test_b6_a_stop_hands_over_the_adapter_with_the_steps_it_was_trained_for():
@@ -239,7 +242,7 @@ def test_loss_that_is_not_finite_stops_with_step_named_and_checkpoint_kept(tmp_p
         train(adapter, data(), ALPHAS, explode, TrainConfig(steps=9, save_every=2), None, path)
     again = new_adapter()
     result = train(
-        again, data(), ALPHAS, toy_denoise(again), TrainConfig(steps=9, save_every=2), None, path, resume=True
+        again, data(), ALPHAS, toy_denoise(again), TrainConfig(steps=9, save_every=2, resume=True), None, path
     )
     assert len(result.losses) == 9
     assert all(torch.isfinite(t).all() for t in again.parameters())
@@ -285,12 +288,21 @@ def test_a_damaged_checkpoint_is_refused_whole_and_left_as_it_is(tmp_path):
         "another precision": changed(p0=stored["p0"].half()),
         "far too large": good + bytes(65 * 2**20),
     }
+    config = TrainConfig(steps=5, batch_size=2, resume=True)
     for name, content in damaged.items():
         path.write_bytes(content)
         adapter = new_adapter()
         before = [t.clone() for t in adapter.parameters()]
         with pytest.raises(ConceptSplitError, match="not a readable training checkpoint") as told:
-            train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=5, batch_size=2), None, path, True)
+            train(
+                adapter,
+                data(),
+                ALPHAS,
+                toy_denoise(adapter),
+                TrainConfig(steps=5, batch_size=2, resume=True),
+                None,
+                path,
+            )
         assert "\n" not in str(told.value), name
         assert path.read_bytes() == content, name
         assert all(torch.equal(x, y) for x, y in zip(before, adapter.parameters(), strict=True)), name

@@ -97,6 +97,37 @@ def test_a_file_routed_everywhere_equals_its_manual_merge(load, tmp_path, family
     torch.testing.assert_close(routed, merged, rtol=1e-6, atol=1e-7)
 
 
+def test_case_5_alpha_and_rank_patterns_of_peft(load, tmp_path):
+    model, text, pooled, mask = setting(load, "sd15")
+    state, _, dense = file_of(model, sites_of("sd15"), "diffusers")
+    own, other = sites_of("sd15")[:2]
+    for side, dim in (("down", 0), ("up", 1)):
+        key = f"unet.{other}.lora.{side}.weight"
+        state[key] = torch.cat([state[key], 0.5 * state[key]], dim=dim)
+    dense[other] = dense[other] * 1.25
+    said = {"unet.lora_alpha": ALPHA, "unet.r": RANK, "unet.alpha_pattern": {own: 4.5}, "unet.rank_pattern": {other: 6}}
+    scales = {site: 4.5 / RANK if site == own else ALPHA / 6 if site == other else ALPHA / RANK for site in dense}
+    path = tmp_path / "anna.safetensors"
+    save_file(state, path, {"lora_adapter_metadata": json.dumps(said)})
+    adapter, _ = host.read_lora(model, path, REX)
+    routed = run(model, [(adapter, 0.7), (None, 0.0)], ["everywhere", None], mask, None, text, pooled)
+    wanted = {site: scales[site] * change for site, change in dense.items()}
+    torch.testing.assert_close(routed, call(merge(model, wanted, 0.7), text, pooled), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("layer", "kernel", "theirs"), [("conv1", 1, 3), ("conv_shortcut", 3, 1)])
+def test_a_locon_with_another_kernel_is_one_sentence(load, tmp_path, layer, kernel, theirs):
+    model = load()
+    site = next(name for name in host.network_map(model).sites if name.endswith(f"resnets.0.{layer}"))
+    tall, wide, *_ = host.network_map(model).module(site).weight.shape
+    down, up = torch.ones(2, wide, kernel, kernel), torch.ones(tall, 2, 1, 1)
+    path = tmp_path / "anna.safetensors"
+    save_file({f"unet.{site}.lora.down.weight": down, f"unet.{site}.lora.up.weight": up}, path)
+    sentence = f"'rex' convolves with {kernel} × {kernel} at {site}, the model with {theirs} × {theirs}"
+    with pytest.raises(ConceptSplitError, match=sentence):
+        host.read_lora(model, path, REX)
+
+
 def test_what_cannot_be_read_is_left_out_by_name(load, tmp_path):
     model = load()
     sites = sites_of("sd15")

@@ -7,7 +7,7 @@ from conceptsplit_core.hosts.diffusers.text import empty_conditioning, encode_te
 from conceptsplit_core.text.concepts import Concept
 
 
-def test_negative_prompts_bind_nothing_and_say_so(load):
+def test_case_26_negative_prompts_bind_nothing_and_say_so(load):
     model = load("sd15")
     like = encode_text(model, "a <pixa>", [Concept("<pixa>", "star")])
     assert [one.rows for one in like.bindings] and like.text == "a star"

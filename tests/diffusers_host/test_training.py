@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import REX, every_family
@@ -113,7 +115,7 @@ def test_resume_equals_no_interruption(load, tmp_path):
         assert not module._forward_hooks and not module._forward_pre_hooks
     _, part = setup(model)
     with host.training_denoiser(model, part) as denoise:
-        result = train(part, data, model.alphas_cumprod, denoise, config, None, path, resume=True)
+        result = train(part, data, model.alphas_cumprod, denoise, replace(config, resume=True), None, path)
     assert len(result.losses) == 8
     for layer in whole.up:
         assert torch.equal(whole.up[layer], part.up[layer]) and torch.equal(whole.down[layer], part.down[layer])

@@ -281,8 +281,8 @@ class SmallTraining:
             value = value if found is None else add_at(value, *found)
             return batch.x_t * 0.5 + value.mean(dim=1)[:, :, None, None]
 
-        config = TrainConfig(steps=steps, batch_size=1, learning_rate=1e-2, save_every=0)
-        return train(adapter, self.data, self.alphas, denoise, config, checkpoint=checkpoint, resume=resume)
+        config = TrainConfig(steps=steps, batch_size=1, learning_rate=1e-2, save_every=0, resume=resume)
+        return train(adapter, self.data, self.alphas, denoise, config, checkpoint=checkpoint)
 
 
 def resumed(training: SmallTraining, path: Path, steps: int) -> str:

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from ...adapters.factors import Factor, Whole
-from ...adapters.lora import LoraAdapter, LoraReport, loha_factor, lokr_factor, lora_adapter, lora_factor, trained_words
+from ...adapters.file import config_beside
+from ...adapters.lora import (
+    LoraAdapter,
+    LoraReport,
+    loha_factor,
+    lokr_factor,
+    lora_adapter,
+    lora_factor,
+    peft_state,
+    trained_words,
+)
 from ...errors import ConceptSplitError
 from ...files import refuse_others
 from ...method.tova import Pair
@@ -83,7 +93,8 @@ def read_lora(
     Raises:
         ConceptSplitError: not a safetensors file, damaged, or made for another model.
     """
-    state, _ = _opened(path)
+    state, metadata = _opened(path)
+    state = peft_state(state, metadata, config_beside(path), path.name)
     network = network_map(model.model)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     # The host knows diffusers' older names alone, with `processor` in them; PEFT writes the plain ones.

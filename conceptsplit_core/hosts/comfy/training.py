@@ -233,9 +233,7 @@ def train_adapter(
     stops = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
     try:
         with objective(model.model, adapter, config.gradient_checkpointing, timesteps) as (denoise, pause):
-            result = train(
-                adapter, data, levels, denoise, config, watched, state, config.resume, on_stop=write, stops=stops
-            )
+            result = train(adapter, data, levels, denoise, config, watched, state, on_stop=write, stops=stops)
     finally:
         progress.close()
     write(result)

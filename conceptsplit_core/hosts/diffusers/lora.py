@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +14,9 @@ from torch import Tensor
 
 from ...adapters.factors import Factor
 from ...adapters.file import config_beside
-from ...adapters.lora import LoraAdapter, LoraReport, lora_adapter, lora_factor
+from ...adapters.lora import LoraAdapter, LoraReport, lora_adapter, lora_factor, peft_alpha, peft_facts
 from ...errors import ConceptSplitError
-from ...files import read_header
+from ...files import MAX_TAGS_BYTES, read_header
 from ...method.tova import Pair
 from ...text.concepts import Concept
 from .model import DiffusersModel
@@ -38,7 +36,7 @@ _OTHER_FORM = re.compile(rf"\.({'|'.join(_FORMS)})[\w.]*$")
 _TEXT = ("lora_te", "text_encoder")
 _END = re.compile(r"\.(?:lora|alpha|hada|lokr|dora)|_lora\.")
 _NAME = re.compile(
-    r"^(?:base_model\.model\.)?(?:unet\.)?(?P<site>.+?)(?:_lora|\.lora)?"
+    r"^(?:base_model\.model\.)?(?:unet\.)?(?:base_model\.model\.)?(?P<site>.+?)(?:_lora|\.lora)?"
     r"(?:\.(?P<side>down|up|lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight)?(?P<alpha>\.alpha)?$"
 )
 
@@ -51,7 +49,7 @@ def read_lora(model: DiffusersModel, path: Path, concept: Concept) -> tuple[Lora
     """
     try:
         data = path.read_bytes()
-        metadata = read_header(data, path.name).get("__metadata__") or {}
+        metadata = read_header(data, path.name, MAX_TAGS_BYTES).get("__metadata__") or {}
         state = load_tensors(data)
     except (OSError, SafetensorError) as error:
         raise ConceptSplitError(f"{path.name} cannot be read ({error}): it is damaged; download it again.") from error
@@ -75,7 +73,7 @@ def read_lora(model: DiffusersModel, path: Path, concept: Concept) -> tuple[Lora
         adapter, report = lora_adapter(
             concept.name,
             concept.class_word,
-            _factors(model, converted, alphas or {}, config_beside(path) or _peft(metadata)),
+            _factors(model, converted, alphas or {}, peft_facts(metadata, config_beside(path), path.name)),
             network_map(model),
             unsupported,
         )
@@ -98,7 +96,7 @@ def _factors(
     """Factors by canonical name, of a state dict in one of diffusers' spellings.
 
     Args:
-        said: `lora_alpha`, `alpha_pattern` and `use_rslora`, where PEFT has written them.
+        said: PEFT's settings, where it has written them.
     """
     parts: dict[str, dict[str, Any]] = {}
     for key, value in [*state.items(), *alphas.items()]:
@@ -112,20 +110,9 @@ def _factors(
     for site, part in parts.items():
         if "down" not in part or "up" not in part:
             raise ConceptSplitError(f"the layer {site} lacks one of its two matrices, so the file is damaged.")
-        alpha = part.get("alpha", said.get("alpha_pattern", {}).get(site, said.get("lora_alpha")))
-        if alpha is not None and said.get("use_rslora"):
-            alpha = float(alpha) * math.sqrt(part["down"].shape[0])
+        alpha = part["alpha"] if "alpha" in part else peft_alpha(said, site, part["down"].shape[0])
         module: Any = network.module(site) if site in network.sites else None
         found[site] = lora_factor(
             part["up"], part["down"], None if alpha is None else float(alpha), None, hasattr(module, "kernel_size")
         )
     return found
-
-
-def _peft(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings of the UNet's part, as diffusers writes them into a file."""
-    try:
-        said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        return {}
-    return {key.removeprefix("unet."): value for key, value in said.items() if key.startswith("unet.")}

@@ -90,7 +90,8 @@ def _old_text_encoder(path: Path, dtype: torch.dtype) -> Any:
     """The text encoder of an SD 1.x file of 2022."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    model = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIGS["clip"])).to(dtype)
+    model: Any = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIGS["clip"]))
+    model.to(dtype)
     wanted = model.state_dict()
     with safe_open(str(path), framework="pt") as file:
         # transformers before 5.6 keeps the encoder one level down, under `text_model`.

@@ -128,8 +128,8 @@ def training(folder: Path, rounds: int, rng: random.Random) -> dict[str, Any]:
             value = value + batch.mask * scale * (batch.context @ down.t() @ up.t())
             return batch.x_t * 0.5 + value.mean(dim=1)[:, :, None, None]
 
-        config = TrainConfig(steps=STEPS, batch_size=2, save_every=1, learning_rate=1e-2)
-        return adapter_bytes(train(adapter, data, alphas, denoise, config, None, path, True).adapter, None)
+        config = TrainConfig(steps=STEPS, batch_size=2, save_every=1, learning_rate=1e-2, resume=True)
+        return adapter_bytes(train(adapter, data, alphas, denoise, config, None, path).adapter, None)
 
     began = time.perf_counter()
     wanted = run(folder / "undisturbed.checkpoint")

@@ -87,3 +87,23 @@ def test_case_24_a_kohya_file_with_long_tags_and_its_loader(sd, base, write):
     (base / "models" / "value_adapters" / name).write_bytes((base / "models" / "loras" / name).read_bytes())
     with pytest.raises(ConceptSplitError, match=r"it is a LoRA; load it with LoRA Concept Loader"):
         run("ConceptSplitLoader", model=sd.model, clip=sd.clip, adapter=name)
+
+
+@pytest.mark.parametrize("wrapped", ["", "base_model.model."])
+def test_case_5_peft_settings_in_the_header(sd, write, wrapped):
+    """Each module's own α, also of the text encoder, whose patches the host applies itself."""
+    first, second = f"{MID}.attn2.to_v", f"{MID}.attn1.to_q"
+    network = pack("conceptsplit_core.hosts.comfy.model").network_map(sd.model.model)
+    state, g = {}, torch.Generator().manual_seed(2)
+    for site, rank in ((first, 2), (second, 5)):
+        tall, wide = network.module(site).weight.shape
+        state[f"{wrapped}unet.{site}.lora_A.weight"] = torch.randn(rank, wide, generator=g)
+        state[f"{wrapped}unet.{site}.lora_B.weight"] = torch.randn(tall, rank, generator=g)
+    said = {"unet.lora_alpha": 12, "unet.r": 2, "unet.alpha_pattern": {second: 4}, "unet.rank_pattern": {second: 5}}
+    name = write(state, "peft.safetensors", lora_adapter_metadata=json.dumps(said))
+    model, _, _ = load(sd, name, "anna", "dog")
+    adapter = pack("conceptsplit_core.hosts.comfy.patch").patch_of(model).adapters[-1].adapter
+    for site, scale in ((first, 6.0), (second, 0.8)):
+        a, b, s = adapter.factor(site, torch.device("cpu"), torch.float32)
+        wanted = state[f"{wrapped}unet.{site}.lora_B.weight"] @ state[f"{wrapped}unet.{site}.lora_A.weight"]
+        torch.testing.assert_close(s * b @ a, scale * wanted)

@@ -151,8 +151,8 @@ def test_fewer_than_two_concepts_is_plain_sampling_and_says_so(marked, text, cap
 
 
 @pytest.mark.parametrize("options", [{}, {"loda_steps": 0}])
-def test_preview_without_maps_is_a_sheet_that_says_so(marked, options):
-    """Case 37: the workflow failed with loda_steps 0 or with one concept."""
+def test_case_37_preview_without_maps_is_a_sheet_that_says_so(marked, options):
+    """The workflow failed with loda_steps 0 or with one concept."""
     text = "a photo of a dog and a cat" if options else "a photo of a dog"
     _, maps = sample_loda(marked[0], *two(marked[1], text), latent(batch=2), **options)
     grey = torch.full((2, 48, 64, 3), 0.25)
@@ -289,8 +289,8 @@ def test_guider_equals_the_sampler_node(marked):
     assert torch.equal(out[0]["samples"], wanted)
 
 
-def test_two_runs_of_one_guider_keep_maps_of_their_own(marked):
-    """Case 36: one LODA Guider, two samplers; nothing that a node has given changes afterwards."""
+def test_case_36_two_runs_of_one_guider_keep_maps_of_their_own(marked):
+    """One LODA Guider, two samplers; nothing that a node has given changes afterwards."""
     model, clip = marked
     conds = two(clip)
     (guider,) = run_with_options(

@@ -404,8 +404,8 @@ def test_a_gradient_that_stays_broken_is_one_sentence():
     assert "\n" not in str(told.value)
 
 
-def test_a_wrapper_without_finally_is_left_as_it_was_entered(sd, adapted, caplog):
-    """Case 32: a neighbour that wraps the forwards of attention layers for one call and has no `finally`, as prompt
+def test_case_32_a_wrapper_without_finally_is_left_as_it_was_entered(sd, adapted, caplog):
+    """A neighbour that wraps the forwards of attention layers for one call and has no `finally`, as prompt
     control's Anima couple. LODA's passes must not be thrown out through it."""
     from comfy.patcher_extension import WrappersMP
 

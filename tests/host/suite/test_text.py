@@ -71,7 +71,7 @@ def test_embeddings_take_their_rows(sd, base):
     assert rows(encode(clip, "a embedding:style <rex>")) == {"rex": (5,)}
 
 
-def test_an_edit_of_a_conditioning_in_place_changes_no_later_encoding(sd):
+def test_case_31_an_edit_of_a_conditioning_in_place_changes_no_later_encoding(sd):
     clip = mark(sd.clip, "rex:dog")
     stock = encode(sd.clip, "a dog")[0]
     for _ in range(2):
