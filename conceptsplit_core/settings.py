@@ -161,7 +161,7 @@ class LodaConfig:
         AUTO,
         "LODA steps",
         "Sampling steps at whose start the latent is optimised until the concepts look at different places; -1 is the "
-        "first fifth of the steps, 0 switches LODA off.",
+        "first fifth of the steps, on a transformer (Flux, Z-Image …) none; 0 switches LODA off.",
         "Raise it when concepts still blend, lower it for speed.",
         low=AUTO,
         high=10_000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -37,3 +38,13 @@ def test_what_a_page_names_is_there(page):
         assert any(f"/{source}".endswith(f"/{named}") for source in SOURCES), named
     for link in re.findall(r"\]\((?!\w+:|#)([^)#]+)[^)]*\)", text):
         assert (page.parent / link).exists(), link
+
+
+def test_costs_on_transformers_are_those_of_the_results_file():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "transformers.json").read_text())["rows"]
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert len(rows) == 7
+    for row in rows:
+        shares = f"{100 * row['two_loras']:.1f} % | {100 * row['afg']:.1f} % | {row['reading']:.2f}"
+        line = f"| {row['model']} | {row['steps']}, {row['plan_steps']} | {shares} | {row['routed_to_merged']:.2f} |"
+        assert line in page
