@@ -93,6 +93,7 @@ class TokenSequence:
     fill: the host fills the text up to so many rows before the model sees it.
     fill_before: whether these rows stand before the text.
     joint: whether attention reads text and picture together; else the text alone, in a cross-attention.
+    references_first: whether reference pictures stand before the picture, so that nobody knows where it begins.
     """
 
     patch: int
@@ -100,6 +101,7 @@ class TokenSequence:
     fill: int = 0
     fill_before: bool = False
     joint: bool = True
+    references_first: bool = False
 
     def size(self, latent: tuple[int, int]) -> tuple[int, int]:
         """(h, w) in tokens of a latent's (h, w); the host pads what does not divide."""

@@ -155,8 +155,13 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
             # Every conditioning gets a mask, also one of zeros: unequal keys would keep the host from batching
             # positive and negative, and rounding would differ from the stock run.
             mask = bindings_mask(bindings[id(cond)], names, _row_count(cond), kind == "positive")
-            if run.network.sequence is not None:
-                mask = run.network.sequence.filled(mask)
+            if (sequence := run.network.sequence) is not None:
+                if sequence.references_first and cond.get("reference_latents"):
+                    raise ConceptSplitError(
+                        "This model puts reference pictures before the one that is drawn, so that concepts have no "
+                        "place in it: remove the reference latents, or sample without concepts."
+                    )
+                mask = sequence.filled(mask)
             cond["model_conds"] = {**cond["model_conds"], call.ROWS: comfy.conds.CONDCrossAttn(mask.unsqueeze(0))}
             run.texts.own.append((cond["cross_attn"], mask))
     options[KEY] = run

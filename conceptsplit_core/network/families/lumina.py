@@ -17,7 +17,8 @@ def _values(denoiser: nn.Module, path: str) -> Columns:
 
 
 def _sequence(denoiser: Any) -> TokenSequence:
-    return TokenSequence(denoiser.patch_size, multiple=getattr(denoiser, "pad_tokens_multiple", None) or 1)
+    multiple = getattr(denoiser, "pad_tokens_multiple", None) or 1
+    return TokenSequence(denoiser.patch_size, multiple=multiple, references_first=True)
 
 
 LUMINA = register(

@@ -576,6 +576,37 @@ def test_a_reference_picture_is_nobodys(models, write_path, family):
     assert base.shape[1] == 9 * 5 + 6 * 4 and moved[: 9 * 5].all() and not moved[9 * 5 :].any()
 
 
+def test_a_reference_picture_that_stands_first_is_refused(models):
+    if "z_image" not in tiny.here():
+        pytest.skip("z_image: this ComfyUI has no such model")
+    ours, _ = with_loda(models("z_image"))
+    positive, negative = conds("z_image")
+    positive[0][1]["reference_latents"] = [tiny.latent("z_image", 12, 8)["samples"]]
+    with pytest.raises(
+        Exception, match="puts reference pictures before the one that is drawn.*remove the reference lat"
+    ):
+        sample(ours, positive, negative, tiny.latent("z_image", *SIZE), steps=2)
+
+
+def test_a_node_that_blanks_a_prompt_takes_its_concepts_with_it(models, write_path):
+    """ConditioningZeroOut of the positive prompt, as the negative prompt of distilled models: nothing acts there."""
+    model = models("flux")
+    module = tiny.FAMILIES["flux"].image
+    positive, _ = conds("flux")
+    blank = run("ConditioningZeroOut", conditioning=positive)[0]
+    ours = with_lora(model, write_path(file_of(model, [module])), strength=0.6, mask=drawn(0, 18))
+    with outputs(model, [module]) as stock:
+        sample(model, positive, blank, tiny.latent("flux", *SIZE), steps=1, cfg=3.0)
+    with outputs(model, [module]) as got:
+        sample(ours, positive, blank, tiny.latent("flux", *SIZE), steps=1, cfg=3.0)
+    rows = [
+        torch.equal(new[row], base[row])
+        for (_, base), (_, new) in zip(stock[module], got[module], strict=True)
+        for row in range(len(base))
+    ]
+    assert sorted(rows) == [False, True]
+
+
 def test_a_gradient_that_needs_too_much_memory_is_left_out(models, caplog):
     model = models("sd3")
     ours, maps = with_loda(model, loda_steps=2, afg=False)
