@@ -530,8 +530,8 @@ def test_texts_of_unequal_length_guidance_one_and_few_steps(models, write_path, 
 
 
 @EACH
-def test_a_merged_lora_below_and_fp8_weights(models, write_path, family):
-    """A style LoRA that the host merges, and weights stored in eight bits, change nothing of what ours adds."""
+def test_a_merged_lora_below(models, write_path, family):
+    """A style LoRA that the host merges changes nothing of what ours adds."""
     model = models(family)
     module = tiny.FAMILIES[family].image
     ours_file = write_path(file_of(model, [module], 5), "ours.safetensors")
@@ -542,6 +542,27 @@ def test_a_merged_lora_below_and_fp8_weights(models, write_path, family):
     wanted = sample(both, *conds(family), image, steps=2)
     routed = with_lora(styled, ours_file, strength=0.6, scope="everywhere")
     assert close(sample(routed, *conds(family), image, steps=2), wanted)
+
+
+@pytest.mark.parametrize("family", ["flux", "z_image", "qwen_image"])
+def test_a_bypassed_lora_below(models, write_path, family):
+    """The host's way without merging, which replaces a module's forward: ours adds to what that gives."""
+    import comfy.sd
+
+    if family not in tiny.here() or not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip(f"{family}: this ComfyUI has no such model, or no bypassed LoRAs")
+    model = models(family)
+    module = tiny.FAMILIES[family].image
+    ours_file = write_path(file_of(model, [module], 5), "ours.safetensors")
+    state = file_of(model, [one for one in routable(model) if "embed" not in one], 9)
+    styled = comfy.sd.load_bypass_lora_for_models(model, None, dict(state), 0.4, 0.0)[0]
+    image = tiny.latent(family, *SIZE)
+    merged = comfy.sd.load_lora_for_models(model, None, dict(state), 0.4, 0.0)[0]
+    both = run("LoraLoaderModelOnly", model=merged, lora_name=ours_file.name, strength_model=0.6)[0]
+    wanted = sample(both, *conds(family), image, steps=2)
+    routed = with_lora(styled, ours_file, strength=0.6, scope="everywhere")
+    assert close(sample(routed, *conds(family), image, steps=2), wanted)
+    assert not close(sample(styled, *conds(family), image, steps=2), wanted)
 
 
 def test_weights_in_eight_bits(write_path):
