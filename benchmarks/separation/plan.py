@@ -81,12 +81,11 @@ FULL = (
     Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
     Group("four", "Four concepts", 4, 1, 48, MAIN),
     Group("loras", "Ordinary LoRAs, two concepts", 2, 4, 64, LORAS),
+    Group("loras_three", "Ordinary LoRAs, three concepts", 3, 2, 16, (*LORAS, "lora_routed_more_updates")),
     Group(
-        "loras_same", "Ordinary LoRAs, two concepts of one class", 2, 2, 32,
+        "loras_same", "Ordinary LoRAs, two concepts of one class", 2, 1, 16,
         (*LORAS, "lora_routed_by_place", "tova_loda_afg_by_place"), same_class=True,
     ),
-    Group("loras_three", "Ordinary LoRAs, three concepts", 3, 2, 32, (*LORAS, "lora_routed_more_updates")),
-    Group("loras_four", "Ordinary LoRAs, four concepts", 4, 1, 32, (*LORAS, "lora_routed_more_updates")),
     Group(
         "beyond", "Two concepts, beyond the paper", 2, 2, 32,
         ("tova", "tova_loda", "tova_loda_afg", "tova_loda_sign", "tova_loda_raw", "tova_loda_iou",
