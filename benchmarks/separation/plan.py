@@ -78,13 +78,13 @@ FULL = (
         ("tova_loda_afg", "tova_loda_afg_longer", "tova_loda_afg_more_updates", "tova_loda_afg_larger",
          "tova_loda_afg_guided"), of=SAYABLE,
     ),
-    Group("same", "Two concepts of one class", 2, 2, 32, MAIN, same_class=True),
+    Group("same", "Two concepts of one class", 2, 2, 32, (*MAIN, "tova_loda_afg_by_place"), same_class=True),
     Group("four", "Four concepts", 4, 1, 48, MAIN),
     Group("loras", "Ordinary LoRAs, two concepts", 2, 4, 64, LORAS),
     Group("loras_three", "Ordinary LoRAs, three concepts", 3, 2, 16, (*LORAS, "lora_routed_more_updates")),
     Group(
         "loras_same", "Ordinary LoRAs, two concepts of one class", 2, 1, 16,
-        (*LORAS, "lora_routed_by_place", "tova_loda_afg_by_place"), same_class=True,
+        ("lora_merged", "lora_routed", "lora_routed_no_loda", "lora_routed_by_place"), same_class=True,
     ),
     Group(
         "beyond", "Two concepts, beyond the paper", 2, 2, 32,
