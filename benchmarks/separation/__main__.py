@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pairs", type=int, help="concept sets per group, instead of the plan's")
     made.add_argument("--seeds", type=int, help="seeds per set, instead of the plan's")
     made.add_argument("--arms", help="only the main group, with these arms, comma separated; 'all' for every arm")
-    made.add_argument("--groups", help="only these groups of the plan, comma separated")
+    made.add_argument("--groups", help="only these groups of the plan, comma separated; name --out too")
     made.add_argument("--fresh", action="store_true", help="measure anew what is kept for these arms and sets")
     made.add_argument("--report-only", action="store_true", help="draw nothing; write the report of what is kept")
     made.add_argument("--out", type=Path, help="JSON file; its name with .jpg is the picture grid")
@@ -142,7 +142,10 @@ def measure(bench: run.Bench, loda: LodaConfig, args: argparse.Namespace, until:
             report.grid(bench, plan.arms_of(group, table), group.key_sets()[:4], out.with_suffix(".jpg"))
     page = args.page or (None if args.quick else Path("docs/tables/separation.md"))
     if page is not None:
-        missing = report.fill(page, report.tables(data) if not args.section else {args.section: report.section(data)})
+        blocks = report.tables(data) if not args.section else {args.section: report.section(data)}
+        if args.groups and not args.section:  # what is said of all groups stays
+            blocks = {k: v for k, v in blocks.items() if k.startswith(("group_", "by_set_", "comparisons_"))}
+        missing = [name for name in report.fill(page, blocks) if not name.startswith("comparisons_")]
         if missing:
             bench.say(f"{page} has no place for {', '.join(missing)}")
     print(report.comparison_table(data["comparisons"]))
@@ -187,7 +190,7 @@ def whole(
                 "sets": ["+".join(names) for names in g.key_sets()],
                 "seeds": g.seeds,
                 "arms": report.summary(found[g.name]),
-                "comparisons": report.comparisons(found[g.name], plan.PAIRS) if g.apart and g.size > 1 else {},
+                "comparisons": report.comparisons(found[g.name], plan.PAIRS) if g.size > 1 else {},
                 **({"by_set": report.by_set(found[g.name], BY_SET)} if g.size == 1 and found[g.name] else {}),
             }
             for g in groups

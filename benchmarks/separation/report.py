@@ -241,6 +241,8 @@ def tables(data: Mapping[str, Any]) -> dict[str, str]:
         out[f"group_{name}"] = f"{note}\n\n{table(group['arms'])}" if group["arms"] else "Not measured yet."
         if "by_set" in group:
             out[f"by_set_{name}"] = by_set_table(group["by_set"])
+        if group.get("comparisons"):
+            out[f"comparisons_{name}"] = comparison_table(group["comparisons"])
     if data.get("comparisons"):
         out["comparisons"] = comparison_table(data["comparisons"])
     if data.get("drift"):
