@@ -437,3 +437,17 @@ def test_suppressed_rows_keep_their_share_where_another_concept_is_stronger():
     torch.testing.assert_close(bias, expected)
     none_left = torch.softmax(suppression_bias(maps, mask), dim=-1)[0]
     assert none_left[1, [1, 2]].max() < 1e-8 and none_left[1, 4] == pytest.approx(1 / 4)
+
+
+def test_a_report_holds_what_the_run_has_counted():
+    config = LodaConfig(loda_steps=6, loda_iterations=2, loda_strength=0.1, threshold=9.0)
+    trace = LodaTrace(("rex", "tom"))
+    separate(latent(3), 1.0, 4, TinyMaps(), config, trace)
+    made = trace.to_dict()
+    assert made.keys() == {
+        "concepts", "losses", "divergences", "forwards", "backwards", "skipped_updates", "settings"
+    }  # fmt: skip
+    assert (made["forwards"], made["backwards"], made["skipped_updates"]) == (trace.forwards, trace.backwards, 0)
+    assert made["concepts"] == ["rex", "tom"] and {one["step"] for one in made["losses"]} == {4}
+    assert made["losses"][0]["loss"] == trace.losses[0][1].tolist() and len(made["losses"][0]["loss"]) == 3
+    assert made["divergences"][-1] == {"step": 4, "pairs": trace.divergences[-1][1].tolist()}

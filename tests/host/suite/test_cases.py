@@ -107,3 +107,75 @@ def test_case_5_peft_settings_in_the_header(sd, write, wrapped):
         a, b, s = adapter.factor(site, torch.device("cpu"), torch.float32)
         wanted = state[f"{wrapped}unet.{site}.lora_B.weight"] @ state[f"{wrapped}unet.{site}.lora_A.weight"]
         torch.testing.assert_close(s * b @ a, scale * wanted)
+
+
+def test_a_sampler_of_another_kind_samples_as_ever_and_says_so(two, caplog):
+    """One that is no KSAMPLER, as packs with samplers of their own define."""
+    import comfy.samplers
+
+    class Theirs(comfy.samplers.Sampler):
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *_):
+            # A sampler's own scale is 1 after one step.
+            return model_wrap(noise * sigmas[0], sigmas[:1].expand(len(noise)), **extra_args)
+
+    model, clip = two
+    given = {"positive": encode(clip, "a <rex> and a <tom>"), "negative": encode(clip, ""), "cfg": 3.0}
+    run_ = {
+        "noise": run("RandomNoise", noise_seed=3)[0],
+        "sampler": Theirs(),
+        "sigmas": run("BasicScheduler", model=model, scheduler="normal", steps=4, denoise=1.0)[0],
+        "latent_image": run("EmptyLatentImage", width=64, height=96, batch_size=1)[0],
+    }
+    (stock,) = run("CFGGuider", model=model, **given)
+    (guider,) = run("ConceptSplitGuider", model=model, loda_steps=2, **given)
+    wanted = run("SamplerCustomAdvanced", guider=stock, **run_)[0]["samples"]
+    with messages(caplog) as said:
+        drawn = run("SamplerCustomAdvanced", guider=guider, **run_)[0]["samples"]
+    assert torch.equal(drawn, wanted)
+    assert said == ["[ConceptSplit] LODA does not know the sampler Theirs: sampling without LODA."]
+
+
+def test_a_streamed_model_is_replaced_where_a_gradient_is_needed(sd, monkeypatch):
+    patch = pack("conceptsplit_core.hosts.comfy.patch")
+    settings = pack("conceptsplit_core.settings")
+    streamed, stand_in = sd.model.clone(), sd.model.clone()
+    monkeypatch.setattr(streamed, "is_dynamic", lambda: True, raising=False)
+    monkeypatch.setattr(streamed, "get_non_dynamic_delegate", lambda: stand_in, raising=False)
+    cloned = []
+    genuine = type(stand_in).clone
+    monkeypatch.setattr(stand_in, "clone", lambda *args: cloned.append(1) or genuine(stand_in, *args))
+    patch.with_loda(streamed, settings.LodaConfig(), patch.AttentionMaps())
+    assert cloned == [1]
+    patch.with_loda(streamed, settings.LodaConfig(loda_steps=0), patch.AttentionMaps())
+    assert cloned == [1], "without a gradient it may be streamed"
+
+    def cannot():
+        raise RuntimeError("no file")
+
+    monkeypatch.setattr(streamed, "get_non_dynamic_delegate", cannot, raising=False)
+    with pytest.raises(ConceptSplitError, match=r"can only be streamed \(no file\)"):
+        patch.with_loda(streamed, settings.LodaConfig(), patch.AttentionMaps())
+
+
+def test_under_inpainting_maps_are_of_the_latent_that_the_unet_sees(two):
+    """After an update the kept part is the noised original again, in the map pass as in the step."""
+    model, clip = two
+    mask = torch.zeros(1, 1, 64, 96)
+    mask[..., 32:] = 1.0
+    image = {"samples": torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1)), "noise_mask": mask}
+    seen = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append((float(kwargs["transformer_options"]["sigmas"][0]), args[0].detach()[:1])),
+        with_kwargs=True,
+    )
+    try:
+        sample_loda(
+            model, encode(clip, "a <rex> and a <tom>"), encode(clip, ""), image, steps=4, loda_steps=1,
+            loda_iterations=3, loda_strength=0.5, threshold=9.0,
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    first = [x for sigma, x in seen if sigma == seen[0][0]]
+    assert len(first) > 3 and not torch.equal(first[1][..., 4:], first[0][..., 4:])
+    for x in first[1:]:
+        torch.testing.assert_close(x[..., :4], first[0][..., :4], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,50 @@
+"""Concept masks from what a run left."""
+
+import numpy as np
+import pytest
+import torch
+
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.method.loda import LodaTrace
+from conceptsplit_core.method.masks import concept_masks
+
+G = torch.Generator().manual_seed(4)
+
+
+def trace():
+    made = LodaTrace(("rex", "tom"))
+    made.after = 0.2 * torch.rand(2, 2, 3, 5, generator=G)
+    made.regions = torch.rand(2, 2, 3, 5, generator=G) > 0.7
+    made.areas = torch.rand(2, 2, 3, 5, generator=G)
+    return made
+
+
+def larger(picture, times):
+    return np.kron(picture.numpy(), np.ones((1, times, times)))
+
+
+@pytest.mark.parametrize(("name", "index"), [("", 0), ("rex", 0), ("tom", 1)])
+def test_masks_are_the_concepts_own_in_the_pictures_size(name, index):
+    left = trace()
+    for kind, wanted in (("region", left.regions.float()), ("area", left.areas)):
+        found = concept_masks(left, name, kind, (12, 20), 1.0)
+        np.testing.assert_array_equal(found, larger(wanted[:, index], 4))
+
+
+def test_soft_is_the_map_by_its_own_maximum():
+    left = trace()
+    found = concept_masks(left, "tom", "soft", (3, 5), 1.0)
+    maps = left.after[:, 1].numpy()
+    np.testing.assert_allclose(found, maps / maps.max(axis=(1, 2), keepdims=True), rtol=1e-6)
+    # Twice as large, a pixel lies a quarter of the way to the next.
+    wide = concept_masks(left, "tom", "soft", (6, 10), 1.0)
+    corner = found[:, :2, :2].numpy()
+    mixed = (9 * corner[:, 0, 0] + 3 * corner[:, 0, 1] + 3 * corner[:, 1, 0] + corner[:, 1, 1]) / 16
+    np.testing.assert_allclose(wide[:, 1, 1], mixed, rtol=1e-5)
+
+
+def test_what_a_run_has_not_left_is_one_sentence():
+    with pytest.raises(ConceptSplitError, match="There are no regions"):
+        concept_masks(None, "", "area", (4, 4), 1.0)
+    with pytest.raises(ConceptSplitError, match="knows no concept <fido>; it knows <rex>, <tom>"):
+        concept_masks(trace(), "fido", "area", (4, 4), 1.0)
