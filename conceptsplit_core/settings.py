@@ -171,7 +171,7 @@ class LodaConfig:
         "LODA updates per step",
         "Updates per optimised step, at most; fewer are made once the concepts are apart. Each costs about one extra "
         "model call.",
-        "Raise it to 6 for three concepts or more.",
+        "Raise it to 6 for three value adapters or more; LoRAs gained nothing by it.",
         low=1,
         high=100,
     )

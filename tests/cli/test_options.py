@@ -179,9 +179,9 @@ def test_demo_training_receives_every_option(monkeypatch, tmp_path):
 
     line[line.index("--precision") : line.index("--precision") + 6] = []
     training = received(monkeypatch, train_command, "train", lambda: cli.main(line))
-    adapter, data, _, _, config, _, state, resume, *_ = training.args
+    adapter, data, _, _, config, _, state, *_ = training.args
     assert config == TrainConfig(**TRAIN, prediction_type="epsilon")
-    assert resume is True and state.name == "made.checkpoint"
+    assert config.resume is True and state.name == "made.checkpoint"
     assert (adapter.info.rank, adapter.info.alpha) == (5, 1.5)
     assert [prompt.text for prompt in data.prompts] == ["the star there"]
     assert data.latents.shape == (1, 8, 8, 12)
