@@ -146,8 +146,8 @@ def _convolutions(
     pairs = [(one.down, one.up, one.scale * strength) for _, strength, one in convolutions]
     down = torch.cat([pair[0] for pair in pairs])
     inner = _convolve(layer, x.to(down.dtype), down)
-    factor = _as_output(mask.spread([i for i, _, _ in convolutions], pairs), inner).to(inner.dtype)
-    return F.conv2d((inner * factor).masked_fill(factor == 0, 0.0), torch.cat([pair[1] for pair in pairs], dim=1))
+    factor, unowned = (_as_output(one, inner) for one in mask.spread([i for i, _, _ in convolutions], pairs))
+    return F.conv2d((inner * factor).masked_fill(unowned, 0.0), torch.cat([pair[1] for pair in pairs], dim=1))
 
 
 def _as_output(weights: Tensor, out: Tensor) -> Tensor:

@@ -10,12 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # (A [r, d_in], B [d_out, r], scale): one concept's low-rank change of one projection.
 Pair = tuple[Tensor, Tensor, float]
+
+
+class Spread(NamedTuple):
+    """What multiplies the inner values of low-rank pairs, for each token that is worked on: [p, R] or [b, T, R].
+
+    factor: w_i · s_i.  unowned: bool, where it is zero.
+    """
+
+    factor: Tensor
+    unowned: Tensor
 
 
 class TokenMask:
@@ -32,7 +43,7 @@ class TokenMask:
         self.weights = weights
         self.rows = rows
         self._selected: dict[tuple[int, ...], TokenMask] = {}
-        self._spread: dict[tuple[tuple[int, int, float], ...], tuple[Tensor, Tensor]] = {}
+        self._spread: dict[tuple[object, ...], Spread] = {}
 
     @cached_property
     def on_cpu(self) -> Tensor:
@@ -55,18 +66,20 @@ class TokenMask:
         """The weights of the tokens that are worked on: at `places` [p, n], or of the batch rows `rows` [b, T, n]."""
         return self.weights if self.rows is not None else self.weights.flatten(0, 1)[self.places]
 
-    def spread(self, channels: Sequence[int], pairs: Sequence[Pair]) -> Tensor:
-        """w_i · s_i of the tokens that are worked on, for every inner value of the concepts `channels`:
-        [p, R] or [b, T, R]. The number of concepts adds no operation to it."""
-        key = tuple((i, pair[0].shape[0], pair[2]) for i, pair in zip(channels, pairs, strict=True))
+    def spread(self, channels: Sequence[int], pairs: Sequence[Pair]) -> Spread:
+        """For every inner value of the concepts `channels`. Neither the number of concepts nor that of the layers whose
+        pairs are alike adds an operation to it."""
+        own = [(i, pair[0].shape[0], pair[2]) for i, pair in zip(channels, pairs, strict=True)]
+        dtype = widest(pairs)
+        key = (*own, dtype)
         if key not in self._spread:
             # Half precision would round the strengths, single precision those of a model in double.
-            device, dtype = self.weights.device, torch.promote_types(self.weights.dtype, pairs[0][0].dtype)
-            index = [torch.full((rank,), i, device=device) for i, rank, _ in key]
-            scale = [torch.full((rank,), scale, dtype=dtype, device=device) for _, rank, scale in key]
-            self._spread[key] = torch.cat(index), torch.cat(scale)
-        own, scales = self._spread[key]
-        return self.worked.index_select(-1, own) * scales
+            device, exact = self.weights.device, torch.promote_types(self.weights.dtype, dtype)
+            index = torch.cat([torch.full((rank,), i, device=device) for i, rank, _ in own])
+            scale = torch.cat([torch.full((rank,), scale, dtype=exact, device=device) for _, rank, scale in own])
+            factor = self.worked.index_select(-1, index) * scale
+            self._spread[key] = Spread(factor.to(dtype), factor == 0)
+        return self._spread[key]
 
     def select(self, channels: Sequence[int]) -> TokenMask:
         """The same tokens for some of the concepts, in that order; itself for all of them."""
@@ -78,28 +91,34 @@ class TokenMask:
         return self._selected[key]
 
 
-def low_rank_sum(x: Tensor, pairs: Sequence[Pair], *, factor: Tensor) -> Tensor:
+def widest(pairs: Sequence[Pair]) -> torch.dtype:
+    """The dtype in which all pairs can be computed together."""
+    dtype = pairs[0][0].dtype
+    for other in {pair[0].dtype for pair in pairs} - {dtype}:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def low_rank_sum(x: Tensor, pairs: Sequence[Pair], *, factor: Spread) -> Tensor:
     """Σ_i w_i · s_i · B_i A_i x for each token.
 
     Args:
         x: tokens [..., d_in].
         pairs: of each concept (A [r_i, d_in], B [d_out, r_i], s_i).
-        factor: w_i · s_i of each token, for every inner value of concept i: [..., R], see `TokenMask.spread`.
+        factor: w_i · s_i of each token, for every inner value of concept i, see `TokenMask.spread`.
 
     Returns:
         [..., d_out] in the widest dtype of the pairs. A token that is not concept i's gets exactly nothing of it,
         also where B_i A_i x is not finite there.
     """
-    dtype = pairs[0][0].dtype
-    for other in {pair[0].dtype for pair in pairs} - {dtype}:
-        dtype = torch.promote_types(dtype, other)
+    dtype = widest(pairs)
     down, up, _ = pairs[0]
     if len(pairs) > 1:
         down = torch.cat([pair[0].to(dtype) for pair in pairs])
         up = torch.cat([pair[1].to(dtype) for pair in pairs], dim=1)
     inner = x.to(dtype) @ down.t()  # [..., R]
     # Filled, not multiplied by zero: what one concept's adapter makes of another's token may be infinite.
-    return (inner * factor.to(dtype)).masked_fill(factor == 0, 0.0) @ up.t()
+    return (inner * factor.factor).masked_fill(factor.unowned, 0.0) @ up.t()
 
 
 def add_at(out: Tensor, places: Tensor, added: Tensor, in_place: bool = False) -> Tensor:
