@@ -567,7 +567,7 @@ def style() -> Template:
         "A LoRA for the whole picture, and concepts in it.\n\n**Load LoRA**, the stock node, comes *before* the "
         "concept loaders: a style, a lighting, a speed-up of few steps. It is merged into the model and acts "
         "everywhere.\n\n**LoRA Concept Loader** comes after it and acts at its own word and place alone.\n\nThe demo "
-        "has no style, so the dots of *nero* at half strength stand in for one: they reach the circle too. Put your "
+        "has no style, so the dots of *nero* at half strength stand in for one. Put your "
         "style file there.",
         380,
     )

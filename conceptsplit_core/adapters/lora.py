@@ -183,7 +183,7 @@ def routed(factors: Mapping[str, Pair | Factor], network: NetworkMap, report: Lo
         if site is None:
             report.left_out["unknown to this model"] += 1
         elif site.reads == "time":
-            report.left_out["of the time embedding, which has no place in the picture"] += 1
+            report.left_out["that read neither text nor pixels"] += 1
         else:
             report.by_rows += site.reads == "text"
             report.by_region += site.reads == "image"

@@ -131,7 +131,7 @@ def test_what_cannot_be_routed_is_counted(sd, write):
         "left out: 1 in a form that cannot be routed (OFT)",
         "left out: 1 in a form that cannot be routed (BOFT)",
         "left out: 3 in a form that cannot be routed (a change of a bias or a norm)",
-        "left out: 2 of the time embedding, which has no place in the picture",
+        "left out: 2 that read neither text nor pixels",
     ):
         assert part in info, (part, info)
     # What is left, the whole ΔW included, is what the host merges of it.
