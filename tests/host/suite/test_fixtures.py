@@ -208,8 +208,8 @@ def demo_adapters_listed(users_files):
     folder_paths.filename_list_cache.pop("value_adapters", None)
 
 
-def skip_what_this_host_lacks(path):
-    """Templates of models that came after the oldest host that we support."""
+def lacks(path):
+    """What a template needs that came after this ComfyUI: nodes, and kinds of text encoder."""
     import nodes
 
     missing = []
@@ -218,7 +218,11 @@ def skip_what_this_host_lacks(path):
             missing.append(f"node {node['type']}")
         elif node["type"] == "CLIPLoader" and node["widgets_values"][1] not in declared("CLIPLoader")["type"][0]:
             missing.append(f"text encoder {node['widgets_values'][1]}")
-    if missing and path.stem in ("Two LoRAs on Flux.2 Klein", "Two LoRAs on Krea 2"):
+    return missing if path.stem in ("Two LoRAs on Flux.2 Klein", "Two LoRAs on Krea 2") else []
+
+
+def skip_what_this_host_lacks(path):
+    if missing := lacks(path):
         pytest.skip(f"{path.stem}: this ComfyUI has no {' and no '.join(missing)}")
 
 

@@ -240,9 +240,9 @@ def test_training_with_options(spy, base):
     trained, built, drawn = spy(host, "train"), spy(host, "objective"), spy(host, "draw")
     adapter, _, samples = run("ConceptSplitTrain", **given, options=options)
 
-    ((_, data, _, _, config, _, checkpoint, resume), _) = trained[0]
+    ((_, data, _, _, config, _, checkpoint), _) = trained[0]
     assert config == expected(settings.TrainConfig, TRAIN_BASIC, TRAIN_RARE)
-    assert resume is True and checkpoint.name == "fido_2.checkpoint", (
+    assert config.resume is True and checkpoint.name == "fido_2.checkpoint", (
         "the first training has ended, so its name is taken"
     )
     assert [prompt.text for prompt in data.prompts] == ["the heart there", "one heart"]
