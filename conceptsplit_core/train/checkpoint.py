@@ -153,6 +153,8 @@ def _load_checkpoint(
     if not isinstance(before, dict):
         raise broken
     if other := differences(before, run):
+        if len(other) > 5:
+            other = [*other[:4], f"{len(other) - 4} settings more"]
         raise ConceptSplitError(
             f"{path.name} belongs to a training with {' and '.join(filter(None, [', '.join(other[:-1]), other[-1]]))}: "
             "make them as they were, delete the file, choose another file name, or turn resume off."
