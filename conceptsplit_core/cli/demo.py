@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,13 +187,7 @@ def separation(maps: torch.Tensor, config: LodaConfig) -> list[float]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes training pictures, adapters, curves, composed pictures, overlays and report.json."""
-    names = tuple(part.strip() for part in arguments.concepts.split(",") if part.strip()) or SETTINGS.concepts
-    for name in names:
-        if name not in scenes.CONCEPTS:
-            raise ConceptSplitError(f"There is no built-in concept '{name}': use {', '.join(scenes.CONCEPTS)}.")
-    if not 2 <= len(set(names)) == len(names) <= 4:
-        raise ConceptSplitError("The demo composes two to four different concepts: give them as --concepts A,B.")
-    settings = Settings(**{**vars(SETTINGS), "concepts": names, "steps": arguments.steps or SETTINGS.steps})
+    settings = _settings(arguments)
     seeds = seeds_from(arguments.first_seed, arguments.seeds)
     out = Path(arguments.out).expanduser()
     began = time.perf_counter()
@@ -200,22 +196,62 @@ def run(arguments: argparse.Namespace) -> None:
     model = open_model(options)
     seconds: dict[str, float] = {"load": round(time.perf_counter() - began, 1)}
 
-    progress = bar(2 * LORA_STEPS + settings.loda.for_schedule(LORA_STEPS).plan_steps, "two LoRAs")
+    with _timed(seconds, "two LoRAs"):
+        _draw_loras(model, seeds, settings, out)
+    adapters, losses = _train(model, settings, out, seconds)
+    with _timed(seconds, "sample alone"):
+        _draw_alone(model, adapters, seeds, settings, out)
+    before, after = _draw_composed(model, adapters, seeds, settings, out, seconds)
+    seconds["all"] = round(time.perf_counter() - began, 1)
+
+    at = settings.after_loda
+    plain, separated = (separation(one.watched[at], settings.loda) for one in (before, after))
+    report = _report(settings, seconds, losses, seeds, plain, separated, after, out)
+    write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+    say(
+        f"{out}: learned {', '.join(settings.concepts)} and composed {len(seeds)} pictures twice in "
+        f"{seconds['all']:.0f} s; maps {mean(plain):.3f} apart without LODA, {mean(separated):.3f} with it. Look at "
+        "two-loras.png first, then at composed.png."
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """What was asked for, checked."""
+    names = tuple(part.strip() for part in arguments.concepts.split(",") if part.strip()) or SETTINGS.concepts
+    for name in names:
+        if name not in scenes.CONCEPTS:
+            raise ConceptSplitError(f"There is no built-in concept '{name}': use {', '.join(scenes.CONCEPTS)}.")
+    if not 2 <= len(set(names)) == len(names) <= 4:
+        raise ConceptSplitError("The demo composes two to four different concepts: give them as --concepts A,B.")
+    return Settings(**{**vars(SETTINGS), "concepts": names, "steps": arguments.steps or SETTINGS.steps})
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 1)
+
+
+def _draw_loras(model: host.DiffusersModel, seeds: list[int], settings: Settings, out: Path) -> None:
+    progress = bar(2 * LORA_STEPS + settings.loda.for_schedule(LORA_STEPS).plan_steps, "two LoRAs")
     write_picture(lora_sheet(*two_loras(model, seeds, settings, progress), seeds), out / "two-loras.png")
-    seconds["two LoRAs"] = round(time.perf_counter() - start, 1)
     progress.close()
 
+
+def _train(
+    model: host.DiffusersModel, settings: Settings, out: Path, seconds: dict[str, float]
+) -> tuple[dict[str, LowRankAdapter], dict[str, list[float]]]:
+    """The adapters and their losses, by concept."""
     adapters: dict[str, LowRankAdapter] = {}
     losses: dict[str, list[float]] = {}
     tiles: list[NDArray[np.uint8]] = []
     labels: list[str] = []
-    for name in names:
+    for name in settings.concepts:
         progress = bar(settings.steps, f"learning <{name}>, {looks(name)}")
-        start = time.perf_counter()
-        adapters[name], losses[name], drawn = learn(model, name, settings, progress)
+        with _timed(seconds, f"train {name}"):
+            adapters[name], losses[name], drawn = learn(model, name, settings, progress)
         progress.close()
-        seconds[f"train {name}"] = round(time.perf_counter() - start, 1)
         save_adapter(adapters[name], out / f"{name}.safetensors")
         write_picture(pictures.loss_curve(losses[name], title=f"training loss of <{name}>"), out / f"{name}.loss.png")
         tiles += drawn
@@ -224,51 +260,74 @@ def run(arguments: argparse.Namespace) -> None:
         pictures.contact_sheet(tiles, labels, settings.pictures, 128, "What the model learned from"),
         out / "training-pictures.png",
     )
+    return adapters, losses
 
-    start = time.perf_counter()
-    alone, alone_labels = [], []
-    for name in names:
+
+def _draw_alone(
+    model: host.DiffusersModel, adapters: dict[str, LowRankAdapter], seeds: list[int], settings: Settings, out: Path
+) -> None:
+    tiles, labels = [], []
+    for name in settings.concepts:
         with_it = compose(model, adapters, (name,), seeds[:2], settings, None)
         without = compose(model, {}, (name,), seeds[:2], settings, None)
-        alone += [*without.images, *with_it.images]
+        tiles += [*without.images, *with_it.images]
         word = scenes.CONCEPTS[name].class_word
-        alone_labels += [f"{word}, seed {s}" for s in seeds[:2]] + [f"<{name}>, seed {s}" for s in seeds[:2]]
+        labels += [f"{word}, seed {s}" for s in seeds[:2]] + [f"<{name}>, seed {s}" for s in seeds[:2]]
     write_picture(
-        pictures.contact_sheet(alone, alone_labels, 4, 128, "Class word without and with the adapter, same seeds"),
+        pictures.contact_sheet(tiles, labels, 4, 128, "Class word without and with the adapter, same seeds"),
         out / "concepts-alone.png",
     )
-    seconds["sample alone"] = round(time.perf_counter() - start, 1)
 
+
+def _draw_composed(
+    model: host.DiffusersModel,
+    adapters: dict[str, LowRankAdapter],
+    seeds: list[int],
+    settings: Settings,
+    out: Path,
+    seconds: dict[str, float],
+) -> tuple[host.SampleResult, host.SampleResult]:
+    """All concepts together, without and with LODA."""
+    names = settings.concepts
     progress = bar(2 * settings.sampling_steps, "composing")
-    start = time.perf_counter()
-    before = compose(model, adapters, names, seeds, settings, None, progress)
-    seconds["sample plain"] = round(time.perf_counter() - start, 1)
-    start = time.perf_counter()
-    after = compose(model, adapters, names, seeds, settings, settings.loda, progress)
-    seconds["sample with LODA"] = round(time.perf_counter() - start, 1)
+    with _timed(seconds, "sample plain"):
+        before = compose(model, adapters, names, seeds, settings, None, progress)
+    with _timed(seconds, "sample with LODA"):
+        after = compose(model, adapters, names, seeds, settings, settings.loda, progress)
     progress.close()
-
-    prompt = joint_prompt(names, settings.prompt_end)
     pairs = [image for two in zip(before.images, after.images, strict=True) for image in two]
     titles = [text for seed in seeds for text in (f"seed {seed}, without LODA", "with LODA")]
+    prompt = joint_prompt(names, settings.prompt_end)
     write_picture(
         pictures.contact_sheet(pairs, titles, 4, 192, f'"{prompt}", same seeds without and with LODA'),
         out / "composed.png",
     )
-    at = settings.after_loda
-    write_picture(overlays(before, after, names, seeds, at), out / "attention.png")
+    write_picture(overlays(before, after, names, seeds, settings.after_loda), out / "attention.png")
+    assert after.trace is not None
+    curve = pictures.trace_curve(after.trace, [f"seed {seed}" for seed in seeds[:6]])
+    write_picture(curve, out / "separation.png")
+    return before, after
 
-    trace = after.trace
-    assert trace is not None
-    plain, separated = separation(before.watched[at], settings.loda), separation(after.watched[at], settings.loda)
-    write_picture(pictures.trace_curve(trace, [f"seed {seed}" for seed in seeds[:6]]), out / "separation.png")
-    seconds["all"] = round(time.perf_counter() - began, 1)
-    report = {
+
+def _report(
+    settings: Settings,
+    seconds: dict[str, float],
+    losses: dict[str, list[float]],
+    seeds: list[int],
+    plain: list[float],
+    separated: list[float],
+    after: host.SampleResult,
+    out: Path,
+) -> dict[str, Any]:
+    """What report.json says. plain, separated: divergence of each seed's maps without and with LODA."""
+    names = settings.concepts
+    assert after.trace is not None
+    return {
         "what": "ConceptSplit demo: concepts learned on the built-in model and composed without and with LODA",
         "version": __version__,
         "machine": machine(),
         "seconds": seconds,
-        "prompt": prompt,
+        "prompt": joint_prompt(names, settings.prompt_end),
         "concepts": {name: asdict(scenes.CONCEPTS[name]) for name in names},
         "settings": asdict(settings),
         "losses": {
@@ -277,7 +336,7 @@ def run(arguments: argparse.Namespace) -> None:
         "adapter bytes": {name: (out / f"{name}.safetensors").stat().st_size for name in names},
         "separation": {
             "measure": "smallest pairwise Jensen-Shannon divergence of the concepts' maps in nats, 0.693 is disjoint",
-            "sampling step": at,
+            "sampling step": settings.after_loda,
             "per seed": [
                 {"seed": seed, "without LODA": a, "with LODA": b}
                 for seed, a, b in zip(seeds, plain, separated, strict=True)
@@ -285,14 +344,8 @@ def run(arguments: argparse.Namespace) -> None:
             "mean without LODA": mean(plain),
             "mean with LODA": mean(separated),
         },
-        "loda": trace.to_dict(),
+        "loda": after.trace.to_dict(),
     }
-    write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
-    say(
-        f"{out}: learned {', '.join(names)} and composed {len(seeds)} pictures twice in {seconds['all']:.0f} s; maps "
-        f"{mean(plain):.3f} apart without LODA, {mean(separated):.3f} with it. Look at two-loras.png "
-        "first, then at composed.png."
-    )
 
 
 def looks(name: str) -> str:

@@ -5,6 +5,7 @@ Shapes: B images, n concepts, L text rows, (h, w) latent cells, Lq pixels of an 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,6 +197,14 @@ class _Drawing:
             )
         return x
 
+    def guide(self, timeline: Timeline, index: int) -> None:
+        """Puts into force what the timeline knows for a step: where routed adapters act, and AFG."""
+        self.areas = timeline.areas
+        if timeline.afg is None or not timeline.afg_acts(index):
+            self.patch.bias = {}
+        elif not self.patch.bias:
+            self.patch.bias = self.bias(timeline.afg.to(self.model.device))
+
     def bias(self, regions: Tensor) -> dict[str, Tensor]:
         """AFG's logit bias per layer [B or 2B, Lq, L]; nothing in the unconditional rows."""
         config, dtype = self.config, self.model.dtype
@@ -245,40 +254,28 @@ def sample(
         watch: steps at which to note the concepts' maps, with or without LODA; the pictures do not change by it.
         progress: called after each step with (done, steps), steps of a plan included; may raise to stop.
     """
-    count = len(seeds)
-    if len(positive) not in (1, count):
-        raise ConceptSplitError(f"{len(positive)} prompts were given for {count} pictures: give one, or one each.")
-    positive = list(positive) * (count if len(positive) == 1 else 1)
     adapters = adapters or {}
     names = tuple(concepts) or tuple(adapters)
+    positive = _one_each(positive, len(seeds))
     strange = next((name for name in masks or {} if name not in names), None)
     if strange is not None:
         raise ConceptSplitError(f"A region is given for '{strange}', and this run's concepts are {', '.join(names)}.")
-    height, width = size or (model.default_size, model.default_size)
-    factor = model.pixel_factor
-    if height % factor or width % factor or min(height, width) < factor:
-        raise ConceptSplitError(f"A picture of {width} × {height} pixels is not possible: use multiples of {factor}.")
+    height, width = _picture_size(model, size)
     notes = list(dict.fromkeys(note for cond in positive for note in cond.warnings))
 
     neg = empty_conditioning(model, positive[0], negative) if isinstance(negative, str) else negative
     rows = [c.context.shape[1] for c in positive] + ([neg.context.shape[1]] if guidance != 1.0 else [])
     batch = _batch(model, positive, names, math.lcm(*rows))
-    guided = batch.guided(neg, names, count) if guidance != 1.0 else None
+    guided = batch.guided(neg, names, len(seeds)) if guidance != 1.0 else None
     several = int((batch.mask.amax(dim=1) > 0).sum(dim=1).max()) >= 2
     if loda is not None and not several:
         notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
         loda = None
 
-    channels = model.unet.config.in_channels
-    start = noise(seeds, (channels, height // factor, width // factor)) if latents is None else latents.clone()
-    # Start and gradient in fp32 whatever the UNet's precision; fp64 is kept for tests.
-    start = start.to(model.device, torch.float64 if model.dtype == torch.float64 else torch.float32)
-
     loaded = [adapters.get(name, (None, 0.0)) for name in names]
     acts_in = [(scopes or {}).get(name) for name in names]
     config = (loda or LodaConfig()).for_schedule(steps)
     given = {names.index(name): mask for name, mask in (masks or {}).items()}
-    watched: dict[int, Tensor] = {}
     with patched(model, loaded, acts_in, KeptChanges()) as patch:
         drawing = _Drawing(model, patch, batch, guided, guidance, sampler, steps, (height, width), config)
         routed = any(group.scope == "region" for group in patch.groups)
@@ -288,39 +285,70 @@ def sample(
                 # Without LODA nobody looks for the other concepts: they act on the whole picture.
                 given = {i: given.get(i, torch.ones(1, *drawing.latent)) for i in range(len(names))}
         timeline = None if loda is None else Timeline(loda, steps, names, drawing.maps, routed, given)
-        x = start * drawing.scheduler.init_noise_sigma
-        ahead = 0 if timeline is None else timeline.plan_steps
-        total = ahead + steps
+        total = steps + (0 if timeline is None else timeline.plan_steps)
+        done = itertools.count(1)
+        tick = (lambda: None) if progress is None else (lambda: progress(next(done), total))
+        start = _unit_noise(model, seeds, drawing.latent, latents)
         if timeline is not None and routed and not timeline.located:
-            drawing.planning = True
-            for index in range(ahead):
-                x = _begin(timeline, drawing, x, index)
-                x = drawing.step(x, index)
-                if progress is not None:
-                    progress(index + 1, total)
-            timeline.locate(x * drawing.lift(ahead), ahead, drawing.sigma(ahead))
-            drawing.planning = False
-            drawing.restart()
-            x = start * drawing.scheduler.init_noise_sigma
-        for index in range(steps):
-            if timeline is not None:
-                x = _begin(timeline, drawing, x, index)
-                if index == timeline.optimised_steps and timeline.afg_acts(index) and not timeline.located:
-                    timeline.locate(x * drawing.lift(index), index, drawing.sigma(index))
-                drawing.areas = timeline.areas
-                acts = timeline.afg is not None and timeline.afg_acts(index)
-                if acts and not patch.bias and timeline.afg is not None:
-                    patch.bias = drawing.bias(timeline.afg.to(model.device))
-                elif not acts:
-                    patch.bias = {}
-            if index in watch:
-                with torch.no_grad():
-                    watched[index] = drawing.maps(x * drawing.lift(index), index, drawing.sigma(index)).cpu()
-            x = drawing.step(x, index)
-            if progress is not None:
-                progress(ahead + index + 1, total)
+            _plan(timeline, drawing, start, tick)
+        x, watched = _draw(timeline, drawing, start, watch, tick)
     trace = None if timeline is None else timeline.trace
     return SampleResult(x, decode_latents(model, x), trace, tuple(notes), watched)
+
+
+def _one_each(positive: Sequence[Conditioning], count: int) -> list[Conditioning]:
+    """One conditioning per picture."""
+    if len(positive) not in (1, count):
+        raise ConceptSplitError(f"{len(positive)} prompts were given for {count} pictures: give one, or one each.")
+    return list(positive) * (count if len(positive) == 1 else 1)
+
+
+def _picture_size(model: DiffusersModel, size: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) in pixels, which the latent's grid divides."""
+    height, width = size or (model.default_size, model.default_size)
+    factor = model.pixel_factor
+    if height % factor or width % factor or min(height, width) < factor:
+        raise ConceptSplitError(f"A picture of {width} × {height} pixels is not possible: use multiples of {factor}.")
+    return height, width
+
+
+def _unit_noise(model: DiffusersModel, seeds: Sequence[int], latent: tuple[int, int], latents: Tensor | None) -> Tensor:
+    made = noise(seeds, (model.unet.config.in_channels, *latent)) if latents is None else latents.clone()
+    # Start and gradient in fp32 whatever the UNet's precision; fp64 is kept for tests.
+    return made.to(model.device, torch.float64 if model.dtype == torch.float64 else torch.float32)
+
+
+def _plan(timeline: Timeline, drawing: _Drawing, start: Tensor, tick: Callable[[], None]) -> None:
+    """Draws the first steps without adapters and reads where the concepts are; the drawing begins again after it."""
+    x, ahead = start * drawing.scheduler.init_noise_sigma, timeline.plan_steps
+    drawing.planning = True
+    for index in range(ahead):
+        x = _begin(timeline, drawing, x, index)
+        x = drawing.step(x, index)
+        tick()
+    timeline.locate(x * drawing.lift(ahead), ahead, drawing.sigma(ahead))
+    drawing.planning = False
+    drawing.restart()
+
+
+def _draw(
+    timeline: Timeline | None, drawing: _Drawing, start: Tensor, watch: Sequence[int], tick: Callable[[], None]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The finished latent, and the maps at the watched steps."""
+    watched: dict[int, Tensor] = {}
+    x = start * drawing.scheduler.init_noise_sigma
+    for index in range(drawing.steps):
+        if timeline is not None:
+            x = _begin(timeline, drawing, x, index)
+            if index == timeline.optimised_steps and timeline.afg_acts(index) and not timeline.located:
+                timeline.locate(x * drawing.lift(index), index, drawing.sigma(index))
+            drawing.guide(timeline, index)
+        if index in watch:
+            with torch.no_grad():
+                watched[index] = drawing.maps(x * drawing.lift(index), index, drawing.sigma(index)).cpu()
+        x = drawing.step(x, index)
+        tick()
+    return x, watched
 
 
 def _begin(timeline: Timeline, drawing: _Drawing, x: Tensor, index: int) -> Tensor:
