@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -268,6 +269,7 @@ def peft_state(
     """The tensors of a file for a reader that knows neither PEFT's settings nor its wrapping: α as a tensor per module,
     `base_model.model.` and the adapter's name gone from the names."""
     found: dict[str, Tensor] = {}
+    facts = cache(lambda part: peft_facts(metadata, config, name, part))
     for key, tensor in state.items():
         match = _PEFT.fullmatch(key)
         if match is None:
@@ -276,7 +278,7 @@ def peft_state(
         part = match["part"] or ("unet" if match["wrapped"] else "")
         module = f"{part}.{match['module']}".removeprefix(".")
         found[f"{module}.{match['side']}.weight"] = tensor
-        alpha = peft_alpha(peft_facts(metadata, config, name, part or "unet"), match["module"], tensor.shape[0])
+        alpha = peft_alpha(facts(part or "unet"), match["module"], tensor.shape[0])
         if match["side"] == "lora_A" and alpha is not None and f"{module}.alpha" not in state:
             found[f"{module}.alpha"] = torch.tensor(alpha)
     return found

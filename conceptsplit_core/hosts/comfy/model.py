@@ -14,12 +14,18 @@ from torch import nn
 
 from ...adapters.base import family
 from ...errors import ConceptSplitError
-from ...network.families import TRANSFORMERS, transformer_map
+from ...network.families import TRANSFORMERS, Transformer, transformer_map
 from ...network.families.unet import unet_map
 from ...network.site import NetworkMap
 
 KEY = "conceptsplit"
 DENOISER = "diffusion_model."
+
+
+def transformer_of(model: comfy.model_base.BaseModel) -> Transformer | None:
+    """The family of a BaseModel's transformer; None for a UNet and for what is not known."""
+    # By the very class: a subclass may lay out its tokens in another way, as those that draw pixels do.
+    return TRANSFORMERS.get(type(model.diffusion_model).__name__)
 
 
 def network_map(model: comfy.model_base.BaseModel) -> NetworkMap:
@@ -28,7 +34,7 @@ def network_map(model: comfy.model_base.BaseModel) -> NetworkMap:
     Raises:
         ConceptSplitError: neither a UNet with cross-attention nor a transformer of a known family.
     """
-    transformer = TRANSFORMERS.get(type(model.diffusion_model).__name__)
+    transformer = transformer_of(model)
     if transformer is not None:
         return transformer_map(transformer, lambda: model.diffusion_model, _fused(model))
     config = model.model_config.unet_config

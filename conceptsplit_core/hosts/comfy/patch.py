@@ -81,8 +81,8 @@ def with_loda(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` whose samplers run LODA; `maps` receives the trace of each run. With maps of an earlier stage
     they take its regions and look for none."""
-    network = network_map(model.model)  # refuses what is not known before anything is sampled
-    loaded = whole(model) if optimised(config, network) and earlier is None else model
+    network_map(model.model)  # refuses what is not known before anything is sampled
+    loaded = whole(model) if optimised(config, model.model) and earlier is None else model
     return _patched(loaded, replace(patch_of(model), loda=config, maps=maps, earlier=earlier))
 
 
@@ -114,7 +114,7 @@ def _patched(model: comfy.model_patcher.ModelPatcher, patch: Patch) -> comfy.mod
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
     out = executor(model, noise_shape, conds, *args, **kwargs)
     patch = patch_of(model)
-    if patch.loda is not None and patch.earlier is None and optimised(patch.loda, network_map(model.model)):
+    if patch.loda is not None and patch.earlier is None and optimised(patch.loda, model.model):
         # Streaming parts of the model overwrites weights before the backward pass has used them.
         need = model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
         comfy.model_management.load_models_gpu([model], memory_required=2 * need, force_full_load=True)

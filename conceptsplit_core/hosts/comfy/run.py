@@ -18,7 +18,7 @@ from ...network.hooks import Group, Hooks, KeptChanges
 from ...network.site import NetworkMap
 from ...settings import AUTO, LodaConfig
 from ...text.binding import Binding, row_mask
-from .model import KEY
+from .model import KEY, transformer_of
 from .texts import BoundTexts, TextIndex, fingerprints
 
 log = logging.getLogger("ConceptSplit")
@@ -268,10 +268,10 @@ class Run:
         return found
 
 
-def optimised(config: LodaConfig, network: NetworkMap) -> bool:
+def optimised(config: LodaConfig, model: Any) -> bool:
     """Whether a run optimises the latent. A gradient through a transformer costs as much as several of its steps and
-    needs all of it in memory, so there only where a number of steps is asked for."""
-    return config.loda_steps > 0 or (config.loda_steps == AUTO and network.sequence is None)
+    needs all of it in memory, so there only where a number of steps is asked for. model: a BaseModel."""
+    return config.loda_steps > 0 or (config.loda_steps == AUTO and transformer_of(model) is None)
 
 
 def bindings_mask(bindings: Sequence[Binding], names: Sequence[str], rows: int, attended: bool) -> Tensor:

@@ -102,7 +102,7 @@ class StagedSampler:
         self.run = run
         self.config = config
         # Without updates a transformer's maps at the first step are of noise: they are read from a plan instead.
-        self.plans = bool(run.concepts.routed) or (config.acts and not optimised(config, run.network))
+        self.plans = bool(run.concepts.routed) or (config.acts and not optimised(config, run.model))
         self.bound = bound
         self.maps = MapReader(guider, run, config, bound)
         self.too_large = False  # whether a gradient has needed more memory than there is
@@ -151,7 +151,7 @@ class StagedSampler:
                 f"The attention_maps given are of {len(earlier.regions)} pictures and the latent holds {x.shape[0]}: "
                 "connect those of the same pictures."
             )
-        config = self.config if optimised(self.config, run.network) else replace(self.config, loda_steps=0)
+        config = self.config if optimised(self.config, run.model) else replace(self.config, loda_steps=0)
         timeline = Timeline(config, total, names, self.maps, self.plans, given, earlier)
         if run.patch.maps is not None:
             run.patch.maps.traces.append(timeline.trace)

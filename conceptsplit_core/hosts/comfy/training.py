@@ -37,7 +37,7 @@ from ...train.progress import ProgressBar
 from ...train.prompts import EncodedText, Prompt, encode_templates
 from .clip import with_concepts
 from .denoiser import parameterisation_of, schedule_of
-from .model import KEY, adopt_parameters, compute_dtype, network_map, whole
+from .model import KEY, adopt_parameters, compute_dtype, network_map, transformer_of, whole
 from .patch import LoadedAdapter, with_adapter
 
 log = logging.getLogger("ConceptSplit")
@@ -170,7 +170,7 @@ def train_adapter(
     """
     if model is None or vae is None:
         raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
-    if network_map(model.model).sequence is not None:
+    if transformer_of(model.model) is not None:
         raise ConceptSplitError(
             f"Value adapters can be trained on SD1.5, SD2.x and SDXL, not on {type(model.model).__name__}: train a "
             "LoRA with a trainer for this model, and load it with LoRA Concept Loader."
@@ -191,20 +191,12 @@ def train_adapter(
 
     prompts = encode_prompts(clip, model.model, concept, templates, size)
     given = {"images": digest(batch), "masks": digest(covers), **model_identity(model, clip, vae)}
-    latents = encode_images(vae, batch)
+    latents, covers = _in_model_space(model, vae, batch, covers)
     with torch.inference_mode(False):
-        latents = _own(model.model.process_latent_in(latents))
-        count, _, *side = latents.shape
-        covers = check_masks(covers, count, (side[0], side[1]), size)
-        covers = None if covers is None else _own(covers)
         levels, timesteps = (_own(t) for t in schedule_of(model.get_model_object("model_sampling"), kind))
 
-    model = model.clone()
-    rows = config.batch_size * (1 if config.gradient_checkpointing else 4)  # activations are kept for the backward pass
-    need = model.memory_required([rows, *latents.shape[1:]])
-    comfy.model_management.load_models_gpu([model], memory_required=need, force_full_load=True)
+    model = _loaded_whole(model, config, latents)
     device = model.load_device
-    adopt_parameters(model.model)
     config = replace(config, loss_scale=1024.0 if compute_dtype(model.model) == torch.float16 else 1.0)
     with torch.inference_mode(False):
         made = new_adapter(network, concept, kind.name, config.rank, config.alpha, config.seed, facts)
@@ -240,6 +232,30 @@ def train_adapter(
     if state is not None:
         state.unlink(missing_ok=True)
     return TrainResult(result.trained(), result.losses, result.seconds)
+
+
+def _in_model_space(
+    model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE, batch: Tensor, covers: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Latents [N, C, h, w] of pictures [N, H, W, 3], and their masks [N, 1, h, w], as autograd may use them."""
+    latents = encode_images(vae, batch)
+    with torch.inference_mode(False):
+        latents = _own(model.model.process_latent_in(latents))
+        count, _, *side = latents.shape
+        covers = check_masks(covers, count, (side[0], side[1]), (batch.shape[1], batch.shape[2]))
+        return latents, None if covers is None else _own(covers)
+
+
+def _loaded_whole(
+    model: comfy.model_patcher.ModelPatcher, config: TrainConfig, latents: Tensor
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of the model, all of it on its device, with parameters that a gradient can pass."""
+    model = model.clone()
+    rows = config.batch_size * (1 if config.gradient_checkpointing else 4)  # activations are kept for the backward pass
+    need = model.memory_required([rows, *latents.shape[1:]])
+    comfy.model_management.load_models_gpu([model], memory_required=need, force_full_load=True)
+    adopt_parameters(model.model)
+    return model
 
 
 def lists_of(*names: str) -> Callable[[Callable], Callable]:
