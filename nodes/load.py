@@ -13,7 +13,8 @@ from ..conceptsplit_core.hosts.comfy.clip import with_concepts
 from ..conceptsplit_core.hosts.comfy.facts import concept_line
 from ..conceptsplit_core.hosts.comfy.messages import collected
 from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
-from ..conceptsplit_core.settings import LoaderConfig, from_values
+from ..conceptsplit_core.options import from_values
+from ..conceptsplit_core.settings import LoaderConfig
 from ..conceptsplit_core.text.concepts import Concept, marked_concepts
 from .types import ValueAdapterType, field, loader_inputs, loader_outputs, out, schema, setting_fields, told
 

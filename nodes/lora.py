@@ -12,7 +12,8 @@ from ..conceptsplit_core.hosts.comfy.facts import concept_line
 from ..conceptsplit_core.hosts.comfy.lora import concept_of, read_lora
 from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, LoadedAdapter, with_adapter, with_masks
 from ..conceptsplit_core.method.masks import MASKS, concept_masks
-from ..conceptsplit_core.settings import LoaderConfig, from_values
+from ..conceptsplit_core.options import from_values
+from ..conceptsplit_core.settings import LoaderConfig
 from ..conceptsplit_core.text.concepts import concept_name as clean_name
 from .types import AttentionMapsType, field, loader_inputs, loader_outputs, mask_of, out, schema, setting_fields, told
 

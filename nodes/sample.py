@@ -12,7 +12,8 @@ import nodes as host_nodes
 from ..conceptsplit_core.hosts.comfy.facts import run_lines
 from ..conceptsplit_core.hosts.comfy.messages import collected
 from ..conceptsplit_core.hosts.comfy.patch import AttentionMaps, with_loda, with_maps
-from ..conceptsplit_core.settings import LodaConfig, SampleConfig, from_values
+from ..conceptsplit_core.options import from_values
+from ..conceptsplit_core.settings import LodaConfig, SampleConfig
 from .types import AttentionMapsType, LodaOptionsType, field, out, schema, setting_field, setting_fields, told
 
 _MAPS_OUT = "What LODA saw and did, for Concept Attention Preview."

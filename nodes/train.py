@@ -14,8 +14,9 @@ from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.facts import concept_line
 from ..conceptsplit_core.hosts.comfy.messages import collected
 from ..conceptsplit_core.hosts.comfy.training import lists_of, train_adapter
+from ..conceptsplit_core.options import from_values
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
-from ..conceptsplit_core.settings import TrainConfig, from_values
+from ..conceptsplit_core.settings import TrainConfig
 from ..conceptsplit_core.text.concepts import Concept
 from ..conceptsplit_core.train.loop import TrainEvent
 from ..conceptsplit_core.train.prompts import DEFAULT_TEMPLATES

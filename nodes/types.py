@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..conceptsplit_core.settings import defaults, options
+from ..conceptsplit_core.options import defaults, options
 
 CATEGORY = "ConceptSplit"
 

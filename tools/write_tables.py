@@ -16,16 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from conceptsplit_core.settings import (  # noqa: E402
-    LoaderConfig,
-    LodaConfig,
-    Option,
-    SampleConfig,
-    TrainConfig,
-    defaults,
-    options,
-    shown,
-)
+from conceptsplit_core.options import Option, defaults, options, shown  # noqa: E402
+from conceptsplit_core.settings import LoaderConfig, LodaConfig, SampleConfig, TrainConfig  # noqa: E402
 
 # Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it.
 PAGES: dict[str, tuple[Any, bool | None]] = {

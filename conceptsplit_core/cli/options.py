@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from ..settings import SEEDS, LodaConfig, Option, SampleConfig, TrainConfig, defaults, options, shown
+from ..options import Option, defaults, options, shown
+from ..settings import SEEDS, LodaConfig, SampleConfig, TrainConfig
 
 SAMPLERS = ("ddim", "euler")
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -20,7 +20,8 @@ from ..adapters.lora import trained_words
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import MAX_TAGS_BYTES, read_header
-from ..settings import LoaderConfig, LodaConfig, from_values, seeds
+from ..options import from_values
+from ..settings import LoaderConfig, LodaConfig, seeds
 from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 

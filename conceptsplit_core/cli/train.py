@@ -13,7 +13,8 @@ import torch
 from .. import pictures
 from ..adapters.file import save_adapter
 from ..errors import ConceptSplitError
-from ..settings import TrainConfig, from_values
+from ..options import from_values
+from ..settings import TrainConfig
 from ..text.concepts import Concept
 from ..train.adapter import training_facts
 from ..train.checkpoint import TrainingFiles, training_files

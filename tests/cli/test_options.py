@@ -20,8 +20,8 @@ from conceptsplit_core.cli import common, options
 from conceptsplit_core.cli import sample as sample_command
 from conceptsplit_core.cli import train as train_command
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.options import options as all_options
 from conceptsplit_core.settings import LodaConfig, TrainConfig
-from conceptsplit_core.settings import options as all_options
 
 ROOT = Path(__file__).parents[2]
 LORA = ROOT / "conceptsplit_core" / "demo" / "loras" / "demo_nero_lora.safetensors"

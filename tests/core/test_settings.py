@@ -10,18 +10,8 @@ from pathlib import Path
 import pytest
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.settings import (
-    SEEDS,
-    LoaderConfig,
-    LodaConfig,
-    SampleConfig,
-    TrainConfig,
-    defaults,
-    from_values,
-    option,
-    options,
-    seeds,
-)
+from conceptsplit_core.options import defaults, from_values, option, options
+from conceptsplit_core.settings import SEEDS, LoaderConfig, LodaConfig, SampleConfig, TrainConfig, seeds
 from tools.write_tables import node_table, pages
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import REX, TOM
 
-from conceptsplit_core import settings
+from conceptsplit_core import options as core_options
 from conceptsplit_core.cli.options import parse
 from conceptsplit_core.cli.sample import loda_config
 from conceptsplit_core.errors import ConceptSplitError
@@ -68,17 +68,17 @@ def test_an_update_rule_is_one_registered_function(load, registered):
 
 @pytest.fixture
 def extended():
-    @settings.extends(LodaConfig)
+    @core_options.extends(LodaConfig)
     @dataclass(frozen=True)
     class Eased(LodaConfig):
-        ease: float = settings.option(0.0, "ease", "Lowers by this share how far apart is enough.", high=0.9)
+        ease: float = core_options.option(0.0, "ease", "Lowers by this share how far apart is enough.", high=0.9)
 
         @property
         def target(self):
             return super().target * (1 - self.ease)
 
     yield Eased
-    del settings._EXTENDED[LodaConfig]
+    del core_options._EXTENDED[LodaConfig]
 
 
 def test_an_option_is_one_field_and_its_use(load, extended):
@@ -95,7 +95,7 @@ def test_an_option_is_one_field_and_its_use(load, extended):
     torch.testing.assert_close(usual.losses[0][1], 0.45 - values[:, 0])
     assert eased.settings["ease"] == 0.25
     with pytest.raises(ConceptSplitError, match=r"LODA setting out of range: ease is 1\.0, use 0 to 0\.9"):
-        settings.from_values(LodaConfig, {"ease": 1.0})
+        core_options.from_values(LodaConfig, {"ease": 1.0})
 
 
 def test_names_go_with_their_registration():

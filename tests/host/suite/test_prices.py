@@ -16,6 +16,7 @@ base = pack("conceptsplit_core.adapters.base")
 method = pack("conceptsplit_core.method.divergence")
 updates = pack("conceptsplit_core.method.updates")
 settings = pack("conceptsplit_core.settings")
+core_options = pack("conceptsplit_core.options")
 ConceptSplitError = pack("conceptsplit_core.errors").ConceptSplitError
 
 
@@ -139,10 +140,10 @@ def test_a_divergence_and_an_update_rule_are_one_function_each(sd, two, register
 
 
 def test_an_option_is_one_field_and_its_use(sd, two):
-    @settings.extends(settings.LodaConfig)
+    @core_options.extends(settings.LodaConfig)
     @dataclass(frozen=True)
     class Eased(settings.LodaConfig):
-        ease: float = settings.option(
+        ease: float = core_options.option(
             0.0, "ease", "Lowers by this share how far apart is enough.", high=0.9, step=0.05, advanced=True
         )
 
@@ -156,7 +157,7 @@ def test_an_option_is_one_field_and_its_use(sd, two):
         with pytest.raises(ConceptSplitError, match=r"ease is 1\.0, use 0 to 0\.9"):
             run("ConceptSplitLodaOptions", ease=1.0)
     finally:
-        del settings._EXTENDED[settings.LodaConfig]
+        del core_options._EXTENDED[settings.LodaConfig]
     assert (shown["default"], shown["min"], shown["max"], shown["step"]) == (0.0, 0, 0.9, 0.05)
     assert shown["tooltip"] == "Ease. Lowers by this share how far apart is enough."
     (_, values), (_, loss) = maps.trace.divergences[0], maps.trace.losses[0]

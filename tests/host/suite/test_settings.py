@@ -14,6 +14,7 @@ from .helpers import encode, latent, make_adapter
 from .test_fixtures import allows, declared, widgets
 
 settings = pack("conceptsplit_core.settings")
+core_options = pack("conceptsplit_core.options")
 ConceptSplitError = pack("conceptsplit_core.errors").ConceptSplitError
 
 # No two numbers of one node alike, so that exchanged inputs are seen too.
@@ -134,7 +135,7 @@ def test_the_values_tried_are_all_inputs_and_none_is_a_default(sd):
 def test_the_options_of_a_node_are_all_settings_of_its_class():
     for node, config in (("ConceptSplitKSampler", settings.LodaConfig), ("ConceptSplitTrain", settings.TrainConfig)):
         here = {name for name, *_ in widgets(node)} | {name for name, *_ in widgets(OPTIONS_NODES[node])}
-        assert settings.options(config).keys() <= here
+        assert core_options.options(config).keys() <= here
 
 
 def test_sampler_with_options(spy, sd):
@@ -258,8 +259,8 @@ def test_training_with_options(spy, base):
 
 @dataclass(frozen=True)
 class Small:
-    depth: int = settings.option(3, "depth", "How deep.", "Raise it for fun.", low=-2, high=8)
-    kind: int = settings.option(4, "kind", "Which.", choices=(4, 9), advanced=True)
+    depth: int = core_options.option(3, "depth", "How deep.", "Raise it for fun.", low=-2, high=8)
+    kind: int = core_options.option(4, "kind", "Which.", choices=(4, 9), advanced=True)
 
 
 def test_the_price_of_an_option_is_one_field():
@@ -269,7 +270,7 @@ def test_the_price_of_an_option_is_one_field():
     assert (depth["default"], depth["min"], depth["max"]) == (3, -2, 8)
     assert depth["tooltip"] == "Depth. How deep. Raise it for fun."
     assert kind["options"] == ["4", "9"] and inputs[1].optional and not inputs[0].optional
-    assert settings.from_values(Small, {"depth": 5, "kind": "9"}) == Small(5, 9)
+    assert core_options.from_values(Small, {"depth": 5, "kind": "9"}) == Small(5, 9)
 
 
 def test_b7_errors_of_nodes_begin_with_no_path():
