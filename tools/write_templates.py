@@ -653,6 +653,37 @@ def train() -> Template:
     return t
 
 
+_TWO_PEOPLE = "a photo of <anna> and <ben> sitting in a cafe, window light"
+
+
+def _two_people(t: Template, model: Output, clip: Output) -> tuple[Node, Node]:
+    """A loader for each of two LoRAs of one's own."""
+    first = t.add(
+        "ConceptSplitLoraLoader", 1, "First person: <anna>",
+        model=model, clip=clip, lora="your_first_lora.safetensors", concept_name="anna", words="ohwx woman",
+    )  # fmt: skip
+    second = t.add(
+        "ConceptSplitLoraLoader", 1, "Second person: <ben>",
+        model=first[0], clip=first[1], lora="your_second_lora.safetensors", concept_name="ben", words="sks man",
+    )  # fmt: skip
+    return first, second
+
+
+def _two_people_seen(
+    t: Template, name: str, loaders: Sequence[Node], settings: Sequence[Node], sampler: Node, vae: Output
+) -> None:
+    """The picture of the two, where each of them is, and the groups of the graph. name: of the model."""
+    decoded = _decoded(t, sampler, vae)
+    maps = t.add("ConceptSplitPreview", 4, attention_maps=sampler[1], images=decoded[0])
+    prefix = "two_people_" + "".join(c for c in name.lower() if c.isalnum())
+    ours = _saved_image(t, decoded, "Both people", prefix, 400)
+    sheet = _shown(t, maps[0], "Where each person is", 400)
+    t.group("1. One LoRA per person", *loaders)
+    t.group("2. Prompt and size", *settings)
+    t.group("3. Sample", sampler)
+    t.group("4. Look", decoded, maps, ours, sheet)
+
+
 def own_checkpoint(family: str, checkpoint: str, width: int, height: int, cfg: float) -> Template:
     t = Template(f"Two LoRAs on your {family} checkpoint")
     loaded = t.add("CheckpointLoaderSimple", 0, "Your checkpoint", ckpt_name=checkpoint)
@@ -664,27 +695,13 @@ def own_checkpoint(family: str, checkpoint: str, width: int, height: int, cfg: f
         "`mask`.\n\nA style or speed-up LoRA goes between checkpoint and loaders, by the stock *Load LoRA*.",
         430,
     )
-    first = t.add(
-        "ConceptSplitLoraLoader", 1, "First person: <anna>",
-        model=loaded[0], clip=loaded[1], lora="your_first_lora.safetensors", concept_name="anna", words="ohwx woman",
-    )  # fmt: skip
-    second = t.add(
-        "ConceptSplitLoraLoader", 1, "Second person: <ben>",
-        model=first[0], clip=first[1], lora="your_second_lora.safetensors", concept_name="ben", words="sks man",
-    )  # fmt: skip
-    prompts = _prompts(t, second[1], "a photo of <anna> and <ben> sitting in a cafe, window light")
+    first, second = _two_people(t, loaded[0], loaded[1])
+    prompts = _prompts(t, second[1], _TWO_PEOPLE)
     prompts[1].given["text"] = "blurry, low quality"
     latent = _latent(t, width, height, 1)
     sampler = _sampled("ConceptSplitKSampler", t, second[0], prompts, latent, seed=1, steps=30, cfg=cfg,
                        sampler_name="dpmpp_2m", scheduler="karras")  # fmt: skip
-    decoded = _decoded(t, sampler, loaded[2])
-    maps = t.add("ConceptSplitPreview", 4, attention_maps=sampler[1], images=decoded[0])
-    ours = _saved_image(t, decoded, "Both people", f"two_people_{family.lower().replace('.', '')}", 400)
-    sheet = _shown(t, maps[0], "Where each person is", 400)
-    t.group("1. One LoRA per person", first, second)
-    t.group("2. Prompt and size", *prompts, latent)
-    t.group("3. Sample", sampler)
-    t.group("4. Look", decoded, maps, ours, sheet)
+    _two_people_seen(t, family, (first, second), [*prompts, latent], sampler, loaded[2])
     return t
 
 
@@ -715,16 +732,8 @@ def own_transformer(
         "kind are told apart best with masks: connect one to each loader's `mask`.",
         330,
     )
-    first = t.add(
-        "ConceptSplitLoraLoader", 1, "First person: <anna>",
-        model=loaded[0], clip=clip[0], lora="your_first_lora.safetensors", concept_name="anna", words="ohwx woman",
-    )  # fmt: skip
-    second = t.add(
-        "ConceptSplitLoraLoader", 1, "Second person: <ben>",
-        model=first[0], clip=first[1], lora="your_second_lora.safetensors", concept_name="ben", words="sks man",
-    )  # fmt: skip
-    text = "a photo of <anna> and <ben> sitting in a cafe, window light"
-    prompt = t.add("CLIPTextEncode", 2, "Prompt", text=text, clip=second[1])
+    first, second = _two_people(t, loaded[0], clip[0])
+    prompt = t.add("CLIPTextEncode", 2, "Prompt", text=_TWO_PEOPLE, clip=second[1])
     if numbers["cfg"] == 1.0:
         other = t.add("ConditioningZeroOut", 2, conditioning=prompt[0])
     else:
@@ -737,15 +746,7 @@ def own_transformer(
         settings.append(sampled)
     sampler = _sampled("ConceptSplitKSampler", t, sampled[0], (prompt, other), empty,
                        **{"seed": 1, "scheduler": "simple", **numbers})  # fmt: skip
-    decoded = _decoded(t, sampler, decoder[0])
-    maps = t.add("ConceptSplitPreview", 4, attention_maps=sampler[1], images=decoded[0])
-    prefix = "two_people_" + "".join(c for c in name.lower() if c.isalnum())
-    ours = _saved_image(t, decoded, "Both people", prefix, 400)
-    sheet = _shown(t, maps[0], "Where each person is", 400)
-    t.group("1. One LoRA per person", first, second)
-    t.group("2. Prompt and size", *settings)
-    t.group("3. Sample", sampler)
-    t.group("4. Look", decoded, maps, ours, sheet)
+    _two_people_seen(t, name, (first, second), settings, sampler, decoder[0])
     return t
 
 
