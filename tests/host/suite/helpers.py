@@ -199,6 +199,11 @@ def changed_rows(calls: list[Call], others: list[Call]) -> dict[int, set[tuple[i
 
 
 def weights(model: Any) -> dict[str, Tensor]:
+    """Copies of a MODEL's own weights: a clone with a merged LoRA may have been the last to be loaded."""
+    import comfy.model_management
+
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
     return {key: value.clone() for key, value in model.model.state_dict().items()}
 
 
