@@ -23,6 +23,7 @@ PLAN_SHARE = 0.3
 """Share of the schedule that is drawn as a plan when nothing is optimised in it."""
 SEEDS = 2**64
 """Seeds are 0 to SEEDS − 1 and wrap around, as in ComfyUI."""
+MASK_SOURCES = ("given", "attention")
 MAP_PARTS = ("auto", "all", "down")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
@@ -356,6 +357,33 @@ class TrainConfig:
         low=1e-6,
         high=1e9,
         shown=False,
+    )
+    mask_from: str = option(
+        "given",
+        "masks from",
+        "Where the concept is in the pictures. given: as the masks say, if there are any. attention: where the model "
+        "itself sees the class word (AttenCraft).",
+        "Try attention when you have no masks and backgrounds creep in.",
+        choices=MASK_SOURCES,
+        advanced=True,
+    )
+    routed: bool = option(
+        False,
+        "routed",
+        "A LoRA learns as it will be drawn: its text side at the class word alone, its picture side inside the mask "
+        "and in some of its surroundings.",
+        "Switch it on for LoRAs that will be drawn with others.",
+        advanced=True,
+    )
+    separate: float = option(
+        0.0,
+        "separate",
+        "Weight of a loss that keeps the concept's attention apart from that of the things beside it (DisenDiff).",
+        "Try 0.01 when a LoRA learned from pictures of several things takes on the look of another one.",
+        low=0,
+        high=100,
+        step=0.01,
+        advanced=True,
     )
 
     def __post_init__(self) -> None:

@@ -90,6 +90,16 @@ class ConceptSplitTrain(io.ComfyNode):
                     advanced=True,
                 ),
                 field(TrainOptionsType, "options", "The rest of the settings, from Training Options.", optional=True),
+                field(
+                    io.String,
+                    "beside",
+                    "Class words of other things in the pictures, with commas between them: 'cat, red ball'. With "
+                    "masks from attention they are kept out of what is learned, so that several concepts can be "
+                    "learned from one picture, each by a node of its own.",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 out(ValueAdapterType, "VALUE_ADAPTER", "The trained concept, for Apply Value Adapter."),
@@ -112,6 +122,7 @@ class ConceptSplitTrain(io.ComfyNode):
         mask: Any = None,
         templates: str = "",
         options: TrainConfig | None = None,
+        beside: str = "",
         **given: Any,
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
@@ -131,6 +142,7 @@ class ConceptSplitTrain(io.ComfyNode):
                 path,
                 shown.on_event,
                 shown.on_sample,
+                beside,
             )
         pictures = to_image(loss_curve(result.losses)), to_image(shown.sheet())
         lines = [concept_line(concept, result.adapter.info), *lines, shown.pace()]

@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.separation import learning, methods, report, run
 from benchmarks.separation.methods import REPORT_FROM
+from conceptsplit_core.adapters.file import lora_bytes
 from conceptsplit_core.demo.scenes import CONCEPTS
 from tests.host.run import find_hosts, host_python, tools, version
-from tools.demo_model.loras import file_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).with_name("inside.py")
@@ -150,7 +150,7 @@ def main() -> int:
     loras = args.cache / "loras"
     loras.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(name for names in sets for name in names):
-        (loras / f"{name}.safetensors").write_bytes(file_bytes(bench.learned([name], "lora")[name]))
+        (loras / f"{name}.safetensors").write_bytes(lora_bytes(bench.learned([name], "lora")[name]))
     jobs = jobs_of(arms, sets, seeds, args.cache.resolve())
     todo = [job for job in jobs if not Path(job["out"]).exists()]
     if todo:

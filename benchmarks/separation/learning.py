@@ -13,14 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from conceptsplit_core.adapters import KINDS, GatedAdapter, load_adapter, save_adapter
 from conceptsplit_core.demo import scenes
@@ -28,20 +27,20 @@ from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.network import hooks
 from conceptsplit_core.network.hooks import Scope
-from conceptsplit_core.network.probe import Probe
-from conceptsplit_core.network.site import AttentionSite
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train.data import TrainBatch
 from conceptsplit_core.train.loop import train
+from conceptsplit_core.train.subject import with_masks
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A way to learn a concept.
 
-    kind: of adapter, one of `KINDS`. scope: where it acts while it learns; its kind's own place when None.
-    align: weight of TARA's token alignment loss. masks: "given" or "attention", see `subject_masks`.
+    kind: of adapter, one of `KINDS`. scope: where it acts while it learns; its kind's own place when None, and for
+    "region" only parts of the pictures, as the trainer's option `routed` says.
+    align: weight of TARA's token alignment loss. masks: "given", or "attention" (the trainer's `mask_from`).
     rate: factor on the learning rate.
     """
 
@@ -62,6 +61,7 @@ RECIPES = {
     "perfusion": Recipe("perfusion", rate=5.0),
     "value_masked": Recipe("value", masks="given"),
     "value_attention_masked": Recipe("value", masks="attention"),
+    "lora_as_routed": Recipe("lora", scope="region", masks="given"),
 }
 
 
@@ -132,50 +132,6 @@ def pictures_of(name: str, learning: Learning) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0, torch.from_numpy(masks)
 
 
-@torch.no_grad()
-def subject_masks(model: host.DiffusersModel, images: Tensor, concept: Concept, noises: int = 4) -> Tensor:
-    """Masks from the model's own attention, [n, 1, H, W] in 0..1 (AttenCraft: norm(self⁴ · norm(cross²))).
-
-    cross is the class word's map, self the pixel-to-pixel attention, both at full latent size, means over layers,
-    heads and `noises` draws at noise level 300; self⁴ is a matrix power, cross² element by element, norm min-max.
-    """
-    latents = host.encode_images(model, images)
-    cond = host.encode_text(model, f"a <{concept.name}>", [concept])
-    rows = list(cond.bindings[0].rows)
-    network = host.network_map(model)
-    cross = [site for site in network.attention if site.downscale == 1]
-    own = [AttentionSite(*(v.replace("attn2", "attn1") for v in (s.name, s.path)), s.downscale, s.early) for s in cross]
-    both = replace(network, attention=(*cross, *own))
-
-    def shares(site: AttentionSite, layer: nn.Module, query: Tensor, key: Tensor, text: Tensor) -> Tensor:
-        q, k = (side.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for side in (query, key))
-        share = torch.softmax(q @ k.transpose(-1, -2) * layer.scale, dim=-1).mean(dim=1)  # [B, Lq, L]
-        return share if "attn1" in site.name else share[..., rows].mean(dim=-1)
-
-    total: dict[bool, Any] = {True: 0.0, False: 0.0}
-    alpha = float(model.alphas_cumprod[300])
-    for draw in range(noises):
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(draw))
-        probe = Probe([site.name for site in both.attention], both, shares, lambda: None)
-        probe.install()
-        try:
-            x = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise
-            host.call_unet(model, x, 300, cond.context.expand(len(latents), -1, -1))
-        finally:
-            probe.remove()
-        for name, share in probe.found.items():
-            total["attn1" in name] = total["attn1" in name] + share
-
-    def norm(x: Tensor) -> Tensor:
-        low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-        return (x - low) / (high - low).clamp(min=1e-8)
-
-    among = total[True] / total[True].sum(dim=-1, keepdim=True)
-    mask = norm((torch.linalg.matrix_power(among, 4) @ norm(total[False] ** 2)[..., None])[..., 0])
-    mask = mask.view(len(images), 1, *latents.shape[-2:])
-    return F.interpolate(mask, size=images.shape[-2:], mode="nearest")
-
-
 def learn(
     model: host.DiffusersModel, name: str, recipe_name: str, learning: Learning, cache: Path,
     on_event: Callable[[Any], None] | None = None,
@@ -194,25 +150,25 @@ def learn(
     rank = 1 if recipe.kind == "perfusion" else learning.rank
     adapter: Any = host.new_adapter(model, concept, rank, rank, learning.seed, kind=recipe.kind)
     images, masks = pictures_of(name, learning)
-    given = {"": None, "given": masks}.get(recipe.masks)
-    if recipe.masks == "attention":
-        given = subject_masks(model, images, concept)
+    given = masks if recipe.masks == "given" else None
     data = host.training_data(model, images, concept, model.templates or ("a {}",), given)
     if isinstance(adapter, GatedAdapter):
         encodings = torch.stack([prompt.context[list(prompt.rows)].mean(dim=0) for prompt in data.prompts])
         adapter.lock(encodings, second_moment(model), {site: network.module(site) for site in adapter.up})
     config = TrainConfig(
         steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate * recipe.rate,
-        seed=learning.seed, prediction_type=model.prediction_type,
+        seed=learning.seed, prediction_type=model.prediction_type, mask_from=recipe.masks or "given",
+        routed=recipe.scope == "region",
     )  # fmt: skip
     levels = learning.timesteps(len(model.alphas_cumprod))
     with hooks.learning(network, KINDS[recipe.kind], adapter, recipe.scope) as publish:
 
         def denoise(batch: TrainBatch) -> Tensor:
-            publish(batch.mask)
+            publish(batch.mask, batch.pixels())
             out = host.call_unet(model, batch.x_t, levels[batch.timesteps], batch.context)
             return _WithLoss.apply(out, recipe.align * key_change(adapter, batch)) if recipe.align else out
 
+        data = with_masks(data, network, model.alphas_cumprod[levels], denoise, config)
         train(adapter, data, model.alphas_cumprod[levels], denoise, config, on_event=on_event)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(adapter, path, dtype=None)

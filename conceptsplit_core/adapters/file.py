@@ -22,7 +22,7 @@ from ..files import read_header, write_whole
 from ..network.site import Site
 from .base import FORMAT_VERSION, KINDS, AdapterInfo, family, kind_of
 from .lora import peft_alpha, peft_facts
-from .low_rank import LowRank
+from .low_rank import LowRank, LowRankAdapter
 
 FORMAT = "conceptsplit.value_adapter"
 MAX_BYTES = 512 * 1024 * 1024
@@ -61,8 +61,41 @@ def save_adapter(adapter: Any, path: str | os.PathLike[str], dtype: torch.dtype 
     write_whole(path, adapter_bytes(adapter, dtype))
 
 
+def save_trained(adapter: Any, path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
+    """`save_adapter`, but a LoRA becomes a LoRA file, see `lora_bytes`."""
+    write_whole(path, lora_bytes(adapter, dtype) if is_lora(adapter.info.kind) else adapter_bytes(adapter, dtype))
+
+
+def is_lora(kind: str) -> bool:
+    """Whether adapters of a kind are ordinary LoRAs, which belong among the user's LoRA files."""
+    return kind in KINDS and KINDS[kind].scope == "region"
+
+
 def adapter_bytes(adapter: Any, dtype: torch.dtype | None = torch.float16) -> bytes:
     """The file's content as `save_adapter` writes it."""
+    tensors = {f"unet.{name}": tensor for name, tensor in _stored(adapter, dtype).items()}
+    info = asdict(adapter.info) | {"format_version": FORMAT_VERSION}
+    metadata = {"format": FORMAT, **{k: v if isinstance(v, str) else json.dumps(v) for k, v in info.items()}}
+    return save_tensors(tensors, metadata=metadata)
+
+
+def lora_bytes(adapter: LowRankAdapter, dtype: torch.dtype | None = torch.float16) -> bytes:
+    """Low-rank pairs as a LoRA file in kohya's names, which every program reads; it says its class word."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _stored(adapter, dtype).items():
+        site, side = name.removesuffix(".weight").rsplit(".", 1)
+        key = f"lora_unet_{site.replace('.', '_')}"
+        tensors[f"{key}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
+        tensors[f"{key}.alpha"] = torch.tensor(adapter.scale(site) * adapter.rank_of(site)).to(tensor.dtype)
+    return save_tensors(tensors, {"modelspec.trigger_phrase": adapter.info.class_word})
+
+
+def _stored(adapter: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """An adapter's tensors on the CPU as a file holds them.
+
+    Raises:
+        ConceptSplitError: not finite or too large for `dtype`; the layer is named.
+    """
     tensors: dict[str, Tensor] = {}
     for name, tensor in kind_of(adapter).tensors(adapter).items():
         stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
@@ -71,10 +104,8 @@ def adapter_bytes(adapter: Any, dtype: torch.dtype | None = torch.float16) -> by
                 f"The adapter '{adapter.info.concept}' holds values that are not finite or far too large in "
                 f"{name}: train it again with a lower learning rate."
             )
-        tensors[f"unet.{name}"] = stored
-    info = asdict(adapter.info) | {"format_version": FORMAT_VERSION}
-    metadata = {"format": FORMAT, **{k: v if isinstance(v, str) else json.dumps(v) for k, v in info.items()}}
-    return save_tensors(tensors, metadata=metadata)
+        tensors[name] = stored
+    return tensors
 
 
 def largest(tensor: Tensor) -> float:

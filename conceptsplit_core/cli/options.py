@@ -249,6 +249,13 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "plain ones such as 'a photo of a {}')",
     )
     how.add_argument(
+        "--beside",
+        default="",
+        metavar="WORDS",
+        help="class words of other things in the pictures, such as 'cat, red ball'; with --mask-from attention they "
+        "are kept out of what is learned",
+    )
+    how.add_argument(
         "--store", choices=("fp16", "fp32"), default="fp16", help="precision of the adapter file (default: fp16)"
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import pictures
-from ..adapters.file import save_adapter
+from ..adapters.file import save_trained
 from ..errors import ConceptSplitError
 from ..options import from_values
 from ..settings import TrainConfig
@@ -25,6 +25,7 @@ from ..train.loop import TrainResult, train
 from ..train.progress import ProgressBar
 from ..train.prompts import DEFAULT_TEMPLATES, expand_templates
 from ..train.reading import open_mask, open_picture, read_masks, read_pictures
+from ..train.subject import separating, with_masks
 from .common import PRECISION, choose_device, launched, open_model, say, silent, to_tensor, write_picture
 
 
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
             "masks": digest(*(file.read_bytes() for file in masks)),
             "size": digest(size),
         }
-        data = host.training_data(model, images, concept, templates, covers, identity)
+        data = host.training_data(model, images, concept, templates, covers, identity, arguments.beside)
         facts = training_facts(config, len(files), templates, size)
         adapter = host.new_adapter(model, concept, config.rank, config.alpha, config.seed, facts)
         progress = ProgressBar(config.steps, concept.name, silent())
@@ -130,17 +131,21 @@ def run(arguments: argparse.Namespace) -> None:
 
         try:
             with host.training_denoiser(model, adapter, config.gradient_checkpointing) as denoise:
-                result = train(
-                    adapter,
-                    data,
-                    model.alphas_cumprod,
-                    denoise,
-                    config,
-                    progress,
-                    written.state,
-                    process,
-                    write,
-                )
+                network = host.network_map(model)
+                data = with_masks(data, network, model.alphas_cumprod, denoise, config)
+                with separating(network, data, denoise, config) as (run_unet, penalty):
+                    result = train(
+                        adapter,
+                        data,
+                        model.alphas_cumprod,
+                        run_unet,
+                        config,
+                        progress,
+                        written.state,
+                        process,
+                        write,
+                        penalty=penalty,
+                    )
         except KeyboardInterrupt:
             progress.close()
             if written.state.exists():
@@ -157,7 +162,7 @@ def _write(result: TrainResult, written: TrainingFiles, store: str) -> None:
     """The adapter with the steps it was trained for in its facts, and its loss curve."""
     info = result.adapter.info
     path = written.adapter
-    save_adapter(result.trained(), path, PRECISION[store])
+    save_trained(result.trained(), path, PRECISION[store])
     curve = path.with_name(f"{path.stem}.loss.png")
     write_picture(pictures.loss_curve(result.losses, title=f"training loss of <{info.concept}>"), curve)
     last = result.losses[-min(50, len(result.losses)) :]

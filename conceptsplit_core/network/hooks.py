@@ -218,19 +218,18 @@ class Hooks:
 
 
 @contextmanager
-def learning(
-    network: NetworkMap, kind: Any, adapter: Any, scope: Scope | None = None
-) -> Iterator[Callable[[Tensor | None], None]]:
+def learning(network: NetworkMap, kind: Any, adapter: Any, scope: Scope | None = None) -> Iterator[Callable[..., None]]:
     """`adapter` on the modules of a network while it learns.
 
-    Gives a function that publishes the row mask [B, L, 1] of the passes to come, None for passes without the adapter.
-    It stays published until the next: with checkpointing the backward pass runs the layers again. Pixels are all the
-    concept's. scope: where the adapter acts while it learns; its kind's place by default.
+    Gives a function that publishes the row mask [B, L, 1] of the passes to come, None for passes without the adapter,
+    and which pixels of a layer's output are the concept's, as in `PassPlan`; all by default. It stays published until
+    the next: with checkpointing the backward pass runs the layers again. scope: where the adapter acts while it
+    learns; its kind's place by default.
     """
     hooks = Hooks()
     groups = (Group(kind, (Member(adapter, 1.0),), (0,), scope or kind.scope),)
 
-    def publish(mask: Tensor | None) -> None:
+    def publish(mask: Tensor | None, pixels: Callable[[Tensor], TokenMask | None] | None = None) -> None:
         if mask is None:
             hooks.plan = None
             return
@@ -239,7 +238,7 @@ def learning(
         def of_text(text: Tensor) -> TokenMask | None:
             return rows if mask.shape[:2] == text.shape[:2] else None
 
-        hooks.plan = PassPlan(groups, of_text, lambda out: everything(out, 1))
+        hooks.plan = PassPlan(groups, of_text, pixels or (lambda out: everything(out, 1)))
 
     try:
         hooks.install(network, groups)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..errors import ConceptSplitError
 from ..method.diffusion import PARAMETERISATIONS
+from ..method.subject import acting_areas
+from ..method.tova import TokenMask
+from ..network.tokens import CallTokens
 from ..settings import TrainConfig
 from .identity import digest
 from .prompts import Prompt
@@ -69,7 +72,8 @@ class TrainBatch:
 
     x_t [b, C, h, w] as the UNet reads it; timesteps [b] int64, places in the schedule; context [b, L, d_ctx];
     mask [b, L, 1] marks the class word's rows of each row's own prompt; extra [b, …] per key; target [b, C, h, w] what
-    the UNet should predict; weight [b, 1, h, w] or None.
+    the UNet should predict; weight [b, 1, h, w] or None; area [b, 1, h, w] in 0…1, the only pixels that the adapter may
+    change, or None; others [b, L, m] marks the rows of the m other things in the pictures, None without any.
     """
 
     x_t: Tensor
@@ -79,6 +83,14 @@ class TrainBatch:
     extra: Mapping[str, Tensor]
     target: Tensor
     weight: Tensor | None
+    area: Tensor | None = None
+    others: Tensor | None = None
+
+    def pixels(self) -> Callable[[Tensor], TokenMask | None] | None:
+        """Which pixels of a layer's output the adapter acts on, as `learning` takes it; None is all."""
+        if self.area is None:
+            return None
+        return CallTokens(self.mask, self.area, (self.x_t.shape[-2], self.x_t.shape[-1])).pixels
 
 
 @dataclass(frozen=True)
@@ -128,15 +140,22 @@ def make_batch(data: TrainData, levels: Tensor, config: TrainConfig, step: int, 
     # Prompts of one and of two chunks can meet in a batch; tiling a context changes no attention output, and the
     # class word is then bound in every copy.
     length = math.lcm(*(prompt.context.shape[0] for prompt in chosen))
-    context, mask = [], torch.zeros(len(chosen), length, 1, device=device)
+    things = 1 + len(chosen[0].others)
+    context, mask = [], torch.zeros(len(chosen), length, things, device=device)
     for i, prompt in enumerate(chosen):
         rows = prompt.context.shape[0]
         context.append(prompt.context.to(device).repeat(length // rows, 1))
         for copy in range(length // rows):
-            mask[i, [row + copy * rows for row in prompt.rows], 0] = 1.0
+            for thing, own in enumerate((prompt.rows, *prompt.others)):
+                mask[i, [row + copy * rows for row in own], thing] = 1.0
+    mask, others = mask[..., :1], mask[..., 1:] if things > 1 else None
     extra = {key: torch.stack([prompt.extra[key].to(device) for prompt in chosen]) for key in chosen[0].extra}
-    weight = None
+    weight = area = None
     if data.masks is not None:
         inside = data.masks[images[mine]].to(device).float().clamp(0, 1)
         weight = config.background_weight + (1.0 - config.background_weight) * inside
-    return TrainBatch(x_t, timesteps[mine].to(device), torch.stack(context), mask, extra, target, weight)
+        if config.routed:
+            # From a generator of its own: the noise of a step is the same with and without an area.
+            draws = torch.rand(size, 3, generator=_generator(config.seed, 3, step))
+            area = acting_areas(inside, draws[mine].to(device))
+    return TrainBatch(x_t, timesteps[mine].to(device), torch.stack(context), mask, extra, target, weight, area, others)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..adapters.base import kind_of
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..settings import TrainConfig
@@ -71,6 +72,7 @@ def train(
     process: Process | None = None,
     on_stop: Callable[[TrainResult], None] | None = None,
     stops: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
+    penalty: Callable[[TrainBatch], Tensor] | None = None,
 ) -> TrainResult:
     """Trains `adapter` in place (paper, token-wise value adaptation; only A and B learn).
 
@@ -86,6 +88,7 @@ def train(
         process: this process's part when several train together.
         on_stop: called before one of `stops` goes on, if anything was learned by then; the adapter is without
             gradients again.
+        penalty: what the loss of a batch gains, worked out after `denoise` has run on it.
 
     Raises:
         ConceptSplitError: a loss that is not finite (step named), an adapter that reaches no layer, a checkpoint of
@@ -96,6 +99,8 @@ def train(
         raise ConceptSplitError(
             f"A batch of {config.batch_size} cannot be shared by {process.world} processes: use a multiple of it."
         )
+    if config.routed:
+        check_routed(adapter, data)
     started = time.perf_counter()
     losses: list[float] = []
     path = None if checkpoint is None else Path(checkpoint)
@@ -103,7 +108,7 @@ def train(
     try:
         # The host may call from inside inference mode; leaves made there could never get a gradient.
         with torch.inference_mode(False), torch.enable_grad():
-            _steps(adapter, data, levels, denoise, config, on_event, path, process, losses)
+            _steps(adapter, data, levels, denoise, config, on_event, path, process, losses, penalty)
     except stops:
         if on_stop is not None and _changes_anything(adapter):
             on_stop(now())
@@ -114,6 +119,25 @@ def train(
             "learning rate."
         )
     return now()
+
+
+def check_routed(adapter: LowRankAdapter, data: TrainData) -> None:
+    """Refuses routed training where nothing could be routed.
+
+    Raises:
+        ConceptSplitError: an adapter that changes no pixels, or no masks.
+    """
+    kind = kind_of(adapter)
+    if kind.scope != "region":
+        raise ConceptSplitError(
+            f"Only a LoRA can be trained routed, and this is a {kind.label}, which changes no pixel directly: set kind "
+            "to 'lora', or switch routed off."
+        )
+    if data.masks is None:
+        raise ConceptSplitError(
+            "Routed training must know where the concept is in the pictures: give masks, or set mask_from to "
+            "'attention'."
+        )
 
 
 def _changes_anything(adapter: LowRankAdapter) -> bool:
@@ -130,6 +154,7 @@ def _steps(
     path: Path | None,
     process: Process,
     losses: list[float],
+    penalty: Callable[[TrainBatch], Tensor] | None,
 ) -> None:
     """All steps of `train`; fills `losses`. On the way out the state is saved and the adapter frozen, whatever came."""
     run = {} if path is None else run_facts(adapter, data, config)
@@ -151,6 +176,8 @@ def _steps(
                 group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
             batch = make_batch(data, levels, config, step, process)
             loss = batch_loss(denoise(batch), batch)
+            if penalty is not None:
+                loss = loss + penalty(batch)
             value = loss.detach().double().reshape(1).cpu() if process.world == 1 else loss.detach().reshape(1)
             process.reduce(value)
             if not math.isfinite(float(value)):

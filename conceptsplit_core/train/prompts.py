@@ -31,12 +31,14 @@ class Prompt:
     """One encoded training prompt: context [L, d_ctx], the class word's rows, and what else the UNet wants.
 
     extra: tensors without a batch axis, such as SDXL's pooled text and size ids.
+    others: the rows of each other thing that the pictures show.
     """
 
     text: str
     context: Tensor
     rows: tuple[int, ...]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,30 @@ def expand_templates(templates: Sequence[str], class_word: str) -> list[str]:
     return [line.replace("{}", class_word.strip()) for line in kept]
 
 
-def encode_templates(encode: Callable[[str], EncodedText], concept: Concept, templates: Sequence[str]) -> list[Prompt]:
-    """Each template with the concept in place of {}, encoded once by the host's `encode`.
+def others_beside(concept: Concept, words: str) -> list[Concept]:
+    """Other things in the pictures of a concept, from their class words with commas between them."""
+    found = [word.strip() for word in words.split(",") if word.strip()]
+    return [Concept(f"{concept.name}.beside{number}", word) for number, word in enumerate(found, 1)]
+
+
+def encode_templates(
+    encode: Callable[[str], EncodedText], concept: Concept, templates: Sequence[str], others: Sequence[Concept] = ()
+) -> list[Prompt]:
+    """Each template with the concept, and all other things beside it, in place of {}, encoded once by the host.
 
     The placeholder `<name>` is encoded, not the class word: a template may contain the word a second time.
+
+    Args:
+        encode: the host's, which knows the concept and the others.
     """
+    things = [f"{'an' if other.class_word[:1].lower() in 'aeiou' else 'a'} <{other.name}>" for other in others]
+    listed = " and ".join([f"<{concept.name}>", *things])
     prompts = []
-    for text in expand_templates(templates, f"<{concept.name}>"):
+    for text in expand_templates(templates, listed):
         encoded = encode(text)
-        rows = next((binding.rows for binding in encoded.bindings if binding.concept == concept.name), ())
-        prompts.append(Prompt(encoded.text, encoded.context, tuple(rows), encoded.extra))
+        rows = {binding.concept: tuple(binding.rows) for binding in encoded.bindings}
+        own = rows.get(concept.name, ())
+        prompts.append(
+            Prompt(encoded.text, encoded.context, own, encoded.extra, tuple(rows[other.name] for other in others))
+        )
     return prompts

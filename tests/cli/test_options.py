@@ -69,6 +69,9 @@ TRAIN = {
     "save_every": 6,
     "resume": True,
     "gradient_checkpointing": True,
+    "mask_from": "attention",
+    "routed": True,
+    "separate": 0.375,
 }
 
 
@@ -170,6 +173,7 @@ def test_demo_training_receives_every_option(monkeypatch, tmp_path):
         "train", "--images", str(folder), "--class-word", "star", "--name", "rex", "--masks", str(masks),
         "--out", str(out), "--size", "96x64", "--template", "the {} there", "--store", "fp32", "--model", "demo",
         "--device", "cpu", "--precision", "fp16", "--prediction", "v_prediction", "--tokenizer", "x",
+        "--beside", "ring, cross",
     ]  # fmt: skip
     line += [part for name, value in TRAIN.items() for part in written(name, value)]
     spoken = {part[2:].replace("-", "_") for part in line if part.startswith("--")}
@@ -178,14 +182,19 @@ def test_demo_training_receives_every_option(monkeypatch, tmp_path):
     assert loading.kwargs["dtype"] == torch.float16 and loading.kwargs["tokenizer"] == "x"
 
     line[line.index("--precision") : line.index("--precision") + 6] = []
+    masked = received(monkeypatch, train_command, "train", lambda: cli.main([*line, "--mask-from", "given"]))
+    assert masked.args[1].masks is not None
+    line[line.index("--masks") : line.index("--masks") + 2] = []
     training = received(monkeypatch, train_command, "train", lambda: cli.main(line))
     adapter, data, _, _, config, _, state, *_ = training.args
     assert config == TrainConfig(**TRAIN, prediction_type="epsilon")
     assert config.resume is True and state.name == "made.checkpoint"
     assert (adapter.info.rank, adapter.info.alpha) == (5, 1.5)
-    assert [prompt.text for prompt in data.prompts] == ["the star there"]
+    assert [prompt.text for prompt in data.prompts] == ["the star and a ring and a cross there"]
+    assert [len(prompt.others) for prompt in data.prompts] == [2]
     assert data.latents.shape == (1, 8, 8, 12)
-    assert data.masks is not None
+    assert data.masks.shape == (1, 1, 8, 12) and not torch.equal(data.masks, masked.args[1].masks)
+    assert training.kwargs["penalty"] is not None
     checkpointing = received(monkeypatch, host, "training_denoiser", lambda: cli.main(line))
     assert checkpointing.args[2] is True
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from conceptsplit_core.adapters import KINDS, AdapterInfo, LowRankAdapter
+from conceptsplit_core.adapters.file import lora_bytes
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.files import write_whole
 from conceptsplit_core.hosts import diffusers as host
@@ -48,19 +48,8 @@ def train_lora(model: host.DiffusersModel, name: str) -> LowRankAdapter:
         return train(adapter, data, model.alphas_cumprod, denoise, CONFIG).adapter
 
 
-def file_bytes(adapter: LowRankAdapter) -> bytes:
-    """A LoRA file in kohya's names, which every program reads, in fp16; it says which words it was trained on."""
-    tensors: dict[str, torch.Tensor] = {}
-    for site in adapter.sites:
-        key = f"lora_unet_{site.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = adapter.down[site].detach().half()
-        tensors[f"{key}.lora_up.weight"] = adapter.up[site].detach().half()
-        tensors[f"{key}.alpha"] = torch.tensor(adapter.info.alpha).half()
-    return save(tensors, {"modelspec.trigger_phrase": adapter.info.class_word})
-
-
 def write_loras(folder: Path) -> None:
     """Trains both and writes them to `folder`; two minutes each on one core."""
     model = host.load_model("demo")
     for name in NAMES:
-        write_whole(folder / f"demo_{name}_lora.safetensors", file_bytes(train_lora(model, name)))
+        write_whole(folder / f"demo_{name}_lora.safetensors", lora_bytes(train_lora(model, name)))

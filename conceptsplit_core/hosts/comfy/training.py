@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...adapters.base import kind_of
-from ...adapters.file import save_adapter
+from ...adapters.file import save_trained
 from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
 from ...method.diffusion import Parameterisation
@@ -34,7 +34,8 @@ from ...train.identity import digest, weights_digest
 from ...train.images import NATIVE_SIZES, check_images, check_masks, one_size
 from ...train.loop import TrainEvent, TrainResult, train
 from ...train.progress import ProgressBar
-from ...train.prompts import EncodedText, Prompt, encode_templates
+from ...train.prompts import EncodedText, Prompt, encode_templates, others_beside
+from ...train.subject import separating, with_masks
 from .clip import with_concepts
 from .denoiser import parameterisation_of, schedule_of
 from .model import KEY, adopt_parameters, compute_dtype, network_map, transformer_of, whole
@@ -44,17 +45,24 @@ log = logging.getLogger("ConceptSplit")
 
 
 def encode_prompts(
-    clip: comfy.sd.CLIP, model: Any, concept: Concept, templates: Sequence[str], size: tuple[int, int]
+    clip: comfy.sd.CLIP,
+    model: Any,
+    concept: Concept,
+    templates: Sequence[str],
+    size: tuple[int, int],
+    beside: str = "",
 ) -> list[Prompt]:
     """Each template with the class word, encoded once by the host's text encoder.
 
     Args:
         model: the BaseModel, which knows what SDXL wants besides the text.
         size: (height, width) of the pictures in pixels.
+        beside: class words of other things in the pictures, with commas between them.
     """
     if clip is None:
         raise ConceptSplitError("There is no CLIP: connect the CLIP of the checkpoint loader.")
-    clip = with_concepts(_without_concepts(clip), [concept])
+    others = others_beside(concept, beside)
+    clip = with_concepts(_without_concepts(clip), [concept, *others])
 
     def encode(text: str) -> EncodedText:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -69,7 +77,7 @@ def encode_prompts(
                 extra["y"] = _own(adm[0])
         return EncodedText(carried.text, _own(encoded["cond"][0]), carried.bindings, extra)
 
-    return encode_templates(encode, concept, templates)
+    return encode_templates(encode, concept, templates, others)
 
 
 def encode_images(vae: comfy.sd.VAE, images: Tensor) -> Tensor:
@@ -153,6 +161,7 @@ def train_adapter(
     path: Path | None = None,
     on_event: Callable[[TrainEvent], None] | None = None,
     on_sample: Callable[[int, Tensor], None] | None = None,
+    beside: str = "",
 ) -> TrainResult:
     """Trains a value adapter on a few pictures of one concept; the MODEL stays as it is.
 
@@ -163,6 +172,7 @@ def train_adapter(
         path: where the adapter is written when training ends or is stopped; the name counts up where a file is. The
             state to resume from lies beside it until the training has ended.
         on_sample: receives (step, picture [1, H, W, 3]), drawn with the adapter as it then is, from one fixed noise.
+        beside: class words of other things in the pictures, with commas between them.
 
     Raises:
         ConceptSplitError: bad input, in one sentence.
@@ -189,7 +199,7 @@ def train_adapter(
     for line in (*note, *(written.notes if written else ())):
         log.warning("[ConceptSplit] %s", line)
 
-    prompts = encode_prompts(clip, model.model, concept, templates, size)
+    prompts = encode_prompts(clip, model.model, concept, templates, size, beside)
     given = {"images": digest(batch), "masks": digest(covers), **model_identity(model, clip, vae)}
     latents, covers = _in_model_space(model, vae, batch, covers)
     with torch.inference_mode(False):
@@ -218,14 +228,18 @@ def train_adapter(
 
     def write(result: TrainResult) -> None:
         if written is not None:
-            save_adapter(result.trained(), written.adapter)
+            save_trained(result.trained(), written.adapter)
             log.info("[ConceptSplit] wrote %s after %d steps", written.adapter.name, len(result.losses))
 
     state = None if written is None else written.state
     stops = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
     try:
         with objective(model.model, adapter, config.gradient_checkpointing, timesteps) as (denoise, pause):
-            result = train(adapter, data, levels, denoise, config, watched, state, on_stop=write, stops=stops)
+            data = with_masks(data, network, levels, denoise, config)
+            with separating(network, data, denoise, config) as (run, penalty):
+                result = train(
+                    adapter, data, levels, run, config, watched, state, on_stop=write, stops=stops, penalty=penalty
+                )
     finally:
         progress.close()
     write(result)
@@ -356,7 +370,7 @@ def objective(
 
             def denoise(batch: TrainBatch) -> Tensor:
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                publish(batch.mask)
+                publish(batch.mask, batch.pixels())
                 return unet(
                     batch.x_t.to(dtype),
                     batch.timesteps.float() if table is None else table[batch.timesteps],

@@ -16,7 +16,7 @@ from ...network.hooks import learning
 from ...text.concepts import Concept
 from ...train.data import TrainBatch, TrainData
 from ...train.identity import weights_digest
-from ...train.prompts import EncodedText, encode_templates
+from ...train.prompts import EncodedText, encode_templates, others_beside
 from .model import DiffusersModel
 from .network import call_unet, network_map
 from .pictures import encode_images
@@ -30,20 +30,24 @@ def training_data(
     templates: Sequence[str],
     masks: Tensor | None = None,
     identity: Mapping[str, str] | None = None,
+    beside: str = "",
 ) -> TrainData:
     """Pictures [N, 3, H, W] in -1..1 and templates with ``{}``, encoded once, on the model's device.
 
     Args:
+        beside: class words of other things in the pictures, with commas between them.
         masks: [N, 1, H, W] in 0..1 or None; scaled down to the latents by area.
         identity: digests of the pictures and masks as they were given, by which a stopped training is known again.
     """
 
+    others = others_beside(concept, beside)
+
     def encode(text: str) -> EncodedText:
-        cond = encode_text(model, text, [concept])
+        cond = encode_text(model, text, [concept, *others])
         extra = {} if cond.pooled is None else {"pooled": cond.pooled[0]}
         return EncodedText(cond.text, cond.context[0], cond.bindings, extra)
 
-    prompts = encode_templates(encode, concept, templates)
+    prompts = encode_templates(encode, concept, templates, others)
     latents = encode_images(model, images).to(model.device)
     if masks is not None:
         masks = F.interpolate(masks.to(latents), size=latents.shape[-2:], mode="area")
@@ -97,7 +101,7 @@ def training_denoiser(
         try:
 
             def denoise(batch: TrainBatch) -> Tensor:
-                publish(batch.mask)
+                publish(batch.mask, batch.pixels())
                 return call_unet(model, batch.x_t, batch.timesteps, batch.context, batch.extra.get("pooled"))
 
             yield denoise

@@ -1,0 +1,194 @@
+"""Masks from attention (AttenCraft) and the areas in which a routed LoRA learns, against references in numpy."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.method.subject import WHOLE, acting_areas, attention_masks, map_overlap
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.text.concepts import Concept
+from conceptsplit_core.train.data import Process, TrainData, make_batch
+from conceptsplit_core.train.loop import train
+from conceptsplit_core.train.prompts import EncodedText, Prompt, encode_templates, others_beside
+from conceptsplit_core.train.subject import separating, with_masks
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toy import ALPHAS, LAYER, data, new_adapter, toy_denoise
+
+
+def stretched(x):
+    return (x - x.min()) / (x.max() - x.min())
+
+
+def test_attention_masks_are_attencrafts_equation():
+    random = np.random.default_rng(4)
+    cross, own = random.random((3, 12)) ** 3, random.random((12, 12)) ** 2
+    among = own / own.sum(axis=1, keepdims=True)
+    whole = np.stack([stretched(np.linalg.matrix_power(among, 4) @ stretched(m**2)) for m in cross])
+    alone = np.stack([stretched(m**2) for m in cross])
+    for wanted, given in ((whole, torch.tensor(own)), (alone, None)):
+        found = attention_masks(torch.tensor(cross), given).numpy()
+        strongest = wanted.argmax(axis=0)
+        for thing in range(3):
+            np.testing.assert_allclose(found[thing], np.where(strongest == thing, wanted[thing], 0), atol=1e-9)
+        assert len(set(strongest)) > 1
+        np.testing.assert_allclose(attention_masks(torch.tensor(cross[1:2]), given).numpy()[0], wanted[1], atol=1e-9)
+
+
+def test_a_flat_map_is_no_mask():
+    assert not attention_masks(torch.full((2, 9), 0.25), torch.rand(9, 9)).any()
+
+
+def test_a_routed_lora_acts_on_its_subject_and_its_side_of_a_line():
+    masks = torch.zeros(4, 1, 5, 7)
+    masks[0, 0, 1:3, 2] = 0.8
+    masks[1, 0, 4, 5:] = 1.0
+    masks[2, 0, 2, 3] = masks[2, 0, 0, 0] = 0.6
+    masks[2, 0, 4, 4] = 0.2  # less than half of the strongest
+    masks[3, 0, 0, 0] = 1.0
+    draws = torch.tensor([[0.1, 0.5, 0.9], [0.7, 0.0, 0.5], [0.35, 0.3, 0.26], [0.2, 0.4, 0.24]])
+    found = acting_areas(masks, draws)
+    assert found.shape == masks.shape and WHOLE == 0.25
+    for image in range(3):
+        turn, share = 2 * math.pi * float(draws[image, 0]), float(draws[image, 1])
+        along = lambda y, x, turn=turn: x * math.cos(turn) + y * math.sin(turn)
+        cells = [(y, x) for y in range(5) for x in range(7)]
+        strongest = float(masks[image].max())
+        subject = [cell for cell in cells if float(masks[image, 0][cell]) >= strongest / 2]
+        edge, end = (max(along(*cell) for cell in some) for some in (subject, cells))
+        for cell in cells:
+            inside = cell in subject or along(*cell) <= edge + share * (end - edge) + 1e-6
+            assert float(found[image, 0][cell]) == inside, (image, cell)
+    assert 0 < found[0].mean() < 1 and found[3].all()
+
+
+def lora():
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    info = AdapterInfo("rex", "dog", rank=2, alpha=2.0, kind="lora")
+    return LowRankAdapter.create({f"{layer}.to_v": (6, 4), f"{layer}.to_q": (4, 4)}, info, 0)
+
+
+def test_a_routed_batch_has_areas_and_the_noise_of_any_other():
+    given = data(masks=True)
+    config = TrainConfig(batch_size=6, routed=True, seed=5)
+    routed = make_batch(given, ALPHAS, config, 2, Process())
+    plain = make_batch(given, ALPHAS, TrainConfig(batch_size=6, seed=5), 2, Process())
+    for name in ("x_t", "timesteps", "context", "mask", "target", "weight"):
+        assert torch.equal(getattr(routed, name), getattr(plain, name)), name
+    assert plain.area is None and plain.pixels() is None
+    inside = (plain.weight > 0.5).float()
+    assert (routed.area >= inside).all() and (routed.area.mean(dim=(1, 2, 3)) < 1).any()
+    again = make_batch(given, ALPHAS, config, 3, Process())
+    assert not torch.equal(routed.area, again.area)
+    halves = [make_batch(given, ALPHAS, config, 2, Process(rank, 2)).area for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), routed.area)
+
+
+def test_a_layer_that_learns_changes_inside_its_area_alone():
+    """At the latent's own size and at half of it, where a cell is as much the subject's as it is covered."""
+    batch = make_batch(data(masks=True), ALPHAS, TrainConfig(batch_size=2, routed=True), 0, Process())
+    weights = batch.pixels()(torch.zeros(2, 25, 4)).weights
+    assert torch.equal(weights[..., 0], batch.area.flatten(1))
+    small = batch.pixels()(torch.zeros(2, 9, 4)).weights[..., 0].view(2, 3, 3)
+    for y, x in ((0, 0), (1, 2), (2, 1)):
+        rows, columns = (slice(at * 5 // 3, -(-(at + 1) * 5 // 3)) for at in (y, x))
+        torch.testing.assert_close(small[:, y, x], batch.area[:, 0, rows, columns].mean(dim=(1, 2)))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_routed_training_says_what_it_lacks(masks):
+    adapter = new_adapter() if masks else lora()
+    told = "Only a LoRA can be trained routed, and this is a value adapter" if masks else "give masks, or set mask_from"
+    with pytest.raises(ConceptSplitError, match=told):
+        train(adapter, data(masks=masks), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, routed=True))
+
+
+def test_masks_come_from_one_place():
+    given = data(masks=True)
+    assert with_masks(given, None, ALPHAS, None, TrainConfig()) is given
+    with pytest.raises(ConceptSplitError, match="leave the masks out"):
+        with_masks(given, None, ALPHAS, None, TrainConfig(mask_from="attention"))
+
+
+def test_what_stands_beside_a_concept_is_in_its_prompts():
+    others = others_beside(Concept("rex", "dog"), " cat, , old owl ")
+    assert [other.class_word for other in others] == ["cat", "old owl"]
+    assert len({other.name for other in others} | {"rex"}) == 3
+    seen = []
+
+    def encode(text):
+        seen.append(text)
+        names = ["rex", *(other.name for other in others)]
+        from conceptsplit_core.text.binding import Binding
+
+        return EncodedText("read", torch.zeros(8, 6), [Binding(n, (2 * i + 1,)) for i, n in enumerate(names)])
+
+    prompts = encode_templates(encode, Concept("rex", "dog"), ["the {} there", "{}"], others)
+    one, two = (f"<{other.name}>" for other in others)
+    assert seen == [f"the <rex> and a {one} and an {two} there", f"<rex> and a {one} and an {two}"]
+    assert [(prompt.rows, prompt.others) for prompt in prompts] == [((1,), ((3,), (5,)))] * 2
+    assert encode_templates(encode, Concept("rex", "dog"), ["{}"])[0].others == ()
+    assert seen[-1] == "<rex>"
+
+
+def test_the_overlap_of_maps_is_their_iou():
+    random = np.random.default_rng(8)
+    maps = random.random((2, 3, 4, 5)) ** 2
+    maps /= maps.sum(axis=(-2, -1), keepdims=True)
+    values = [
+        np.minimum(maps[image, 0], maps[image, other]).sum() / np.maximum(maps[image, 0], maps[image, other]).sum()
+        for image in range(2)
+        for other in (1, 2)
+    ]
+    assert float(map_overlap(torch.tensor(maps), sigma=0.0)) == pytest.approx(np.mean(values), rel=1e-5)
+    same, apart = torch.ones(1, 2, 6, 6), torch.zeros(1, 2, 6, 6)
+    apart[0, 0, 0], apart[0, 1, 5] = 1.0, 1.0
+    assert float(map_overlap(same)) == pytest.approx(1.0) and float(map_overlap(apart)) < 0.05
+    free = torch.tensor(maps, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: map_overlap(m, 1.0), (free,), eps=1e-7, atol=1e-5)
+
+
+def test_a_penalty_is_part_of_the_loss():
+    adapter, other = new_adapter(), new_adapter()
+    seen = []
+
+    def penalty(batch):
+        seen.append(batch)
+        return 3.0 * sum(up.pow(2).sum() for up in adapter.up.values()) + 7.0
+
+    config = TrainConfig(steps=3, batch_size=2, learning_rate=1e-2)
+    with_it = train(adapter, data(), ALPHAS, toy_denoise(adapter), config, penalty=penalty)
+    without = train(other, data(), ALPHAS, toy_denoise(other), config)
+    assert len(seen) == 3 and with_it.losses[0] == pytest.approx(without.losses[0] + 7.0, rel=1e-6)
+    assert not torch.equal(adapter.up[LAYER], other.up[LAYER])
+
+
+def test_separating_needs_something_beside():
+    with (
+        pytest.raises(ConceptSplitError, match="name them in beside"),
+        separating(None, data(), None, TrainConfig(separate=0.5)),
+    ):
+        pass
+    with separating(None, data(), "denoise", TrainConfig()) as (run, penalty):
+        assert run == "denoise" and penalty is None
+
+
+def test_rows_of_others_are_no_rows_of_the_concept():
+    g = torch.Generator().manual_seed(0)
+    prompts = [
+        Prompt("a", torch.randn(4, 6, generator=g), (1,), {}, ((2,), (0, 3))),
+        Prompt("b", torch.randn(8, 6, generator=g), (6,), {}, ((1,), (4,))),
+    ]
+    batch = make_batch(TrainData(torch.randn(3, 4, 5, 5), prompts), ALPHAS, TrainConfig(batch_size=16), 0, Process())
+    assert {tuple(r.nonzero().flatten().tolist()) for r in batch.mask[..., 0]} == {(1, 5), (6,)}
+    pairs = {tuple(tuple(row.nonzero().flatten().tolist()) for row in rows.t()) for rows in batch.others}
+    assert pairs == {((2, 6), (0, 3, 4, 7)), ((1,), (4,))}
+    assert make_batch(data(), ALPHAS, TrainConfig(), 0, Process()).others is None

@@ -1,0 +1,286 @@
+"""Where the concept is in training pictures, LoRAs that are trained routed, and several concepts from one picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import REX, every_family
+
+from conceptsplit_core.adapters import load_adapter
+from conceptsplit_core.adapters.file import save_trained
+from conceptsplit_core.adapters.lora import trained_words
+from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo.checkpoint import DEMO_FILE
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.files import read_header
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.hosts.diffusers.lora import read_lora
+from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.text.concepts import Concept
+from conceptsplit_core.train.data import Process, make_batch
+from conceptsplit_core.train.loop import batch_loss, train
+from conceptsplit_core.train.subject import LEVEL, NOISES, separating, with_masks
+
+TEMPLATES = ("a photo of a {}", "the bright {} on a table")
+needs_demo = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
+
+
+def pictures(count=2, size=(128, 96), seed=9):
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def found(model, data, adapter=None, **options):
+    config = TrainConfig(mask_from="attention", prediction_type=model.prediction_type, **options)
+    adapter = adapter or host.new_adapter(model, REX, 2, 0.0, 0)
+    with host.training_denoiser(model, adapter) as denoise:
+        return with_masks(data, host.network_map(model), model.alphas_cumprod, denoise, config)
+
+
+def reference(model, data, index, things):
+    """AttenCraft's mask of one picture from the layers' own inputs: softmax, means and the matrix power in numpy."""
+    finest = [site for site in host.network_map(model).attention if site.downscale == min(
+        s.downscale for s in host.network_map(model).attention)]  # fmt: skip
+    seen = {}
+    hooks = []
+    for site in finest:
+        for name in (site.name, site.name.replace("attn2", "attn1")):
+            module = model.unet.get_submodule(name)
+            keep = lambda m, args, kwargs, name=name: seen.__setitem__(name, (args[0], kwargs["encoder_hidden_states"]))
+            hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+    place = int(LEVEL * len(model.alphas_cumprod))
+    alpha = float(model.alphas_cumprod[place])
+    x0 = data.latents[index]
+    noise = torch.randn(NOISES, *x0.shape, generator=torch.Generator().manual_seed(index))
+    if model.prediction_type not in ("epsilon", "v_prediction"):
+        raise NotImplementedError
+    prompt = data.prompts[0]
+    pooled = prompt.extra["pooled"].expand(NOISES, -1) if "pooled" in prompt.extra else None
+    with torch.no_grad():
+        host.call_unet(
+            model, alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise, place, prompt.context.expand(NOISES, -1, -1), pooled
+        )
+    for hook in hooks:
+        hook.remove()
+    cross, own = [], []
+    for name, (hidden, context) in seen.items():
+        module = model.unet.get_submodule(name)
+        text = hidden if context is None else context
+        with torch.no_grad():
+            q, k = (
+                side.unflatten(-1, (module.heads, -1)).double().numpy()
+                for side in (module.to_q(hidden), module.to_k(text))
+            )
+        logits = np.einsum("bqhd,blhd->bhql", q, k) / np.sqrt(q.shape[-1])
+        share = np.exp(logits - logits.max(-1, keepdims=True))
+        share = (share / share.sum(-1, keepdims=True)).mean((0, 1))
+        if "attn1" in name:
+            own.append(share)
+        else:
+            cross.append(np.stack([share[:, list(rows)].mean(-1) for rows in things]))
+    stretched = lambda x: (x - x.min()) / (x.max() - x.min())
+    among = np.linalg.matrix_power(np.mean(own, 0), 4)
+    masks = np.stack([stretched(among @ stretched(m**2)) for m in np.mean(cross, 0)])
+    return np.where(masks.argmax(0) == 0, masks[0], 0)
+
+
+@every_family
+def test_masks_come_from_self_and_cross_attention(load, family):
+    model = load(family)
+    data = host.training_data(model, pictures(), REX, TEMPLATES, beside="cat" if family == "sd15" else "")
+    made = found(model, data)
+    assert data.masks is None and made.masks.shape == (2, 1, 16, 12)
+    prompt = data.prompts[0]
+    assert len(prompt.others) == (family == "sd15")
+    for index in range(2):
+        wanted = torch.tensor(reference(model, data, index, [prompt.rows, *prompt.others])).float()
+        side = {192: (16, 12), 48: (8, 6), 12: (4, 3)}[len(wanted)]
+        wanted = F.interpolate(wanted.view(1, 1, *side), size=(16, 12), mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(made.masks[index], wanted, atol=1e-3, rtol=1e-3)
+    assert not any(module._forward_hooks for module in model.unet.modules())
+
+
+def test_masks_do_not_see_an_adapter_that_has_learned(load, adapter_for):
+    model = load()
+    data = host.training_data(model, pictures(), REX, TEMPLATES)
+    assert torch.equal(found(model, data).masks, found(model, data, adapter_for(model)).masks)
+
+
+def routed_config(model, **options):
+    return TrainConfig(
+        **{"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "warmup": 0, "seed": 3, "routed": True,
+           "prediction_type": model.prediction_type, **options}
+    )  # fmt: skip
+
+
+def routed(model, images=2, masks=True):
+    covers = torch.zeros(images, 1, 128, 96)
+    covers[:, :, 32:80, 16:56] = 1
+    data = host.training_data(model, pictures(images), REX, TEMPLATES, covers if masks else None)
+    return data, host.new_adapter(model, REX, 2, 1.0, 0, kind="lora")
+
+
+def test_the_gradient_of_routed_training_is_that_of_finite_differences(load):
+    model = load(dtype=torch.float64)
+    data, adapter = routed(model)
+    g = torch.Generator().manual_seed(1)
+    adapter.down = {k: v.double() for k, v in adapter.down.items()}
+    adapter.up = {k: torch.randn(v.shape, generator=g, dtype=torch.float64) * 0.05 for k, v in adapter.up.items()}
+    config = routed_config(model)
+    batch = make_batch(data, model.alphas_cumprod, config, 1, Process())
+    assert 0 < batch.area.mean() < 1
+    with host.training_denoiser(model, adapter) as denoise:
+        loss = lambda: batch_loss(denoise(batch).double(), replace(batch, target=batch.target.double()))
+        for name in sorted(adapter.up)[::17]:
+            up = adapter.up[name].requires_grad_(True)
+            (gradient,) = torch.autograd.grad(loss(), up)
+            up.requires_grad_(False)
+            step = torch.zeros_like(up)
+            step[1, 0] = 1e-2
+            adapter.up[name] = up + step
+            more = loss()
+            adapter.up[name] = up - step
+            less = loss()
+            adapter.up[name] = up
+            torch.testing.assert_close((more - less) / 2e-2, gradient[1, 0], rtol=2e-2, atol=1e-6)
+
+
+def test_what_lies_outside_an_area_is_the_plain_layers_to_the_bit(load):
+    model = load()
+    data, adapter = routed(model)
+    adapter.up = {k: torch.ones_like(v) for k, v in adapter.up.items()}
+    batch = make_batch(data, model.alphas_cumprod, routed_config(model), 1, Process())
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    outputs = []
+    keep = model.unet.get_submodule(layer)
+    with torch.no_grad(), host.training_denoiser(model, adapter) as denoise:
+        handle = keep.register_forward_hook(lambda m, i, out: outputs.append((i[0], out)))
+        denoise(batch)
+        handle.remove()
+    (x, out) = outputs[0]
+    plain = keep(x).detach()
+    different = (out != plain).any(-1)
+    assert torch.equal(different, batch.area.flatten(1) > 0)
+    assert 0 < different.float().mean() < 1
+
+
+def test_routed_training_makes_a_lora_file_that_is_drawn_as_it_was_learned(load, tmp_path):
+    model = load()
+    data, adapter = routed(model)
+    config = routed_config(model)
+    with host.training_denoiser(model, adapter) as denoise:
+        result = train(adapter, data, model.alphas_cumprod, denoise, config)
+    other = host.new_adapter(model, REX, 2, 1.0, 0, kind="lora")
+    with host.training_denoiser(model, other) as denoise:
+        train(other, data, model.alphas_cumprod, denoise, replace(config, routed=False))
+    assert any(not torch.equal(adapter.up[site], other.up[site]) for site in adapter.up)
+    path = tmp_path / "rex.safetensors"
+    save_trained(result.trained(), path, dtype=None)
+    assert trained_words(read_header(path.read_bytes(), path.name)["__metadata__"]) == ["dog"]
+    read, report = read_lora(model, path, REX)
+    assert set(read.sites) == set(adapter.sites) and not report.left_out
+    assert report.by_rows == 2 * len(host.network_map(model).attention)
+
+    def drawn(adapters, text):
+        cond = host.encode_text(model, text, [REX])
+        return host.sample(
+            model, [cond], seeds=[4], concepts=["rex"], adapters=adapters, steps=2, size=(128, 96)
+        ).latents
+
+    own = drawn({"rex": (adapter, 1.0)}, "a <rex>")
+    torch.testing.assert_close(drawn({"rex": (read, 1.0)}, "a <rex>"), own)
+    plain = drawn({}, "a table")
+    assert not torch.equal(own, drawn({}, "a <rex>"))
+    assert torch.equal(drawn({"rex": (read, 1.0)}, "a table"), plain), "a prompt that does not name it"
+    with pytest.raises(ConceptSplitError, match="load it with LoRA Concept Loader"):
+        load_adapter(path)
+
+
+def test_a_value_adapter_is_saved_as_before(load, tmp_path, adapter_for):
+    save_trained(adapter_for(load()), tmp_path / "rex.safetensors")
+    assert load_adapter(tmp_path / "rex.safetensors").info.kind == "value"
+
+
+def overlap(found, given):
+    """Intersection over union of what is at least half of the strongest, and what the drawing covers."""
+    one = found >= 0.5 * found.amax((-2, -1), keepdim=True)
+    other = F.adaptive_avg_pool2d(given, found.shape[-2:]) >= 0.5
+    return (one & other).sum((1, 2, 3)) / (one | other).sum((1, 2, 3))
+
+
+def tensors(drawn):
+    images = torch.from_numpy(np.stack([scene.image for scene in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, torch.from_numpy(np.stack([scene.masks for scene in drawn]))
+
+
+@needs_demo
+def test_masks_of_the_demo_model_lie_on_the_subject():
+    model = host.load_model("demo")
+    images, given = tensors(scenes.draw_concept_scenes("lumo", 3, 5))
+    concept = Concept("lumo", scenes.CONCEPTS["lumo"].class_word)
+    made = found(model, host.training_data(model, images, concept, model.templates), None)
+    assert (overlap(made.masks, given[:, :1]) > 0.6).all()
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """One picture of two things whose looks the demo model has never seen, and where they are in it."""
+    both = [(scenes.CONCEPTS[name].class_word, scenes.CONCEPTS[name].look) for name in ("bobo", "lumo")]
+    return tensors([scenes.compose_scene(both, 4)])
+
+
+def learned_beside(model, images, name, other, kind, **options):
+    """(adapter, data): one concept of a picture that shows another beside it; the masks are found."""
+    concept, word = (Concept(name, scenes.CONCEPTS[name].class_word), scenes.CONCEPTS[other].class_word)
+    data = host.training_data(model, images, concept, model.templates, beside=word)
+    adapter = host.new_adapter(model, concept, 8, 8.0, 0, kind=kind)
+    config = TrainConfig(
+        **{"steps": 60, "batch_size": 4, "learning_rate": 3e-3, "mask_from": "attention", "background_weight": 0.0,
+           **options}
+    )  # fmt: skip
+    network = host.network_map(model)
+    with host.training_denoiser(model, adapter) as denoise:
+        data = with_masks(data, network, model.alphas_cumprod, denoise, config)
+        with separating(network, data, denoise, config) as (run, penalty):
+            result = train(adapter, data, model.alphas_cumprod, run, config, penalty=penalty)
+    return adapter, data, result
+
+
+def change(model, adapter, data):
+    """Mean |change of the prediction| by an adapter per cell, [h, w], with its concept and the other in the prompt."""
+    config = TrainConfig(batch_size=8, seed=77, prediction_type=model.prediction_type)
+    batch = make_batch(replace(data, masks=None), model.alphas_cumprod, config, 0, Process())
+    with torch.no_grad(), host.training_denoiser(model, adapter) as denoise:
+        difference = denoise(batch) - denoise(replace(batch, mask=torch.zeros_like(batch.mask)))
+    return difference.abs().mean(dim=(0, 1))
+
+
+@needs_demo
+@pytest.mark.parametrize(("kind", "routed"), [("value", False), ("lora", True)])
+def test_two_concepts_are_learned_from_one_picture(scene, kind, routed):
+    """The one learned from the circle changes the circle and not the square, and the other way round."""
+    model = host.load_model("demo")
+    images, given = scene
+    for own, (name, other) in enumerate((("bobo", "lumo"), ("lumo", "bobo"))):
+        adapter, data, _ = learned_beside(model, images, name, other, kind, routed=routed)
+        assert float(overlap(data.masks, given[:, own : own + 1])) > 0.6
+        assert float(overlap(data.masks, given[:, 1 - own : 2 - own])) == 0
+        moved = change(model, adapter, data)
+        cells = F.adaptive_avg_pool2d(given[0], moved.shape) > 0.9
+        mine, theirs = (float(moved[cells[thing]].mean()) for thing in (own, 1 - own))
+        assert mine > 3 * theirs, (name, mine, theirs)
+
+
+@needs_demo
+def test_separate_lowers_the_overlap_of_maps(scene):
+    model = host.load_model("demo")
+    losses = {}
+    for separate in (0.0, 1.0):
+        _, _, result = learned_beside(model, scene[0], "bobo", "lumo", "lora", separate=separate, steps=30)
+        losses[separate] = result.losses
+    added = [with_it - plain for with_it, plain in zip(losses[1.0], losses[0.0], strict=True)]
+    assert 0 < added[0] < 1, "an IoU"
+    assert sum(added[-8:]) < 0.8 * sum(added[:8])
