@@ -125,6 +125,7 @@ def _mask(
         {key: many(value) for key, value in prompt.extra.items()},
         x_t,
         None,
+        area=torch.zeros_like(x_t[:, :1]),
     )
     cross, own = _attention(network, rows, size, lambda: denoise(batch))
     masks = attention_masks(cross, own)
