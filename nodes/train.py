@@ -18,6 +18,7 @@ from ..conceptsplit_core.options import from_values
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
 from ..conceptsplit_core.settings import TrainConfig
 from ..conceptsplit_core.text.concepts import Concept
+from ..conceptsplit_core.train.captions import given_captions
 from ..conceptsplit_core.train.loop import TrainEvent
 from ..conceptsplit_core.train.prompts import DEFAULT_TEMPLATES
 from .types import TrainOptionsType, ValueAdapterType, field, out, schema, setting_fields, to_image, told
@@ -68,7 +69,8 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.String,
                     "file_name",
-                    "Name of the file in models/value_adapters. It counts up where there is one: rex, rex_2.",
+                    "Name of the file in models/value_adapters, or models/loras for a LoRA. It counts up where there is "
+                    "one: rex, rex_2.",
                     default="rex",
                 ),
                 *setting_fields(TrainConfig, advanced=False),
@@ -90,6 +92,16 @@ class ConceptSplitTrain(io.ComfyNode):
                     advanced=True,
                 ),
                 field(TrainOptionsType, "options", "The rest of the settings, from Training Options.", optional=True),
+                field(
+                    io.String,
+                    "captions",
+                    "For Perfusion only: one ordinary caption per line; what they have in common is kept from the "
+                    "concept. Leave empty for 300 of this pack's.",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                ),
                 field(
                     io.String,
                     "beside",
@@ -122,12 +134,13 @@ class ConceptSplitTrain(io.ComfyNode):
         mask: Any = None,
         templates: str = "",
         options: TrainConfig | None = None,
+        captions: str = "",
         beside: str = "",
         **given: Any,
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
-        path = files.new_path(file_name)  # a bad name is an error before an hour of training, not after
         config = from_values(TrainConfig, given, options)
+        path = files.new_path(file_name, config.kind)  # a bad name is an error before an hour of training, not after
         shown = _Progress(concept.name, config.steps)
         with collected() as lines:
             result = train_adapter(
@@ -142,6 +155,7 @@ class ConceptSplitTrain(io.ComfyNode):
                 path,
                 shown.on_event,
                 shown.on_sample,
+                given_captions(captions.splitlines(), "captions") if captions.strip() else (),
                 beside,
             )
         pictures = to_image(loss_curve(result.losses)), to_image(shown.sheet())

@@ -11,7 +11,7 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ...adapters.file import load_adapter, save_adapter
+from ...adapters.file import is_lora, load_adapter, save_trained
 from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
 
@@ -85,8 +85,8 @@ def adapter_path(name: str) -> Path:
     return real
 
 
-def new_path(name: str) -> Path:
-    """Where a new adapter of this name is written: the first adapter folder, subfolders allowed.
+def new_path(name: str, kind: str = "value") -> Path:
+    """Where a new adapter of this name is written: the first folder for its kind, subfolders allowed.
 
     Raises:
         ConceptSplitError: an empty or strange name, or a subfolder that leads elsewhere.
@@ -94,16 +94,17 @@ def new_path(name: str) -> Path:
     name = name.strip().replace("\\", "/")
     if name.lower().endswith(".safetensors"):
         name = name[: -len(".safetensors")]
-    _refuse_strange(name)
+    folder = "loras" if is_lora(kind) else FOLDER
+    _refuse_strange(name, folder)
     parts = name.split("/")
     if not all(_NAME.match(part) for part in parts) or len(name) > 150:
         raise ConceptSplitError(
             f"The file name {name[:60]!r} cannot be used: write letters, digits, spaces, '-', '_' and '.', at most 150."
         )
-    root = Path(folder_paths.get_folder_paths(FOLDER)[0])
+    root = Path(folder_paths.get_folder_paths(folder)[0])
     path = root.joinpath(*parts[:-1], parts[-1] + ".safetensors")
     if not _inside(path.resolve(), root) or path.is_symlink():
-        raise ConceptSplitError(f"The file name {name[:60]!r} leads out of models/{FOLDER}: choose another.")
+        raise ConceptSplitError(f"The file name {name[:60]!r} leads out of models/{folder}: choose another.")
     return path
 
 
@@ -115,8 +116,8 @@ def load_named(name: str) -> LowRankAdapter:
 
 def save_named(adapter: LowRankAdapter, name: str) -> Path:
     """Writes the adapter, whole or not at all; the UI lists it on its next refresh."""
-    path = new_path(name)
-    save_adapter(adapter, path)
+    path = new_path(name, adapter.info.kind)
+    save_trained(adapter, path)
     return path
 
 

@@ -54,18 +54,23 @@ TRAIN_RARE = {
     "save_every": 6,
     "resume": True,
     "gradient_checkpointing": True,
+    "kind": "lora",
+    "mask_from": "attention",
+    "routed": True,
+    "separate": 0.1875,
 }
+GATE = {"gate_bias": 0.5, "gate_temperature": 0.375}
 SAMPLING = {"seed": 12, "steps": 5, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.875}
 VALUES: dict[str, dict[str, Any]] = {
     "ConceptSplitDemoCheckpoint": {},
     "ConceptSplitDemoImages": {"concept": "pixa", "count": 3, "seed": 17},
-    "ConceptSplitLoader": {"adapter": "settings/rex.safetensors", **LOADER},
-    "ConceptSplitApply": LOADER,
+    "ConceptSplitLoader": {"adapter": "settings/rex.safetensors", **LOADER, **GATE},
+    "ConceptSplitApply": {**LOADER, **GATE},
     "ConceptSplitSave": {"file_name": "settings/smaller", "reduce_rank": 2},
     "ConceptSplitMarkWords": {"words": "a:circle, b:star"},
     "ConceptSplitTrain": {
         "concept_name": "fido", "class_word": "heart", "file_name": "settings/fido", **TRAIN_BASIC,
-        "templates": "the {} there\none {}",
+        "templates": "the {} there\none {}", "captions": "a star\na blue ring", "beside": "ring, cross",
     },
     "ConceptSplitTrainOptions": TRAIN_RARE,
     "ConceptSplitKSampler": {**SAMPLING, **LODA_BASIC},
@@ -229,11 +234,8 @@ def test_marking_and_demo_pictures(sd):
 def test_training_with_options(spy, base):
     host = pack("conceptsplit_core.hosts.comfy.training")
     model, clip, vae = run("ConceptSplitDemoCheckpoint")
-    mask = torch.zeros(1, 64, 96)
-    mask[..., :32] = 1
     given = {
         **VALUES["ConceptSplitTrain"], "model": model, "clip": clip, "vae": vae, "images": torch.rand(2, 64, 96, 3),
-        "mask": mask,
     }  # fmt: skip
     (stopped,) = run("ConceptSplitTrainOptions", **{**TRAIN_RARE, "resume": False})
     (options,) = run("ConceptSplitTrainOptions", **TRAIN_RARE)
@@ -241,20 +243,24 @@ def test_training_with_options(spy, base):
     trained, built, drawn = spy(host, "train"), spy(host, "objective"), spy(host, "draw")
     adapter, _, samples = run("ConceptSplitTrain", **given, options=options)
 
-    ((_, data, _, _, config, _, checkpoint), _) = trained[0]
+    ((_, data, _, _, config, _, checkpoint), named) = trained[0]
+    assert named["penalty"] is not None
     assert config == expected(settings.TrainConfig, TRAIN_BASIC, TRAIN_RARE)
     assert config.resume is True and checkpoint.name == "fido_2.checkpoint", (
         "the first training has ended, so its name is taken"
     )
-    assert [prompt.text for prompt in data.prompts] == ["the heart there", "one heart"]
-    assert data.latents.shape[-2:] == (8, 12) and data.masks.sum() == 2 * 8 * 4 and data.masks[..., :4].all()
+    assert [prompt.text for prompt in data.prompts] == [
+        "the heart and a ring and a cross there",
+        "one heart and a ring and a cross",
+    ]
+    assert data.latents.shape[-2:] == (8, 12) and data.masks.shape == (2, 1, 8, 12) and 0 < data.masks.mean() < 1
     assert built[0][0][2] is True, "gradient checkpointing"
     assert len(drawn) == 2, "samples at step 4 and at the end"
     assert samples.std() > 0
     assert (adapter.info.concept, adapter.info.class_word) == ("fido", "heart")
-    assert (adapter.info.rank, adapter.info.alpha) == (5, 1.5)
+    assert (adapter.info.rank, adapter.info.alpha, adapter.info.kind) == (5, 1.5, "lora")
     assert all(adapter.scale(layer) == 0.3 for layer in adapter.layers), "alpha / rank"
-    assert (base / "models" / "value_adapters" / "settings" / "fido.safetensors").is_file()
+    assert (base / "models" / "loras" / "settings" / "fido.safetensors").is_file()
 
 
 @dataclass(frozen=True)
