@@ -69,8 +69,8 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.String,
                     "file_name",
-                    "Name of the file in models/value_adapters, or models/loras for a LoRA. It counts up where there is "
-                    "one: rex, rex_2.",
+                    "Name of the file in models/value_adapters, or models/loras for a LoRA. It counts up where there "
+                    "is one: rex, rex_2.",
                     default="rex",
                 ),
                 *setting_fields(TrainConfig, advanced=False),
