@@ -379,9 +379,9 @@ class TrainConfig:
     routed: bool = option(
         False,
         "routed",
-        "A LoRA learns as it will be drawn: its text side at the class word alone, its picture side inside the mask "
-        "and in some of its surroundings.",
-        "Switch it on for LoRAs that will be drawn with others.",
+        "A LoRA learns as LoRA Concept Loader draws it: its text side at the class word alone, its picture side inside "
+        "the mask and in some of its surroundings. It is saved as an ordinary LoRA file.",
+        "Switch it on, with the kind lora, for LoRAs that will be drawn with others.",
         advanced=True,
     )
     separate: float = option(

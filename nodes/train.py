@@ -69,7 +69,7 @@ class ConceptSplitTrain(io.ComfyNode):
                 field(
                     io.String,
                     "file_name",
-                    "Name of the file in models/value_adapters, or models/loras for a LoRA. It counts up where there "
+                    "Name of the file in models/value_adapters, or models/loras with routed. It counts up where there "
                     "is one: rex, rex_2.",
                     default="rex",
                 ),
@@ -140,7 +140,7 @@ class ConceptSplitTrain(io.ComfyNode):
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
         config = from_values(TrainConfig, given, options)
-        path = files.new_path(file_name, config.kind)  # a bad name is an error before an hour of training, not after
+        path = files.new_path(file_name, config.routed)  # a bad name is an error before an hour of training, not after
         shown = _Progress(concept.name, config.steps)
         with collected() as lines:
             result = train_adapter(

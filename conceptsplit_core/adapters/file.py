@@ -62,13 +62,9 @@ def save_adapter(adapter: Any, path: str | os.PathLike[str], dtype: torch.dtype 
 
 
 def save_trained(adapter: Any, path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float16) -> None:
-    """`save_adapter`, but a LoRA becomes a LoRA file, see `lora_bytes`."""
-    write_whole(path, lora_bytes(adapter, dtype) if is_lora(adapter.info.kind) else adapter_bytes(adapter, dtype))
-
-
-def is_lora(kind: str) -> bool:
-    """Whether adapters of a kind are ordinary LoRAs, which belong among the user's LoRA files."""
-    return kind in KINDS and KINDS[kind].scope == "region"
+    """`save_adapter`, but what was trained routed becomes a LoRA file, see `lora_bytes`."""
+    routed = adapter.info.training.get("routed") is True
+    write_whole(path, lora_bytes(adapter, dtype) if routed else adapter_bytes(adapter, dtype))
 
 
 def adapter_bytes(adapter: Any, dtype: torch.dtype | None = torch.float16) -> bytes:

@@ -123,7 +123,7 @@ def routed(model, images=2, masks=True):
     covers = torch.zeros(images, 1, 128, 96)
     covers[:, :, 32:80, 16:56] = 1
     data = host.training_data(model, pictures(images), REX, TEMPLATES, covers if masks else None)
-    return data, host.new_adapter(model, REX, 2, 1.0, 0, kind="lora")
+    return data, host.new_adapter(model, REX, 2, 1.0, 0, {"routed": True}, kind="lora")
 
 
 def test_the_gradient_of_routed_training_is_that_of_finite_differences(load):

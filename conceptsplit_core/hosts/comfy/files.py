@@ -11,7 +11,7 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ...adapters.file import is_lora, load_adapter, save_trained
+from ...adapters.file import load_adapter, save_trained
 from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
 
@@ -85,8 +85,10 @@ def adapter_path(name: str) -> Path:
     return real
 
 
-def new_path(name: str, kind: str = "value") -> Path:
-    """Where a new adapter of this name is written: the first folder for its kind, subfolders allowed.
+def new_path(name: str, routed: bool = False) -> Path:
+    """Where a new adapter of this name is written: the first adapter folder, subfolders allowed.
+
+    routed: whether it will be a LoRA file, for models/loras.
 
     Raises:
         ConceptSplitError: an empty or strange name, or a subfolder that leads elsewhere.
@@ -94,7 +96,7 @@ def new_path(name: str, kind: str = "value") -> Path:
     name = name.strip().replace("\\", "/")
     if name.lower().endswith(".safetensors"):
         name = name[: -len(".safetensors")]
-    folder = "loras" if is_lora(kind) else FOLDER
+    folder = "loras" if routed else FOLDER
     _refuse_strange(name, folder)
     parts = name.split("/")
     if not all(_NAME.match(part) for part in parts) or len(name) > 150:
@@ -116,7 +118,7 @@ def load_named(name: str) -> LowRankAdapter:
 
 def save_named(adapter: LowRankAdapter, name: str) -> Path:
     """Writes the adapter, whole or not at all; the UI lists it on its next refresh."""
-    path = new_path(name, adapter.info.kind)
+    path = new_path(name, adapter.info.training.get("routed") is True)
     save_trained(adapter, path)
     return path
 
