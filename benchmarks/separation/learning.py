@@ -40,7 +40,8 @@ class Recipe:
 
     kind: of adapter, one of `KINDS`. scope: where it acts while it learns; its kind's own place when None, and for
     "region" only parts of the pictures, as the trainer's option `routed` says.
-    align: weight of TARA's token alignment loss. masks: "given", or "attention" (the trainer's `mask_from`).
+    align: weight of TARA's token alignment loss. masks: "given", "attention" (the trainer's `mask_from`), or
+    "region": given for the region alone, errors count alike inside and outside.
     rate: factor on the learning rate.
     """
 
@@ -63,7 +64,8 @@ RECIPES = {
     "para": Recipe("para"),
     "value_masked": Recipe("value", masks="given"),
     "value_attention_masked": Recipe("value", masks="attention"),
-    "lora_as_routed": Recipe("lora", scope="region", masks="given"),
+    "lora_as_routed": Recipe("lora", scope="region", masks="region"),
+    "lora_as_routed_masked": Recipe("lora", scope="region", masks="given"),
 }
 
 
@@ -137,13 +139,14 @@ def learn(
     network, concept = host.network_map(model), Concept(name, CONCEPTS[name].class_word)
     adapter: Any = host.new_adapter(model, concept, learning.rank, learning.rank, learning.seed, kind=recipe.kind)
     images, masks = pictures_of(name, learning)
-    given = masks if recipe.masks == "given" else None
+    given = masks if recipe.masks in ("given", "region") else None
     data = host.training_data(model, images, concept, model.templates or ("a {}",), given)
     host.begin(model, adapter, data)
     config = TrainConfig(
         steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate * recipe.rate,
-        seed=learning.seed, prediction_type=model.prediction_type, mask_from=recipe.masks or "given",
-        routed=recipe.scope == "region",
+        seed=learning.seed, prediction_type=model.prediction_type, routed=recipe.scope == "region",
+        mask_from="attention" if recipe.masks == "attention" else "given",
+        background_weight=1.0 if recipe.masks == "region" else 0.1,
     )  # fmt: skip
     levels = learning.timesteps(len(model.alphas_cumprod))
     with hooks.learning(network, KINDS[recipe.kind], adapter, recipe.scope) as publish:

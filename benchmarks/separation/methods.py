@@ -161,6 +161,7 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "lora_routed_by_place": Arm("lora", loda=replace(on, area_rule="by_place")),
         "lora_routed_more_updates": Arm("lora", loda=replace(on, loda_iterations=6)),
         "lora_as_routed": Arm("lora_as_routed", loda=on),
+        "lora_as_routed_masked": Arm("lora_as_routed_masked", loda=on),
         # More of LODA, for more concepts.
         "tova_loda_afg_longer": Arm(loda=replace(on, loda_steps=max(1, round(0.3 * steps)))),
         "tova_loda_afg_more_updates": Arm(loda=replace(on, loda_iterations=6)),

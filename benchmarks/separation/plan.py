@@ -86,8 +86,14 @@ FULL = (
         "loras_same", "Ordinary LoRAs, two concepts of one class", 2, 1, 16,
         ("lora_merged", "lora_routed", "lora_routed_no_loda", "lora_routed_by_place"), same_class=True,
     ),
-    Group("as_routed", "LoRAs trained as they will be routed", 2, 2, 24, ("lora_routed", "lora_as_routed")),
-    Group("as_routed_single", "The same, each concept alone", 1, 2, 16, ("lora_merged", "lora_as_routed")),
+    Group(
+        "as_routed", "LoRAs trained as they will be routed", 2, 2, 24,
+        ("lora_routed", "lora_as_routed", "lora_as_routed_masked"),
+    ),
+    Group(
+        "as_routed_single", "The same, each concept alone", 1, 2, 16,
+        ("lora_merged", "lora_as_routed", "lora_as_routed_masked"),
+    ),
     Group(
         "beyond", "Two concepts, beyond the paper", 2, 2, 32,
         ("tova", "tova_loda", "tova_loda_afg", "tova_loda_sign", "tova_loda_raw", "tova_loda_iou",
@@ -111,6 +117,7 @@ PAIRS = (
     ("tova_loda_afg_larger", "tova_loda_afg"), ("tova_loda_afg_guided", "tova_loda_afg"),
     ("lora_routed", "lora_merged"), ("lora_routed", "tara"), ("lora_routed", "tova_loda_afg"),
     ("lora_routed", "lora_routed_no_loda"), ("lora_routed_by_place", "lora_routed"), ("lora_as_routed", "lora_routed"),
+    ("lora_as_routed_masked", "lora_routed"),
     ("lora_routed_no_loda", "tova_loda_afg"), ("lora_routed_more_updates", "lora_routed"),
     ("tova_loda_afg_by_place", "tova_loda_afg"),
     ("tova_loda_afg", "lora_merged"), ("tova_loda_afg", "tara"), ("tova_loda_afg", "paper_code"),
