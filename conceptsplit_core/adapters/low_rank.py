@@ -7,7 +7,7 @@ rows (paper, ToVA). The other kinds of this file change other projections in the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConceptSplitError
 from ..method.tova import Pair, TokenMask
 from ..network.site import Site
-from .base import BASES, AdapterInfo, Added, Member, Scope, compute_dtype, register
+from .base import AdapterInfo, Added, Member, Scope, check_family, compute_dtype, register
 from .factors import Factor, weighted_change
 
 
@@ -89,6 +89,10 @@ class LowRankAdapter:
     def parameters(self) -> list[Tensor]:
         """All A and B, in a fixed order (layers sorted, A before B)."""
         return [tensor for layer in sorted(self.down) for tensor in (self.down[layer], self.up[layer])]
+
+    def moved(self) -> bool:
+        """Whether it changes anything."""
+        return any(bool(up.any()) for up in self.up.values())
 
     def factor(self, site: str, device: torch.device, dtype: torch.dtype) -> Pair | None:
         """(A, B, α/r) of a projection on `device` in `dtype`, or None if the adapter does not change it.
@@ -169,12 +173,7 @@ class LowRankAdapter:
         Raises:
             ConceptSplitError: another base family (both named), no layer in common, or a shape that differs.
         """
-        mine = self.info.base
-        if "unknown" not in (mine, base) and mine != base:
-            raise ConceptSplitError(
-                f"The adapter '{self.info.concept}' was made for {BASES.get(mine, mine)}, but the model is "
-                f"{BASES.get(base, base)}: load a checkpoint of that family or train the concept on this one."
-            )
+        check_family(self.info, base)
         strange = sorted(set(self.down) - set(layers))
         if len(strange) == len(self.down):
             raise ConceptSplitError(
@@ -206,12 +205,16 @@ class LowRank:
     label: str
     scope: Scope
     trained: str
+    rate: float = 1.0
 
     def changes(self, site: Site) -> bool:
         return re.search(self.trained, site.name) is not None
 
     def create(self, shapes: Mapping[str, tuple[int, int]], info: AdapterInfo, seed: int) -> LowRankAdapter:
         return LowRankAdapter.create(shapes, info, seed)
+
+    def begin(self, adapter: LowRankAdapter, encodings: Tensor, captions: Callable[[], Tensor]) -> None:
+        """Nothing: B is zero."""
 
     def change(
         self, members: Sequence[Member], site: Site, layer: nn.Module, x: Tensor, out: Tensor, mask: TokenMask
