@@ -5,7 +5,7 @@ the training scenes), `unet` (UNet and text encoder together), `decoder` (more s
 at any time after `vae`), `export` (one safetensors file), `loras` (two LoRA files for the exported model, into FOLDER);
 `samples` and `grounding` look at a state in between. The demo transformer, on the autoencoder and text encoder of the
 demo checkpoint: `start`, `latents`, `transformer`, `transformer_samples`, `transformer_export`. Every stage is seeded,
-and `vae`, `unet` and `transformer` resume from their last state in FOLDER. `latents` may be split over several processes
+and `vae`, `unet` and `transformer` resume from their last state in FOLDER. `latents` may be split over processes
 by hand (`--part 0 --parts 2` and `--part 1 --parts 2`); everything else runs in one process.
 """
 
@@ -26,8 +26,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.demo_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stages = ("tokenizer", "vae", "latents", "unet", "decoder", "samples", "grounding", "export", "loras")
-    stages += ("start", "transformer", "transformer_samples", "transformer_export")
+    stages = (
+        "tokenizer",
+        "vae",
+        "latents",
+        "unet",
+        "decoder",
+        "samples",
+        "grounding",
+        "export",
+        "loras",
+        "start",
+        "transformer",
+        "transformer_samples",
+        "transformer_export",
+    )
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", type=Path, required=True, help="folder for states and pictures")
     parser.add_argument("--name", default="unet", help="name of the UNet run in that folder")

@@ -72,7 +72,9 @@ def train_unet(out: Path, name: str, steps: int, *, build: Callable[[int], Model
         return model
 
     signal = alphas_cumprod().float()
-    train(out, name, steps, build=built, losses=lambda *given: losses(*given, signal), **options)
+    train(
+        out, name, steps, build=built, losses=lambda model, b, grounded: losses(model, b, grounded, signal), **options
+    )
 
 
 def train(

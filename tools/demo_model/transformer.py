@@ -72,7 +72,7 @@ class _JointMaps:
     ) -> Any:
         if self.maps.rows is not None:
             self.maps.maps[self.name] = self._shares(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)  # type: ignore[arg-type]
 
     def _shares(self, attn: Any, x: torch.Tensor, text: torch.Tensor | None, rope: Any) -> torch.Tensor:
         """Softmax over text and pixels [g, pixels, R] of the first g pictures, as many as have `rows` [g, R]."""
@@ -115,6 +115,7 @@ class Transformer(torch.nn.Module):
             self.denoiser.get_submodule(f"{name}.attn").set_processor(_JointMaps(self.cross, name))
         side = torch.arange(LATENT_SIDE, dtype=torch.float32)
         grid = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)
+        self.places: torch.Tensor
         self.register_buffer("places", F.pad(grid, (1, 0)), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
