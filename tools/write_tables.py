@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from conceptsplit_core.options import Option, defaults, options, shown  # noqa: E402
-from conceptsplit_core.settings import LoaderConfig, LodaConfig, SampleConfig, TrainConfig  # noqa: E402
+from conceptsplit_core.settings import CorrectionConfig, LoaderConfig, LodaConfig, SampleConfig, TrainConfig  # noqa: E402
 
 # Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it.
 PAGES: dict[str, tuple[Any, bool | None]] = {
@@ -27,6 +27,7 @@ PAGES: dict[str, tuple[Any, bool | None]] = {
     "ConceptSplitKSampler": (LodaConfig, False),
     "ConceptSplitGuider": (LodaConfig, False),
     "ConceptSplitLodaOptions": (LodaConfig, True),
+    "ConceptSplitCorrectWords": (CorrectionConfig, None),
     "ConceptSplitTrain": (TrainConfig, False),
     "ConceptSplitTrainOptions": (TrainConfig, True),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..adapters.base import KINDS, AdapterInfo
 from ..adapters.low_rank import LowRankAdapter
+from ..errors import ConceptSplitError
 from ..network.site import NetworkMap
 from ..settings import TrainConfig
 from ..text.concepts import Concept
@@ -41,7 +42,14 @@ def new_adapter(
         seed: the same seed gives the same start on every machine.
         facts: `training_facts` of the training to come.
         kind: a name of `KINDS`, of a kind whose adapters are low-rank pairs.
+
+    Raises:
+        ConceptSplitError: the concept has words for later stages.
     """
+    if concept.later:
+        raise ConceptSplitError(
+            f"A concept is trained on one class word, and '{concept.name}' is given {concept.words}: keep the first."
+        )
     maker = KINDS[kind]
     info = AdapterInfo(
         concept=concept.name,
