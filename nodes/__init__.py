@@ -8,12 +8,20 @@ from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
-from . import demo, inspect, load, lora, sample, train
+from . import demo, inspect, load, lora, sample, train, words
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
 ConceptSplitError.__module__ = "builtins"
 
-NODES: list[type[io.ComfyNode]] = [*load.NODES, *lora.NODES, *train.NODES, *sample.NODES, *inspect.NODES, *demo.NODES]
+NODES: list[type[io.ComfyNode]] = [
+    *load.NODES,
+    *lora.NODES,
+    *train.NODES,
+    *sample.NODES,
+    *words.NODES,
+    *inspect.NODES,
+    *demo.NODES,
+]
 
 
 class ConceptSplitExtension(ComfyExtension):

@@ -34,7 +34,8 @@ def _concept_fields() -> list[Any]:
             io.String,
             "class_word",
             "The plain word the concept stands for, such as 'dog'. Leave empty for the word "
-            "stored in the file; only files of other tools lack one.",
+            "stored in the file; only files of other tools lack one. 'dog; 0.4: dog in armour' has others from 0.4 "
+            "of the steps on.",
             default="",
             optional=True,
             advanced=True,

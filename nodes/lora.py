@@ -55,7 +55,8 @@ class ConceptSplitLoraLoader(io.ComfyNode):
                     io.String,
                     "words",
                     "The words the LoRA was trained on, such as 'ohwx woman'; <name> in the prompt becomes these. "
-                    "Leave empty to take them from the file, if it says so.",
+                    "Leave empty to take them from the file, if it says so. 'ohwx woman; 0.4: ohwx woman in armour' "
+                    "has others from 0.4 of the steps on.",
                     default="",
                 ),
                 *setting_fields(LoaderConfig, advanced=False),
@@ -103,7 +104,7 @@ class ConceptSplitLoraLoader(io.ComfyNode):
         loaded = LoadedAdapter(
             concept.name, file.adapter, config.strength, config.start_percent, config.end_percent, mask=mask_of(mask)
         )
-        info = f"<{concept.name}> = '{concept.class_word}'; {file.report.sentence()}"
+        info = f"<{concept.name}> = {concept.words}; {file.report.sentence()}"
         lines = [concept_line(concept, file.adapter.info), file.report.sentence() + "."]
         return io.NodeOutput(with_adapter(model, loaded), knowing, info, ui=told(lines))
 

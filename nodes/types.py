@@ -32,21 +32,22 @@ def field(kind: Any, name: str, tooltip: str, **options: Any) -> Any:
     return kind.Input(name, **_supported(kind.Input.__init__, given))
 
 
-def setting_fields(config: Any, advanced: bool | None = None, folded: bool = False) -> list[Any]:
+def setting_fields(config: Any, advanced: bool | None = None, folded: bool = False, **others: Any) -> list[Any]:
     """Inputs for the options of a settings class: all of them, or the basic or the advanced ones.
 
     Args:
         folded: the host hides advanced inputs until the node is unfolded.
+        others: defaults of a node that is there for what is off elsewhere.
     """
-    return [setting_field(name, config, folded) for name in options(config, advanced)]
+    return [setting_field(name, config, folded, **others) for name in options(config, advanced)]
 
 
-def setting_field(name: str, config: Any, folded: bool = False) -> Any:
+def setting_field(name: str, config: Any, folded: bool = False, **others: Any) -> Any:
     """The input of one option of a settings class.
 
     Advanced ones are optional, so that a graph saved before one was added still runs.
     """
-    option, default = options(config)[name], defaults(config)[name]
+    option, default = options(config)[name], {**defaults(config), **others}[name]
     tooltip = f"{option.label[:1].upper()}{option.label[1:]}. {option.text}"
     given: dict[str, Any] = {"optional": True, "advanced": folded} if option.advanced else {}
     if option.allowed:

@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from conceptsplit_core.options import Option, defaults, options, shown  # noqa: E402
-from conceptsplit_core.settings import GateConfig, LoaderConfig, LodaConfig, SampleConfig, TrainConfig  # noqa: E402
+from conceptsplit_core.settings import (  # noqa: E402
+    CorrectionConfig,
+    GateConfig,
+    LoaderConfig,
+    LodaConfig,
+    SampleConfig,
+    TrainConfig,
+)
 
 # Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it,
 # and further classes, shown whole.
@@ -28,6 +35,7 @@ PAGES: dict[str, tuple[Any, ...]] = {
     "ConceptSplitKSampler": (LodaConfig, False),
     "ConceptSplitGuider": (LodaConfig, False),
     "ConceptSplitLodaOptions": (LodaConfig, True),
+    "ConceptSplitCorrectWords": (CorrectionConfig, None),
     "ConceptSplitTrain": (TrainConfig, False),
     "ConceptSplitTrainOptions": (TrainConfig, True),
 }

@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from conceptsplit_core.demo.scenes import CONCEPTS
@@ -16,7 +15,7 @@ from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import DIVERGENCES, harmonic_mean, pairwise
 from conceptsplit_core.method.maps import distributions
 from conceptsplit_core.network.hooks import Scope
-from conceptsplit_core.settings import LodaConfig
+from conceptsplit_core.settings import CorrectionConfig, LodaConfig
 from conceptsplit_core.text.concepts import Concept
 
 from .confusion import backgrounds_for
@@ -28,8 +27,8 @@ TUNING = ("kiku", "tavi", "sumi", "lola", "runo", "dax")
 REPORTING = ("bobo", "lumo", "nero", "pixa", "vento", "ozzy")
 """Settings are chosen on TUNING concepts and seeds below REPORT_FROM, numbers are reported on the others."""
 REPORT_FROM = 10_000
-SHARPNESS = 20.0
-"""Exponent on cosine similarity in `similarity_corrected`."""
+LOOK_FROM = 0.3
+"""Share of the schedule from which on "staged" words say the look."""
 
 
 def concept_sets(
@@ -50,25 +49,27 @@ def concept_sets(
     return order[:limit]
 
 
+def described(name: str) -> str:
+    """A concept with its article and all colours and the pattern in words."""
+    concept = CONCEPTS[name]
+    first, second = concept.colours
+    article = "an" if first[0] in "aeiou" else "a"
+    return f"{article} {first} and {second} {concept.pattern} {concept.class_word}"
+
+
 def prompt_for(names: Sequence[str], seed: int, style: str) -> str:
     """The prompt of one picture. The background and the order of the concepts go with the seed.
 
-    style: "bound" has placeholders, "plain" class words, "described" all colours and patterns in words.
+    style: "bound" has placeholders, "plain" class words, "described" all colours and patterns in words, "staged"
+    placeholders for class words that become "described" ones at `LOOK_FROM`.
     """
     fitting = backgrounds_for(tuple(CONCEPTS[name].look for name in names))
     background = fitting[(seed // 2) % len(fitting)]
     ordered = list(names) if seed % 2 == 0 else list(reversed(names))
     phrases = []
     for name in ordered:
-        concept = CONCEPTS[name]
-        if style == "bound":
-            phrases.append(f"a <{name}>")
-        elif style == "plain":
-            phrases.append(f"a {concept.class_word}")
-        else:
-            first, second = concept.colours
-            article = "an" if first[0] in "aeiou" else "a"
-            phrases.append(f"{article} {first} and {second} {concept.pattern} {concept.class_word}")
+        by_style = {"bound": f"a <{name}>", "plain": f"a {CONCEPTS[name].class_word}", "staged": f"<{name}>"}
+        phrases.append(by_style.get(style) or described(name))
     listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
     return f"{listed} on a {background} background"
 
@@ -92,7 +93,7 @@ class Arm:
 
     recipe: how its adapters are learned, one of `learning.RECIPES`, or None. style: of the prompt. scope: where the
     adapters act; their kind's own place when None. both_branches: the unconditional branch binds the concepts too, at
-    the same rows (a defect of the paper's code). corrected: see `similarity_corrected`. best_of: candidates per
+    the same rows (a defect of the paper's code). corrected: by similarities, as T2I-Zero does. best_of: candidates per
     picture, of which the one with the best separated maps is taken. more_steps: factor on the sampling steps.
     guidance: instead of the laboratory's.
     """
@@ -189,38 +190,26 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_similarities": Arm(corrected=True),
         "tova_suppression": Arm(loda=replace(still, suppression=1.0)),
         "tova_loda_suppression": Arm(loda=replace(off, suppression=1.0)),
+        "tova_loda_afg_reuse": Arm(loda=replace(on, encoder_reuse=0.4)),
+        "described_in_stages": Arm(None, "staged"),
     }
     for divergence in DIVERGENCES:
         table[f"tova_loda_{divergence}"] = Arm(loda=replace(off, divergence=divergence, threshold=0.0))
     return table
 
 
-def _concepts(names: Sequence[str]) -> list[Concept]:
+def _concepts(names: Sequence[str], style: str = "bound") -> list[Concept]:
+    if style == "staged":
+        return [Concept(name, f"a {CONCEPTS[name].class_word}; {LOOK_FROM}: {described(name)}") for name in names]
     return [Concept(name, CONCEPTS[name].class_word) for name in names]
 
 
 def conditioning(model: host.DiffusersModel, names: Sequence[str], seed: int, style: str) -> host.Conditioning:
     """The encoded prompt of one picture; described concepts are bound to their class words for LODA."""
-    concepts = _concepts(names)
-    if seed % 2 and style != "bound":
+    concepts = _concepts(names, style)
+    if seed % 2 and style not in ("bound", "staged"):
         concepts.reverse()  # without placeholders the n-th word of a class goes to the n-th concept
     return host.encode_text(model, prompt_for(names, seed, style), concepts)
-
-
-def similarity_corrected(cond: host.Conditioning) -> host.Conditioning:
-    """T2I-Zero's correction by similarities (arXiv 2310.07419), as we read it: a concept's row becomes the mean of the
-    prompt's rows weighted by their cosine similarity to it, sharpened, so that what is peculiar to this context is
-    evened out. Rows after the last bound one stay out of the mean: they are marks and padding.
-    """
-    rows = sorted({row for binding in cond.bindings for row in binding.rows})
-    if not rows:
-        return cond
-    context = cond.context.clone()
-    words = cond.context[0, 1 : rows[-1] + 1]
-    near = F.normalize(cond.context[0, rows], dim=-1) @ F.normalize(words, dim=-1).t()
-    weight = near.clamp(min=0) ** SHARPNESS
-    context[0, rows] = (weight / weight.sum(dim=-1, keepdim=True)) @ words
-    return replace(cond, context=context)
 
 
 def draw(
@@ -240,7 +229,7 @@ def draw(
     if texts is not None:
         positive = [host.encode_text(model, text, _concepts(names)) for text in texts]
     if arm.corrected:
-        positive = [similarity_corrected(cond) for cond in positive]
+        positive = [host.with_correction(cond, CorrectionConfig(1.0)) for cond in positive]
     if not arm.both_branches:
         return _drawn(model, arm, names, seeds, positive, "", learned, sampling)
     # A negative prompt binds the same rows in every picture: one call for each order of the words.

@@ -100,6 +100,10 @@ FULL = (
          "tova_loda_afg_overlapping", "tova_masked_loda_afg", "tova_attention_masked_loda_afg", "tova_similarities",
          "tova_suppression", "tova_loda_suppression"),
     ),
+    Group(
+        "other_papers", "Two concepts, words in stages and encoder features reused", 2, 2, 32,
+        ("described", "described_in_stages", "tova_loda_afg", "tova_loda_afg_reuse"),
+    ),
 )  # fmt: skip
 """About 9,000 pictures and 50 adapters: 50 minutes on two cores that do nothing else."""
 
@@ -131,6 +135,7 @@ PAIRS = (
     ("tova_suppression", "tova"), ("tova_similarities", "tova"),
     ("tova_loda_afg_overlapping", "tova_loda_afg"), ("tova_masked_loda_afg", "tova_loda_afg"),
     ("tova_attention_masked_loda_afg", "tova_loda_afg"),
+    ("described_in_stages", "described"), ("tova_loda_afg_reuse", "tova_loda_afg"),
 )  # fmt: skip
 """(one, other): differences and McNemar tests that are reported where both were measured on the same pictures."""
 

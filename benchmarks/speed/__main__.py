@@ -5,7 +5,8 @@
     python -m benchmarks.speed --tables         the page alone, from the rows that are there
 
 Parts: counted (operations and memory from shapes, at real size), loras (ordinary LoRAs, routed against merged, counted
-and timed), timed (on this machine), size (of the shipped demo adapters), comfyui (each ComfyUI found).
+and timed), reuse (encoder features reused in late steps), timed (on this machine), size (of the shipped demo adapters),
+comfyui (each ComfyUI found).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ PAGE = ROOT / "docs" / "tables" / "speed.md"
 TITLES = {
     "counted": "Counted: operations and memory at real size, half precision, batch 1",
     "loras": "Ordinary LoRAs, each on its own concept: counted at real size, timed on reduced models",
+    "reuse": "Encoder features reused in late steps (Faster Diffusion)",
     "timed": "Timed on this machine, fp32, through diffusers",
     "size": "Size of an adapter file",
     "comfyui": "Timed in ComfyUI",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from ..options import Option, defaults, options, shown
-from ..settings import SEEDS, GateConfig, LodaConfig, SampleConfig, TrainConfig
+from ..settings import SEEDS, CorrectionConfig, GateConfig, LodaConfig, SampleConfig, TrainConfig
 
 SAMPLERS = ("ddim", "euler")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -298,7 +298,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]FILE[:WORDS][:STRENGTH]",
         help="ordinary LoRA file for one concept, may be given several times; WORDS are those it was trained on, such "
-        "as 'ohwx woman', unless the file says them. It acts at its words and in its own region only",
+        "as 'ohwx woman', unless the file says them; 'ohwx woman; 0.4: ohwx woman in armour' has others from 0.4 of "
+        "the steps on. It acts at its words and in its own region only",
     )
     what.add_argument(
         "--class-word",
@@ -319,6 +320,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     _loda_options(parser)
     gate = parser.add_argument_group("gate of Perfusion adapters: how far they reach beyond their own word")
     _settings(gate, GateConfig, options(GateConfig))
+    text = parser.add_argument_group("correction by similarities (T2I-Zero): rows of concepts, gathered anew")
+    _settings(text, CorrectionConfig, options(CorrectionConfig))
     out = parser.add_argument_group("output")
     out.add_argument(
         "--out",

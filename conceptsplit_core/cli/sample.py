@@ -22,7 +22,7 @@ from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import MAX_TAGS_BYTES, read_header
 from ..options import from_values
-from ..settings import GateConfig, LoaderConfig, LodaConfig, seeds
+from ..settings import CorrectionConfig, GateConfig, LoaderConfig, LodaConfig, seeds
 from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
@@ -124,7 +124,7 @@ def load_concepts(
         concepts.append(concept)
     for word in (part.strip() for part in words.split(",")):
         if word:
-            name = word_name(word)
+            name = word_name(Concept("word", word).class_word)
             if name in {concept.name for concept in concepts}:
                 name += "-word"
             concepts.append(Concept(name, word))
@@ -132,7 +132,8 @@ def load_concepts(
 
 
 def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
-    """LodaConfig from the options. With --no-loda it is None, or with LoRAs, which have to be located, a plan alone."""
+    """LodaConfig from the options. With --no-loda it is None, or what is left to do: with LoRAs, which have to be
+    located, a plan alone, and the reuse of encoder features."""
     config = from_values(LodaConfig, vars(arguments))
     if config.loda_steps > arguments.steps:
         raise ConceptSplitError(
@@ -140,7 +141,14 @@ def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
         )
     if arguments.loda:
         return config
-    return replace(config, loda_steps=0) if arguments.lora else None
+    if arguments.lora:
+        return replace(config, loda_steps=0)
+    return without_loda(config)
+
+
+def without_loda(config: LodaConfig | None) -> LodaConfig | None:
+    """What of the settings acts in a picture that has nothing to separate."""
+    return replace(config, loda_steps=0, afg=False) if config is not None and config.encoder_reuse else None
 
 
 def map_sheet(result: SampleResult, index: int, names: list[str], at: int) -> NDArray[np.uint8]:
@@ -236,8 +244,9 @@ def run(arguments: argparse.Namespace) -> None:
     for concept, path, strength in chosen:
         lora, report = host.read_lora(model, path, concept)
         loaded[concept.name] = (lora, strength)
-        say(f"<{concept.name}> = '{concept.class_word}' from {path.name}: {report.sentence()}.")
-    conditioning = host.encode_text(model, arguments.prompt, concepts)
+        say(f"<{concept.name}> = {concept.words} from {path.name}: {report.sentence()}.")
+    correction = from_values(CorrectionConfig, vars(arguments))
+    conditioning = host.with_correction(host.encode_text(model, arguments.prompt, concepts), correction)
     if arguments.maps and not concepts:
         say("No maps will be written: name a concept with --adapter, --lora or --words.")
     names = [concept.name for concept in concepts]
@@ -259,7 +268,7 @@ def run(arguments: argparse.Namespace) -> None:
             size=arguments.size,
             sampler=arguments.sampler,
             # Fewer than two bound concepts leave nothing to separate; that is no reason for a remark here.
-            loda=config if len(bound) >= 2 else None,
+            loda=config if len(bound) >= 2 else without_loda(config),
             watch=(0, at) if maps else (),
             progress=lambda done, steps: advance(progress, done, steps),
         )
@@ -273,6 +282,7 @@ def run(arguments: argparse.Namespace) -> None:
         "cfg": scale,
         "sampler": arguments.sampler,
         "adapters": {name: strength for name, (_, strength) in loaded.items()},
+        "correction": correction.correction,
         "loda": None if result.trace is None else result.trace.settings,
         "version": __version__,
     }

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import ConceptSplitError
 from .concepts import Concept as Concept
-from .concepts import Place, expand, is_letter, shown
+from .concepts import Place, expand, is_letter, shown, written
 from .layout import SpecialTokens, content
 
 Tokenize = Callable[[str], Sequence[Sequence[int]]]
@@ -137,6 +137,36 @@ def bind(
         key=lambda one: order.index(one.concept),
     )
     return BoundPrompt(expanded, tuple(bindings), tuple(warnings))
+
+
+def bind_stages(
+    text: str,
+    concepts: Sequence[Concept],
+    tokenize: Tokenize,
+    special: SpecialTokens | None = None,
+    vocabulary: Collection[str] = (),
+) -> tuple[tuple[float, BoundPrompt], ...]:
+    """`bind` for each stage of the schedule in which a placeholder of the prompt has words of its own.
+
+    Returns:
+        The share of the schedule at which each stage begins, and its prompt; the first begins at 0. Warnings stand
+        with the first.
+    """
+    named = written(text, concepts)
+    starts = sorted({0.0, *(start for concept in named for start, _ in concept.later)})
+    prompts = [
+        bind(text, [one.at(start if one in named else 0.0) for one in concepts], tokenize, special, vocabulary)
+        for start in starts
+    ]
+    bound = {binding.concept for binding in prompts[0].bindings}
+    idle = tuple(
+        f'Prompt "{shown(text)}" does not write <{one.name}>, so that only the first of its words act: write the '
+        "placeholder where they belong."
+        for one in concepts
+        if one.later and one not in named and one.name in bound
+    )
+    prompts[0] = replace(prompts[0], warnings=(*prompts[0].warnings, *idle))
+    return tuple(zip(starts, prompts, strict=True))
 
 
 def _grown(text: str, place: Place) -> bool:

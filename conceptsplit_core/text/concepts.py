@@ -6,13 +6,16 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ..errors import ConceptSplitError
 
 # `<rex>` or `<rex:0.8>`. What stands in brackets is a name only if `_is_name` says so; "<3", "<lora:x:1>" and
 # "a < b > c" stay text.
 _BRACKETS = re.compile(r"<([^<>\s:]+)(?::([-+]?(?:\d+\.?\d*|\.\d+)))?>")
+# `dog; 0.4: dog in armour` gives the words from 0.4 of the schedule on.
+_FROM = re.compile(r";\s*(\d*\.?\d+)\s*:")
 _JOINERS = "\u200c\u200d"  # they stand inside words of Persian and of Indian languages
 
 
@@ -34,16 +37,27 @@ def concept_name(text: str) -> str:
 class Concept:
     """A thing to draw: `name` is what the prompt writes as ``<name>``, `class_word` what the model knows it as.
 
+    A class word may name others for later stages of the schedule, "dog; 0.4: dog in armour" (ProSpect, arXiv
+    2305.16225, which learns words for its stages; here they are the user's).
+
+    Attributes:
+        later: these, each with the share of the schedule from which on it stands, in order; `class_word` is the first.
+
     Raises:
-        ConceptSplitError: a name that cannot be a placeholder, or no class word.
+        ConceptSplitError: a name that cannot be a placeholder, no class word, or stages without order or words.
     """
 
     name: str
     class_word: str
+    later: tuple[tuple[float, str], ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
+        given = unicodedata.normalize("NFC", self.class_word or "")
+        first, *rest = (part.strip() for part in _FROM.split(given))
+        later = tuple(zip(map(float, rest[::2]), rest[1::2], strict=True))
         object.__setattr__(self, "name", concept_name(self.name or ""))
-        object.__setattr__(self, "class_word", unicodedata.normalize("NFC", self.class_word or "").strip())
+        object.__setattr__(self, "class_word", first)
+        object.__setattr__(self, "later", later)
         if not _is_name(self.name):
             raise ConceptSplitError(
                 f"The concept name {self.name!r} cannot be written as a placeholder: use letters, digits, '-', '_' "
@@ -53,6 +67,21 @@ class Concept:
             raise ConceptSplitError(
                 f"Concept '{self.name}' has no class word: give the plain word for it, such as 'dog'."
             )
+        starts = [0.0, *(start for start, _ in later), 1.0]
+        if any(a >= b for a, b in pairwise(starts)) or not all(words for _, words in later):
+            raise ConceptSplitError(
+                f"The words '{given}' of concept '{self.name}' do not say what stands when: write shares of the "
+                "schedule between 0 and 1 in rising order, each with its words, such as 'dog; 0.4: dog in armour'."
+            )
+
+    def at(self, start: float) -> Concept:
+        """The concept with its words at this share of the schedule alone."""
+        return Concept(self.name, [self.class_word, *(words for since, words in self.later if since <= start)][-1])
+
+    @property
+    def words(self) -> str:
+        """All its words, for a line to the user."""
+        return f"'{self.class_word}'" + "".join(f", from {since:g} on '{words}'" for since, words in self.later)
 
 
 def word_name(word: str) -> str:
@@ -72,8 +101,9 @@ def marked_concepts(words: str) -> list[Concept]:
     concepts = []
     for part in (part.strip() for part in words.split(",")):
         if part:
-            name, colon, word = part.partition(":")
-            concepts.append(Concept(name, word) if colon else Concept(word_name(part), part))
+            first = _FROM.split(part)[0]
+            name, colon, _ = first.partition(":")
+            concepts.append(Concept(name, part[len(name) + 1 :]) if colon else Concept(word_name(first), part))
     if not concepts:
         raise ConceptSplitError("There is no word to mark: write at least one, such as 'cat, dog'.")
     return concepts
@@ -100,6 +130,13 @@ def _written(text: str) -> Iterator[tuple[re.Match[str], str]]:
         name = unicodedata.normalize("NFC", match[1])
         if _is_name(name):
             yield match, name
+
+
+def written(text: str, concepts: Sequence[Concept]) -> list[Concept]:
+    """Those of `concepts` that `text` writes as a placeholder."""
+    known = by_name(concepts)
+    found = [_named(name, known) for name in placeholders(text)]
+    return [concept for concept in concepts if concept in found]
 
 
 def placeholders(text: str) -> list[str]:

@@ -64,6 +64,11 @@ class TextLayout:
     remade: bool = False
 
     @property
+    def clip(self) -> bool:
+        """Whether all rows come from CLIP models."""
+        return set(self.parts) <= _CLIP_PARTS
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Every part that has rows."""
         return tuple(part for group in self.groups for part in group)

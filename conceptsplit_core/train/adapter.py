@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import KINDS, AdapterInfo, TrainedAdapter, kind_of
+from ..errors import ConceptSplitError
 from ..network.site import NetworkMap
 from ..settings import TrainConfig
 from ..text.concepts import Concept
@@ -45,7 +46,14 @@ def new_adapter(
         seed: the same seed gives the same start on every machine.
         facts: `training_facts` of the training to come.
         kind: a name of `KINDS`.
+
+    Raises:
+        ConceptSplitError: the concept has words for later stages.
     """
+    if concept.later:
+        raise ConceptSplitError(
+            f"A concept is trained on one class word, and '{concept.name}' is given {concept.words}: keep the first."
+        )
     maker = KINDS[kind]
     info = AdapterInfo(
         concept=concept.name,

@@ -14,7 +14,6 @@ from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.network.hooks import learning as while_learning
 from conceptsplit_core.settings import LodaConfig
-from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train.data import TrainBatch
 
 pytestmark = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
@@ -110,20 +109,6 @@ def test_every_option_changes_the_picture(model, learned):
     routed = drawn(model, Arm("lora", loda=loda), learned)
     assert not np.array_equal(routed, drawn(model, Arm("lora", loda=loda, scope="everywhere"), learned))
     assert np.array_equal(drawn(model, Arm(loda=loda), learned), base)  # nothing is left behind
-
-
-def test_similar_rows_take_each_others_place(model):
-    """The concept's row moves to the mean of rows like it; a row like no other stays; other rows are not touched."""
-    cond = host.encode_text(model, "a <bobo> and a star", [Concept("bobo", "circle")])
-    row = cond.bindings[0].rows[0]
-    context = torch.zeros_like(cond.context)
-    context[0, :, 0] = 1.0
-    context[0, row, :2] = torch.tensor([0.0, 3.0])
-    alone = methods.similarity_corrected(replace(cond, context=context)).context
-    assert torch.equal(alone, context)
-    context[0, row - 1, :2] = torch.tensor([0.0, 1.0])
-    out = methods.similarity_corrected(replace(cond, context=context)).context
-    assert out[0, row, :2].tolist() == pytest.approx([0.0, 2.0]) and torch.equal(out[0, :row], context[0, :row])
 
 
 def test_tara_and_lora_learn_at_other_tokens(model, learned):

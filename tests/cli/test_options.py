@@ -21,7 +21,7 @@ from conceptsplit_core.cli import sample as sample_command
 from conceptsplit_core.cli import train as train_command
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.options import options as all_options
-from conceptsplit_core.settings import GateConfig, LodaConfig, TrainConfig
+from conceptsplit_core.settings import CorrectionConfig, GateConfig, LodaConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 LORA = ROOT / "conceptsplit_core" / "demo" / "loras" / "demo_nero_lora.safetensors"
@@ -54,6 +54,7 @@ LODA = {
     "afg_rule": "by_place",
     "area_rule": "top",
     "suppression": 0.6875,
+    "encoder_reuse": 0.1875,
 }
 TRAIN = {
     "steps": 11,
@@ -133,6 +134,7 @@ def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
         "--class-word", "rex=star", "--words", "heart", "--steps", "13", "--cfg", "3.5", "--sampler", "euler",
         "--seed", "21", "--batch", "2", "--size", "96x64", "--out", str(out), "--maps", "--model", "demo",
         "--device", "cpu", "--precision", "bf16", "--prediction", "v_prediction", "--tokenizer", "x",
+        "--correction", "0.375", "--correction-sharpness", "5",
     ]  # fmt: skip
     line += [part for name, value in {**LODA, **GATE}.items() for part in written(name, value)]
     spoken = {part[2:].replace("-", "_").removeprefix("no_") for part in line if part.startswith("--")}
@@ -143,6 +145,8 @@ def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
         "device": torch.device("cpu"), "dtype": torch.bfloat16, "prediction_type": "v_prediction", "tokenizer": "x",
     }  # fmt: skip
     line[line.index("--prediction") : line.index("--prediction") + 4] = []
+    correcting = received(monkeypatch, host, "with_correction", lambda: cli.main(line))
+    assert correcting.args[1] == CorrectionConfig(0.375, 5.0)
     sampling = received(monkeypatch, host, "sample", lambda: cli.main(line))
     (conditioning,), negative = sampling.args[1:]
     assert negative == "dull"
@@ -161,6 +165,8 @@ def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
     plain = received(monkeypatch, host, "sample", lambda: cli.main([*line, "--no-loda"]))
     assert plain.kwargs["loda"] == LodaConfig(**{**LODA, "loda_steps": 0}), "LoRAs are still located"
     assert sample_command.loda_config(options.parse(["sample", "--prompt", "a", "--no-loda"])) is None
+    reuse = options.parse(["sample", "--prompt", "a", "--no-loda", "--encoder-reuse", "0.25", "--suppression", "0.5"])
+    assert sample_command.loda_config(reuse) == LodaConfig(loda_steps=0, afg=False, encoder_reuse=0.25, suppression=0.5)
 
 
 def test_demo_training_receives_every_option(monkeypatch, tmp_path):
@@ -317,6 +323,8 @@ def test_output_that_is_no_text_file_is_left_alone(monkeypatch):
         ("a.safetensors:ohwx woman", (None, "a.safetensors", "ohwx woman", 1.0)),
         ("a.safetensors:ohwx woman:0.8", (None, "a.safetensors", "ohwx woman", 0.8)),
         ("a.safetensors:.5", (None, "a.safetensors", "", 0.5)),
+        ("a.safetensors:dog; 0.4: old dog", (None, "a.safetensors", "dog; 0.4: old dog", 1.0)),
+        ("a.safetensors:dog; 0.4: old dog:0.8", (None, "a.safetensors", "dog; 0.4: old dog", 0.8)),
         ("anna=C:\\x\\b.SafeTensors:it: a dog:-2", ("anna", "C:\\x\\b.SafeTensors", "it: a dog", -2.0)),
     ],
 )

@@ -224,7 +224,7 @@ def test_adding_makes_a_new_tensor_of_rows_of_tokens_and_of_convolutions():
 
 
 def test_a_product_is_added_where_it_is_formed_as_if_it_had_been_formed_before():
-    """In rows that follow each other, in others, in part of a layer's columns, new and in place, also with gradients."""
+    """In rows that follow each other and in others, in some columns, new and in place, also with gradients."""
     g = torch.Generator().manual_seed(3)
     wide = torch.randn(4, 5, 7, generator=g, dtype=torch.float64)
     for rows in (range(1, 3), torch.tensor([3, 1])):

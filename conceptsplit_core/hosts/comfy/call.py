@@ -6,7 +6,7 @@ Everything put on the model for a call is taken back however the call ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...method.attention import bound_attention
 from ...method.tova import TokenMask
+from ...network.features import EncoderFeatures
 from ...network.hooks import PassPlan
 from ...network.probe import Probe
 from ...network.site import AttentionSite, TokenSequence, find_module
@@ -142,13 +143,37 @@ def apply_model(
     run.hooks.install(run.network, run.concepts.groups)
     alone = run.reading is not None and _alone(run, executor, options)
     gradients = torch.is_grad_enabled()
-    with _in_force(run, rows.to(x.device), x, t, options, alone) as inner:
+    with _in_force(run, rows.to(x.device), x, t, options, alone) as inner, _features(run, x, t, options):
         try:
             return executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
         except PassDone:
             return torch.zeros_like(x)
         finally:
             torch.set_grad_enabled(gradients)
+
+
+def _features(run: Run, x: Tensor, t: Tensor, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Keeps or takes the features of the way down in a call that sees the whole latent; nothing without the option."""
+    config, levels = run.patch.loda, options.get("sample_sigmas")
+    if config is None or config.encoder_reuse == 0 or levels is None or run.reading is not None or run.planning:
+        return nullcontext()
+    uuids = tuple(options.get("uuids") or [None])
+    if (x.shape[0] // len(uuids), x.shape[-2], x.shape[-1]) != run.shape:
+        return nullcontext()
+    unet = run.model.diffusion_model
+    if run.features is None or run.features[0] is not unet:
+        blocks = [] if run.network.sequence is not None else [*unet.input_blocks, unet.middle_block]
+        # The host runs the layers of a block one by one, not the block.
+        run.features = unet, EncoderFeatures([list(block) for block in blocks if block is not None])
+    features = run.features[1]
+    exchanged = options.get("patches", {}).get("forward_timestep_embed_patch")
+    if exchanged or not features.stages or any("forward" in vars(layer) for one in features.stages for layer in one):
+        run.notes.not_reused = True
+        return nullcontext()
+    sigma = float(t.flatten()[0])
+    # Samplers may pass a level on with a rounding error. Levels between two steps belong to the earlier one.
+    step = int((levels >= 0.9999 * sigma).sum()) - 1
+    return features.call((uuids, x.shape), sigma, step in config.reusing(len(levels) - 1))
 
 
 def _alone(run: Run, executor: Any, options: Mapping[str, Any]) -> bool:

@@ -10,13 +10,16 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import comfy.sd
 import torch
 
 from ...errors import ConceptSplitError
-from ...text.binding import Binding, BoundPrompt, bind
+from ...method.similarities import corrected
+from ...settings import CorrectionConfig
+from ...text.binding import Binding, BoundPrompt, bind_stages
 from ...text.concepts import Concept, shown
 from ...text.layout import SpecialTokens, TextLayout, layout_of
 from .model import KEY
@@ -33,12 +36,14 @@ class BoundText:
 
     rows: how many rows the text has, so that rows which others put behind it are noticed.
     known: the other texts of the same encoder that are in use, by which those rows may be recognised.
+    clip: whether its rows are those of CLIP models alone.
     """
 
     text: str
     bindings: tuple[Binding, ...]
     rows: int = 0
     known: BoundTexts | None = field(default=None, compare=False, repr=False)
+    clip: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,29 @@ class TextLora:
 
 
 class BoundChunks(list):
-    """Token chunks of one encoder that remember their prompt; a list, because hosts append to it in place."""
+    """Token chunks of one encoder that remember their prompt; a list, because hosts append to it in place.
+
+    later: the chunks for later stages of the schedule, by the share of it at which they begin.
+    """
 
     prompt: BoundPrompt | None = None
+    later: Mapping[float, BoundChunks] = MappingProxyType({})
+
+    def at(self, start: float) -> BoundChunks:
+        """A copy of what stands at this share of the schedule, without later stages."""
+        begun = [since for since in self.later if since <= start]
+        found = self.later[max(begun)] if begun else self
+        copy = BoundChunks(found)
+        copy.prompt = found.prompt
+        return copy
 
     def extend(self, more: Any) -> None:
         """Chunks of a second prompt bring its bindings along (text nodes with a BREAK join prompts so)."""
+        joined = {}
+        for start in sorted({*self.later, *getattr(more, "later", ())}):
+            joined[start] = self.at(start)
+            joined[start].extend(more.at(start) if isinstance(more, BoundChunks) else more)
+        self.later = joined
         other = more.prompt if isinstance(more, BoundChunks) else None
         if self.prompt is not None and other is not None and other.bindings:
             offset = _length(self)
@@ -99,25 +121,38 @@ class ConceptCLIP(_AnyCLIP):
             tokenizer = _tokenizer(self, part)
             tokenize = functools.partial(_token_ids, stock, part, kwargs)
             vocabulary = getattr(tokenizer, "inv_vocab", {}).values()
-            bound[part] = bind(text, self.conceptsplit_concepts, tokenize, _special_tokens(tokenizer), vocabulary)
-        first = bound[layout.parts[0]]
+            bound[part] = bind_stages(
+                text, self.conceptsplit_concepts, tokenize, _special_tokens(tokenizer), vocabulary
+            )
+        stages = bound[layout.parts[0]]
+        first = stages[0][1]
         if first.bindings:  # a prompt that mentions no concept at all (most negatives) is not worth a warning
             for warning in first.warnings:
                 log.warning("[ConceptSplit] %s", warning)
-        tokens = stock(first.text, return_word_ids, **kwargs)
-        for part, prompt in bound.items():
-            chunks = BoundChunks(tokens[part])
-            if prompt.bindings and any(isinstance(entry[0], dict) for chunk in chunks for entry in chunk):
-                raise ConceptSplitError(
-                    f'Prompt "{shown(text)}" holds a picture, which takes an unknown number of the {layout.name} text '
-                    "encoder's rows: encode a prompt with concepts without pictures."
-                )
-            chunks.prompt = prompt
-            tokens[part] = chunks
-        return tokens
+        staged = [stock(prompt.text, return_word_ids, **kwargs) for _, prompt in stages]
+        for part, prompts in bound.items():
+            made = {}
+            for tokens, (start, prompt) in zip(staged, prompts, strict=True):
+                chunks = BoundChunks(tokens[part])
+                if prompt.bindings and any(isinstance(entry[0], dict) for chunk in chunks for entry in chunk):
+                    raise ConceptSplitError(
+                        f'Prompt "{shown(text)}" holds a picture, which takes an unknown number of the {layout.name} '
+                        "text encoder's rows: encode a prompt with concepts without pictures."
+                    )
+                chunks.prompt = prompt
+                made[start] = chunks
+            staged[0][part] = made.pop(0.0)
+            staged[0][part].later = made
+        return staged[0]
 
     def encode_from_tokens(self, tokens: Any, return_pooled: Any = False, return_dict: bool = False) -> Any:
         carried = carried_by(self, tokens)
+        if _starts(tokens)[1:]:
+            log.warning(
+                '[ConceptSplit] A text node encodes only the first words of "%s": encode a prompt whose words change '
+                "during the run with CLIP Text Encode.",
+                shown(carried.text if carried else ""),
+            )
         out = super().encode_from_tokens(tokens, return_pooled, return_dict)
         if return_dict:
             if carried is not None:
@@ -153,11 +188,19 @@ class ConceptCLIP(_AnyCLIP):
         return encoded
 
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        out = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
-        for entry in out:
-            if KEY not in entry[1]:
-                carried = carried_by(self, tokens)
-                entry[1][KEY] = carried and carried.encoded(self, entry[0])
+        out = []
+        starts = _starts(tokens)
+        for start, end in zip(starts, [*starts[1:], 1.0], strict=True):
+            # At a level that lies exactly between two stages both act, as with the host's own timestep ranges.
+            part = tokens if len(starts) == 1 else _at(tokens, start)
+            for entry in super().encode_from_tokens_scheduled(part, *args, **kwargs):
+                if KEY not in entry[1]:
+                    carried = carried_by(self, part)
+                    entry[1][KEY] = carried and carried.encoded(self, entry[0])
+                if len(starts) > 1:
+                    entry[1]["start_percent"] = max(start, entry[1].get("start_percent", 0.0))
+                    entry[1]["end_percent"] = min(end, entry[1].get("end_percent", 1.0))
+                out.append(entry)
         return out
 
 
@@ -223,7 +266,30 @@ class CarriedText:
         # whatever concepts it knows, has to find them.
         texts = clip.cond_stage_model.__dict__.setdefault(_TEXTS, BoundTexts())
         texts.add(text, bindings)
-        return BoundText(self.text, bindings, text.shape[1], texts)
+        return BoundText(self.text, bindings, text.shape[1], texts, self.layout.clip)
+
+
+def with_correction(conditioning: Sequence[Any], config: CorrectionConfig) -> list[Any]:
+    """The host's CONDITIONING with the rows of its concepts corrected by similarities; the given one stays as it is.
+
+    Raises:
+        ConceptSplitError: a text of another encoder than CLIP.
+    """
+    made: list[Any] = []
+    for text, facts, *rest in conditioning:
+        carried = facts.get(KEY)
+        if isinstance(carried, BoundText) and carried.bindings and config.correction:
+            if not carried.clip:
+                raise ConceptSplitError(
+                    "Correction by similarities is for texts of CLIP (SD1.5, SD2.x, SDXL), and the prompt "
+                    f'"{shown(carried.text)}" comes from another text encoder: leave the correction out.'
+                )
+            rows = [row for one in carried.bindings for row in one.rows]
+            text = corrected(text, rows, config.correction, config.correction_sharpness)
+            if carried.known is not None:
+                carried.known.add(text, carried.bindings)
+        made.append([text, dict(facts), *rest])
+    return made
 
 
 def carried_by(clip: Any, tokens: Any) -> CarriedText | None:
@@ -255,6 +321,17 @@ def carried_by(clip: Any, tokens: Any) -> CarriedText | None:
         bindings += [replace(one, rows=tuple(offset + row for row in one.rows)) for one in first.bindings]
     text = next(iter(prompts.values())).text
     return CarriedText(text, _joined(bindings), layout.length(lengths), layout)
+
+
+def _starts(tokens: Any) -> list[float]:
+    """The shares of the schedule at which stages of these tokens begin, 0 first."""
+    parts = tokens.values() if isinstance(tokens, dict) else ()
+    return sorted({0.0, *(start for one in parts if isinstance(one, BoundChunks) for start in one.later)})
+
+
+def _at(tokens: Mapping[str, Any], start: float) -> dict[str, Any]:
+    """The tokens of the stage that has begun at `start`."""
+    return {part: one.at(start) if isinstance(one, BoundChunks) else one for part, one in tokens.items()}
 
 
 def _joined(bindings: Sequence[Binding]) -> tuple[Binding, ...]:

@@ -28,7 +28,7 @@ def concept_line(concept: Concept, info: AdapterInfo) -> str:
     """Which placeholder stands for which words, and what kind of file it comes from."""
     # Labels say after a comma where a kind acts; for LoRAs the report of their parts says it more exactly.
     label, base = KINDS[info.kind].label.partition(",")[0], BASES.get(info.base, info.base)
-    return f"<{concept.name}> stands for '{concept.class_word}': {label}, rank {info.rank}, for {base}."
+    return f"<{concept.name}> stands for {concept.words}: {label}, rank {info.rank}, for {base}."
 
 
 def adapter_line(name: str) -> str:

@@ -147,6 +147,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
 
     run = _run(guider, patch, tuple(names), encoders)
+    noise = args[0]
+    run.shape = (noise.shape[0], noise.shape[-2], noise.shape[-1])
     run.texts.joined_ambiguously = ambiguous
     for kind, conds in guider.conds.items():
         for cond in conds:

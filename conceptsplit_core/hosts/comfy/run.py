@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...adapters.base import Member, Scope, grouped
 from ...method.loda import LodaTrace
+from ...network.features import EncoderFeatures
 from ...network.hooks import Group, Hooks, KeptChanges
 from ...network.site import NetworkMap
 from ...settings import AUTO, LodaConfig
@@ -164,12 +165,14 @@ class Notes:
         been; bool [n] on the layers' device, read at the end.
     afg_skipped: AFG met a cross-attention that it could not guide.
     unplaced: routed adapters met a call whose place in the picture nobody knows.
+    not_reused: encoder features were to be reused, and cannot be on this model.
     """
 
     found: Tensor | None = None
     wanted: Tensor | None = None
     afg_skipped: bool = False
     unplaced: bool = False
+    not_reused: bool = False
 
     def rows(self, wanted: Tensor, found: Tensor) -> None:
         """Row masks [B, L, n] of a call as the host gave them, and as they were found in a layer's text."""
@@ -209,6 +212,11 @@ class Notes:
                 "[ConceptSplit] AFG had no effect in some calls of the model: another node shows the model windows of "
                 "the picture, or computes attention in a way that AFG cannot guide."
             )
+        if self.not_reused:
+            log.warning(
+                "[ConceptSplit] encoder_reuse had no effect: the model is a transformer, or another node has exchanged "
+                "layers of its way down."
+            )
 
 
 @dataclass(frozen=True)
@@ -241,6 +249,8 @@ class Run:
     reading: set for the length of a pass that reads maps.
     gradient: whether that pass is differentiated.
     planning: adapters are silent while the plan is drawn.
+    shape: (images, height, width) of the latent.
+    features: of the way down, where they are reused; with the UNet they belong to.
     """
 
     patch: Patch
@@ -256,6 +266,8 @@ class Run:
     reading: Any = None
     gradient: bool = False
     planning: bool = False
+    shape: tuple[int, int, int] = (0, 0, 0)
+    features: tuple[Any, EncoderFeatures] | None = None
 
     @cached_property
     def masks(self) -> dict[int, Tensor]:

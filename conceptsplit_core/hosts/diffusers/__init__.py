@@ -14,7 +14,7 @@ from .model import DiffusersModel, family_of
 from .network import call_unet, network_map, patched
 from .pictures import decode_latents, encode_images
 from .sampling import SAMPLERS, SampleResult, noise, sample
-from .text import Conditioning, empty_conditioning, encode_text
+from .text import Conditioning, empty_conditioning, encode_text, with_correction
 from .training import begin, new_adapter, training_data, training_denoiser
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "sample",
     "training_data",
     "training_denoiser",
+    "with_correction",
 ]

@@ -42,6 +42,11 @@ def network_map(model: DiffusersModel) -> NetworkMap:
     return unet_map(paths, len(unet.config.down_block_types), model.family, lambda: model.unet, "This UNet")
 
 
+def encoder_stages(unet: Any) -> list[list[nn.Module]]:
+    """The stages of a UNet's way down and its middle, for `EncoderFeatures`."""
+    return [[stage] for stage in (unet.conv_in, *unet.down_blocks, unet.mid_block) if stage is not None]
+
+
 class _Finished(Exception):
     """Leaves a UNet's forward once every wanted map is known. Never seen outside this module."""
 

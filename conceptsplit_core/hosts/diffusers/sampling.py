@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,13 @@ from ...errors import ConceptSplitError
 from ...method.loda import LodaTrace
 from ...method.regions import region_bias
 from ...method.timeline import Timeline
+from ...network.features import EncoderFeatures
 from ...network.grid import aggregate, choose_layers, level_sizes
 from ...network.hooks import KeptChanges, Scope
 from ...settings import LodaConfig
 from ...text.binding import row_mask
 from .model import DiffusersModel
-from .network import Patch, call_unet, patched
+from .network import Patch, call_unet, encoder_stages, patched
 from .pictures import decode_latents
 from .text import Conditioning, _tile, empty_conditioning
 
@@ -96,11 +98,21 @@ def _batch(model: DiffusersModel, positive: Sequence[Conditioning], names: Seque
     )
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What the UNet is told from a share `start` of the schedule on: the conditional rows, and these with the
+    unconditional ones before them, or None without guidance."""
+
+    start: float
+    batch: _Batch
+    guided: _Batch | None
+
+
 class _Drawing:
     """The passes of one run of `sample`, on a patched model.
 
     Args:
-        batch: the conditional rows. guided: with the unconditional rows before them, or None without guidance.
+        stages: by their start; the first begins at 0.
         size: (height, width) in pixels.
 
     Attributes:
@@ -112,8 +124,7 @@ class _Drawing:
         self,
         model: DiffusersModel,
         patch: Patch,
-        batch: _Batch,
-        guided: _Batch | None,
+        stages: Sequence[_Stage],
         guidance: float,
         sampler: str,
         steps: int,
@@ -122,8 +133,8 @@ class _Drawing:
     ):
         self.model = model
         self.patch = patch
-        self.batch = batch
-        self.guided = guided
+        self.stages = stages
+        self.stage = stages[0]
         self.guidance = guidance
         self.sampler = sampler
         self.steps = steps
@@ -134,7 +145,23 @@ class _Drawing:
         self.factor, self.layers = choose_layers(factors, config.map_downscale, config.map_part)
         self.planning = False
         self.areas: Tensor | None = None
+        self.reusing = config.reusing(steps)
+        self.features = EncoderFeatures(encoder_stages(model.unet))
         self.restart()
+
+    @property
+    def batch(self) -> _Batch:
+        return self.stage.batch
+
+    @property
+    def guided(self) -> _Batch | None:
+        return self.stage.guided
+
+    def _enter(self, index: int) -> None:
+        """Takes the words of a step."""
+        stage = next(one for one in reversed(self.stages) if one.start <= index / self.steps + 1e-9)
+        if stage is not self.stage:
+            self.stage, self.patch.bias = stage, {}
 
     def restart(self) -> None:
         """Begins the schedule again."""
@@ -154,6 +181,7 @@ class _Drawing:
     def maps(self, x: Tensor, step: int, sigma: float) -> Tensor:
         """Maps [B, n, h, w] of x₀ + σ·ε at a step, of the conditional branch alone; leaves the UNet at the last layer
         that is needed."""
+        self._enter(step)
         self._publish(self.batch)
         bias, self.patch.bias = self.patch.bias, {}
         try:
@@ -176,15 +204,25 @@ class _Drawing:
             areas = areas.repeat(count // areas.shape[0], 1, 1, 1)
         self.patch.publish(None if self.planning else batch.mask, areas, self.latent)
 
+    def _features(self, index: int) -> AbstractContextManager[None]:
+        """Keeps or takes the features of the way down in a step; nothing without the option."""
+        if self.planning or not self.reusing:
+            return nullcontext()
+        return self.features.call(None, index, index in self.reusing)
+
     @torch.no_grad()
     def step(self, x: Tensor, index: int) -> Tensor:
         """The latent after one step of the sampler."""
         t = self.scheduler.timesteps[index]
         scaled = self.scheduler.scale_model_input(x, t)
+        self._enter(index)
         batch = self.guided or self.batch
         self._publish(batch)
         inputs = torch.cat([scaled, scaled]) if self.guided is not None else scaled
-        with self.patch.suppressing(batch.mask, self.config.suppression, self.latent):
+        with (
+            self.patch.suppressing(batch.mask, self.config.suppression, self.latent),
+            self._features(index),
+        ):
             out = call_unet(self.model, inputs, t, batch.context, batch.pooled, self.size)
         if self.guided is not None:
             base, bound = out.chunk(2)
@@ -200,6 +238,7 @@ class _Drawing:
     def guide(self, timeline: Timeline, index: int) -> None:
         """Puts into force what the timeline knows for a step: where routed adapters act, and AFG."""
         self.areas = timeline.areas
+        self._enter(index)
         if timeline.afg is None or not timeline.afg_acts(index):
             self.patch.bias = {}
         elif not self.patch.bias:
@@ -264,20 +303,28 @@ def sample(
     notes = list(dict.fromkeys(note for cond in positive for note in cond.warnings))
 
     neg = empty_conditioning(model, positive[0], negative) if isinstance(negative, str) else negative
-    rows = [c.context.shape[1] for c in positive] + ([neg.context.shape[1]] if guidance != 1.0 else [])
-    batch = _batch(model, positive, names, math.lcm(*rows))
-    guided = batch.guided(neg, names, len(seeds)) if guidance != 1.0 else None
-    several = int((batch.mask.amax(dim=1) > 0).sum(dim=1).max()) >= 2
+    starts = sorted({0.0, *(start for cond in positive for start, _ in cond.later)})
+    prompts = [[cond.at(start) for cond in positive] for start in starts]
+    rows = [c.context.shape[1] for found in prompts for c in found]
+    length = math.lcm(*rows, *([neg.context.shape[1]] if guidance != 1.0 else []))
+    batches = [_batch(model, found, names, length) for found in prompts]
+    stages = [
+        _Stage(start, batch, batch.guided(neg, names, len(seeds)) if guidance != 1.0 else None)
+        for start, batch in zip(starts, batches, strict=True)
+    ]
+    several = int((batches[0].mask.amax(dim=1) > 0).sum(dim=1).max()) >= 2
+    config = (loda or LodaConfig()).for_schedule(steps)
     if loda is not None and not several:
-        notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
+        if loda.acts:
+            notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
+        config = LodaConfig(encoder_reuse=loda.encoder_reuse).for_schedule(steps)
         loda = None
 
     loaded = [adapters.get(name, (None, 0.0)) for name in names]
     acts_in = [(scopes or {}).get(name) for name in names]
-    config = (loda or LodaConfig()).for_schedule(steps)
     given = {names.index(name): mask for name, mask in (masks or {}).items()}
     with patched(model, loaded, acts_in, KeptChanges()) as patch:
-        drawing = _Drawing(model, patch, batch, guided, guidance, sampler, steps, (height, width), config)
+        drawing = _Drawing(model, patch, stages, guidance, sampler, steps, (height, width), config)
         routed = any(group.scope == "region" for group in patch.groups)
         if loda is None and routed and (given or several):
             loda = LodaConfig(loda_steps=0, afg=False)

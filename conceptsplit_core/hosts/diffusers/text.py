@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...errors import ConceptSplitError
-from ...text.binding import Binding, bind
+from ...method.similarities import corrected
+from ...settings import CorrectionConfig
+from ...text.binding import Binding, bind_stages
 from ...text.concepts import Concept, placeholders
 from ...text.layout import SpecialTokens
 from .model import DiffusersModel, TextEncoder
@@ -20,6 +22,7 @@ class Conditioning:
     """One encoded prompt with its bindings.
 
     context: [1, L, d], L a multiple of the encoder's 77 rows; pooled: [1, p] for SDXL, else None.
+    later: what takes its place in later stages of the schedule, each with the share of it at which it does.
     """
 
     text: str
@@ -27,6 +30,11 @@ class Conditioning:
     pooled: Tensor | None = None
     bindings: tuple[Binding, ...] = ()
     warnings: tuple[str, ...] = ()
+    later: tuple[tuple[float, Conditioning], ...] = ()
+
+    def at(self, start: float) -> Conditioning:
+        """What stands at this share of the schedule."""
+        return [self, *(one for since, one in self.later if since <= start)][-1]
 
 
 def _chunks(encoder: TextEncoder, text: str) -> list[list[int]]:
@@ -53,7 +61,8 @@ def _encode(encoder: TextEncoder, text: str) -> tuple[Tensor, Tensor | None]:
 
 
 def encode_text(model: DiffusersModel, text: str, concepts: Sequence[Concept] = ()) -> Conditioning:
-    """Encodes a prompt and finds the rows each concept owns.
+    """Encodes a prompt, once for each stage of the schedule that has words of its own, and finds the rows each concept
+    owns.
 
     Weights such as ``(word:1.2)`` are plain text here. Prompts longer than 75 tokens are encoded in chunks, as
     ComfyUI does.
@@ -61,13 +70,27 @@ def encode_text(model: DiffusersModel, text: str, concepts: Sequence[Concept] = 
     first = model.encoders[0]
     tokenizer = first.tokenizer
     special = SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    bound = bind(text, concepts, lambda part: _chunks(first, part), special, tokenizer.get_added_vocab())
-    contexts, pooled = [], None
-    for encoder in model.encoders:
-        rows, pool = _encode(encoder, bound.text)
-        contexts.append(rows)
-        pooled = pool if pool is not None else pooled
-    return Conditioning(bound.text, torch.cat(contexts, dim=-1), pooled, bound.bindings, bound.warnings)
+    stages = bind_stages(text, concepts, lambda part: _chunks(first, part), special, tokenizer.get_added_vocab())
+    made = []
+    for start, bound in stages:
+        contexts, pooled = [], None
+        for encoder in model.encoders:
+            rows, pool = _encode(encoder, bound.text)
+            contexts.append(rows)
+            pooled = pool if pool is not None else pooled
+        cond = Conditioning(bound.text, torch.cat(contexts, dim=-1), pooled, bound.bindings, bound.warnings)
+        made.append((start, cond))
+    return replace(made[0][1], later=tuple(made[1:]))
+
+
+def with_correction(cond: Conditioning, config: CorrectionConfig) -> Conditioning:
+    """The prompt, its later stages included, with the rows of its concepts corrected by similarities."""
+    rows = [row for one in cond.bindings for row in one.rows]
+    if not rows or not config.correction:
+        return cond
+    context = corrected(cond.context, rows, config.correction, config.correction_sharpness)
+    later = tuple((start, with_correction(one, config)) for start, one in cond.later)
+    return replace(cond, context=context, later=later)
 
 
 def empty_conditioning(model: DiffusersModel, like: Conditioning, text: str = "") -> Conditioning:

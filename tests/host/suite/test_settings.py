@@ -35,6 +35,7 @@ LODA_RARE = {
     "afg_rule": "by_place",
     "area_rule": "top",
     "suppression": 0.6875,
+    "encoder_reuse": 0.1875,
 }
 LOADER = {"concept_name": "fido", "strength": 0.625, "class_word": "cat", "start_percent": 0.25, "end_percent": 0.75}
 TRAIN_BASIC = {
@@ -82,6 +83,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "ConceptSplitRegion": {"concept_name": "fido"},
     "ConceptSplitMasks": {"concept_name": "fido", "kind": "soft"},
+    "ConceptSplitCorrectWords": {"correction": 0.375, "correction_sharpness": 5.0},
     "ConceptSplitSampler": {},
     "ConceptSplitPreview": {},
 }  # fmt: skip
