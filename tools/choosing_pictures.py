@@ -123,7 +123,7 @@ def random_sd15(seed: int = 0) -> host.DiffusersModel:
     )
 
 
-def losses(model: host.DiffusersModel, folder: Path, size: tuple[int, int], **settings: int) -> list[float]:
+def losses(model: host.DiffusersModel, folder: Path, size: tuple[int, int], **settings: Any) -> list[float]:
     """The losses of a training on the folder with its masks."""
     files = picture_folder(folder).pictures
     masks = torch.from_numpy(read_masks(mask_files(folder, files), files, size))

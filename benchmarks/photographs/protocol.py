@@ -68,9 +68,9 @@ class Arm:
 ARMS = {
     "plain": Arm("plain words", None),
     "lora_merged": Arm("LoRAs, merged", "lora", "everywhere"),
-    "lora_routed": Arm("LoRAs, routed, LODA and AFG", "lora", loda=True),
+    "lora_routed": Arm("LoRAs, routed, LODA, AFG", "lora", loda=True),
     "value": Arm("value adapters", "value"),
-    "value_loda": Arm("value adapters, LODA and AFG (default)", "value", loda=True),
+    "value_loda": Arm("value adapters, LODA, AFG", "value", loda=True),
 }
 
 
