@@ -66,8 +66,10 @@ def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360), titl
         draw.text((left, height // 2), "no steps yet", fill=SOFT, font=_font(14))
         return np.asarray(picture)
     window = max(1, min(values.size // 10, 50))
-    padded = np.concatenate([np.full(window - 1, values[0]), values])
-    mean = np.convolve(padded, np.ones(window) / window, mode="valid")
+    # Of as many steps as there are at first: one step's loss alone would make the line begin anywhere.
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, values.size + 1)
+    mean = (total[ends] - total[np.maximum(ends - window, 0)]) / np.minimum(ends, window)
     low, high = float(values.min()), float(np.quantile(values, 0.98))
     high = high if high > low else low + max(abs(low), 1e-6) * 0.1
 

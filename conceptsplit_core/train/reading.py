@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ VOID = 255  # the palette index that datasets give to a label's border
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture file as 8-bit RGB, upright, transparent parts on white.
+    """A picture file as 8-bit RGB in sRGB's colours, upright, transparent parts on white.
 
     Raises:
         ConceptSplitError: not readable, naming the file.
@@ -26,11 +27,12 @@ def open_picture(path: Path) -> Image.Image:
     picture = _open(path)
     if _is_deep(picture):
         return Image.fromarray(_shares(picture, path.name, 255)).convert("RGB")
+    profile = picture.info.get("icc_profile")
     if _has_alpha(picture):
-        picture = _on(picture, _WHITE)
+        picture = _on(picture, _WHITE).convert("RGB")
     if picture.mode == "LAB":
         return _from_lab(picture)
-    return picture.convert("RGB")
+    return _in_srgb(picture, profile) if profile else picture.convert("RGB")
 
 
 def open_mask(path: Path) -> Image.Image:
@@ -108,6 +110,20 @@ def _on(picture: Image.Image, ground: tuple[int, int, int, int]) -> Image.Image:
     """A picture with alpha on one colour."""
     picture = _rgba(picture)
     return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+
+
+def _in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """RGB by the colour profile in the file: phones photograph in Display P3, and a model knows sRGB."""
+    from PIL import ImageCms
+
+    if picture.mode in ("P", "1"):
+        picture = picture.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        found = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ImportError):  # damaged, of another kind, or a Pillow without littlecms
+        found = None
+    return found or picture.convert("RGB")
 
 
 def _from_lab(picture: Image.Image) -> Image.Image:

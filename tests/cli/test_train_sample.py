@@ -213,7 +213,8 @@ def test_case_9_training_twice_inside_the_picture_folder(call, cat_folder, model
     assert "1 mask (used with --masks), 1 ConceptSplit picture, 1 other file." in err
 
 
-def test_case_10_what_is_not_used_is_said_in_one_line(call, tmp_path, cat_folder, model_folder):
+def test_case_10_what_is_not_used_is_said_in_one_line(call, tmp_path, cat_folder, model_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for name in ("a.heic", "b.heic", "0.txt"):
         (cat_folder / name).write_bytes(b"x")
     (cat_folder / "._0.jpg").write_bytes(b"case 11: a fork that macOS leaves")

@@ -23,6 +23,16 @@ def test_loss_curve_shows_falling_losses_lower_at_the_end():
     assert left < right, "rows count downwards"
 
 
+def test_the_running_mean_begins_with_the_steps_there_are():
+    """The first loss of 500 is 0.1, all others 0.9: after 25 steps their mean is 0.868, near the top."""
+    picture = loss_curve([0.1] + [0.9] * 499).astype(int)
+    blue = (picture[..., 2] - picture[..., 0] > 60) & (picture[..., 1] > 80)
+    column = 62 + round((640 - 16 - 62) * 24 / 499)
+    rows = blue[:, column].nonzero()[0]
+    height = (326 - rows.mean()) / (326 - 34)
+    assert abs(height - (0.868 - 0.1) / 0.8) < 0.03
+
+
 @pytest.mark.parametrize("losses", [[], [1.0], [0.5, 0.5], [float("nan"), 1.0, float("inf")], [0.0] * 5])
 def test_loss_curve_of_odd_inputs(losses):
     assert loss_curve(losses).shape == (360, 640, 3)
