@@ -1,8 +1,9 @@
 """Changes the code in one place at a time and looks whether a test notices.
 
 python -m pip install mutmut coverage
-python -m tools.mutate method text            rooms or files of conceptsplit_core
-python -m tools.mutate --limit 100 adapters   that many of the changes, evenly spread
+python -m tools.mutate method text                     rooms or files of conceptsplit_core
+python -m tools.mutate --limit 100 --seed 7 adapters   that many of the changes, drawn at random
+python -m tools.mutate --table                         the scores of the last runs, for docs/robustness/mutation.md
 
 The changes are mutmut's (`mutmut.mutation.mutators`), and three of ours: a keyword argument goes, a call whose value
 nobody uses goes, a condition is negated. mutmut's own runner leaves decorated functions out, which here are all that a
@@ -10,14 +11,18 @@ registry holds. The words of errors, warnings and docstrings are not changed.
 
 A change is tried with the tests that run its line, the quickest first; one that runs when a module is imported with
 all that run a line of its file. Each try is a fork of this process, which has torch loaded already. Results are in
-docs/robustness/mutants: a line per room in score.json, and every change that no test noticed.
+docs/robustness/mutants: an entry per room in score.json, and every change that no test noticed in a list per room.
+Changes after which the code does the same are listed in equivalent.txt, each with its reason; they are not tried.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +40,7 @@ from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, o
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "robustness" / "mutants"
+SCORE = RESULTS / "score.json"
 HOST = "tests/diffusers_host"
 TESTS: dict[str, list[str]] = {
     "method": ["tests/core", f"{HOST}/test_registered.py"],
@@ -60,6 +66,11 @@ class Mutant:
     after: str
     text: str
     imported: bool
+
+    @property
+    def name(self) -> str:
+        """How lists call it: the line's number is not part of it, because it changes with every other edit."""
+        return f"{self.file}\n- {self.before}\n+ {self.after}"
 
 
 class _Finder(cst.CSTVisitor):
@@ -90,18 +101,20 @@ def _deeper(node: cst.CSTNode) -> int:
     return -1 if isinstance(node, cst.Decorator | cst.Parameters) else 0
 
 
-_WORDS = ("ConceptSplitError", "TypeVar", "dataclass", "len", "isinstance")
+_WORDS = ("ConceptSplitError", "TypeVar", "dataclass", "len", "isinstance", "logging.getLogger")
 
 
 def _is_words(node: cst.CSTNode) -> bool:
-    """Docstrings, calls that only speak to the user, and what only a type checker reads."""
+    """Docstrings, calls that only speak to the user, and what only a type checker or an import of everything reads."""
     if isinstance(node, cst.If) and isinstance(node.test, cst.Name) and node.test.value == "TYPE_CHECKING":
         return True
     if isinstance(node, cst.Expr) and isinstance(node.value, cst.SimpleString | cst.ConcatenatedString):
         return True
+    if isinstance(node, cst.Assign) and isinstance(name := node.targets[0].target, cst.Name) and name.value == "__all__":
+        return True
     spoken = isinstance(node, cst.Call) and isinstance(node.func, cst.Name | cst.Attribute)
-    name = cst.Module([]).code_for_node(node.func) if spoken else ""
-    return name.startswith(("log.", "warnings.")) or name in _WORDS
+    called = cst.Module([]).code_for_node(node.func) if spoken else ""
+    return called.startswith(("log.", "warnings.")) or called in _WORDS
 
 
 def _changes(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
@@ -236,9 +249,14 @@ def _tests(mutant: Mutant, lines: dict[str, dict[str, list[str]]], seconds: dict
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rooms", nargs="+", help="folders or files of conceptsplit_core")
-    parser.add_argument("--limit", type=int, default=0, help="at most this many changes, evenly spread; 0: all")
+    parser.add_argument("rooms", nargs="*", help="folders or files of conceptsplit_core")
+    parser.add_argument("--limit", type=int, default=0, help="at most this many changes, drawn at random; 0: all")
+    parser.add_argument("--seed", type=int, default=1, help="of the draw")
+    parser.add_argument("--table", action="store_true", help="print the scores of the last runs, and stop")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return 0
     tree = Path(tempfile.mkdtemp(prefix="conceptsplit-mutants-"))
     try:
         _prepared(tree)
@@ -250,34 +268,32 @@ def main() -> int:
         known = json.loads(record.read_text(encoding="utf-8"))
         print(f"{len(known['seconds'])} tests, {sum(known['seconds'].values()):.0f} s", flush=True)
         for room in arguments.rooms:
-            _room(room, tree, known, arguments.limit)
+            _room(room, tree, known, arguments.limit, arguments.seed)
     finally:
         shutil.rmtree(tree, ignore_errors=True)
     return 0
 
 
-def _room(room: str, tree: Path, known: dict[str, Any], limit: int) -> None:
+def _room(room: str, tree: Path, known: dict[str, Any], limit: int, seed: int) -> None:
     place = ROOT / "conceptsplit_core" / room
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
     made = [mutant for file in files for mutant in mutants(str(file.relative_to(ROOT)))]
     all_made = len(made)
     if limit and limit < all_made:
-        made = [made[i * all_made // limit] for i in range(limit)]
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        names = _tests(Mutant(str(file.relative_to(ROOT)), 1, 1, "", "", text, True), known["lines"], known["seconds"])
-        if names and _in_child(lambda names=names: _pytest(tree, ["-x", *names]), 900) != 0:
-            raise SystemExit(f"{file.name}: its tests fail without a change, so that they say nothing.")
+        made = [made[i] for i in sorted(random.Random(seed).sample(range(all_made), limit))]
+    names = sorted({name for mutant in made for name in _tests(mutant, known["lines"], known["seconds"])})
+    if names and _in_child(lambda: _pytest(tree, ["-x", *names]), 900) != 0:
+        raise SystemExit(f"{room}: its tests fail without a change, so that they say nothing.")
     unseen: list[Mutant] = []
-    started = time.monotonic()
+    same, started = equivalent(), time.monotonic()
     for number, mutant in enumerate(made, 1):
         names = _tests(mutant, known["lines"], known["seconds"])
-        if not names:
+        if mutant.name in same:
             unseen.append(mutant)
             continue
         usual = sum(known["seconds"][name.removeprefix("tests/")] for name in names)
         (tree / mutant.file).write_text(mutant.text, encoding="utf-8")
-        status = _in_child(lambda names=names: _pytest(tree, ["-x", *names]), 30 + 5 * usual)
+        status = _in_child(lambda names=names: _pytest(tree, ["-x", *names]), 30 + 5 * usual) if names else 0
         shutil.copyfile(ROOT / mutant.file, tree / mutant.file)
         if status == 0:
             unseen.append(mutant)
@@ -285,25 +301,69 @@ def _room(room: str, tree: Path, known: dict[str, Any], limit: int) -> None:
         if number % 25 == 0:
             rate = (time.monotonic() - started) / number
             print(f"{room}: {number} of {len(made)}, {len(unseen)} unseen, {rate:.1f} s each", flush=True)
-    _write(room, made, all_made, unseen, time.monotonic() - started)
-
-
-def _write(room: str, made: list[Mutant], all_made: int, unseen: list[Mutant], seconds: float) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    score = RESULTS / "score.json"
-    known = json.loads(score.read_text(encoding="utf-8")) if score.exists() else {}
+    score = json.loads(SCORE.read_text(encoding="utf-8")) if SCORE.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    known[room] = {
+    score[room] = {
         "possible": all_made,
         "tried": len(made),
-        "seen": len(made) - len(unseen),
-        "minutes": round(seconds / 60),
+        "seed": seed if len(made) < all_made else None,
+        "minutes": round((time.monotonic() - started) / 60),
         "commit": commit.strip(),
     }
-    score.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    text = "".join(f"{m.file}:{m.first}\n- {m.before}\n+ {m.after}\n\n" for m in unseen)
-    (RESULTS / f"{room.replace('/', '-').removesuffix('.py')}.txt").write_text(text, encoding="utf-8")
+    SCORE.write_text(json.dumps(score, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    text = "".join(f"{m.name.replace(m.file, f'{m.file}:{m.first}', 1)}\n\n" for m in unseen)
+    _list(room).write_text(text, encoding="utf-8")
     print(f"{room}: {len(made) - len(unseen)} of {len(made)} seen", flush=True)
+
+
+def _list(room: str) -> Path:
+    return RESULTS / f"{room.replace('/', '-').removesuffix('.py')}.txt"
+
+
+def _blocks(path: Path) -> list[str]:
+    """The entries of a list: place, line before and line after, and in equivalent.txt the reason."""
+    return [block for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
+
+
+def equivalent() -> set[str]:
+    """Names of the changes after which the code does the same."""
+    path = RESULTS / "equivalent.txt"
+    found = _blocks(path) if path.exists() else []
+    for block in found:
+        if len(block.strip().splitlines()) != 4:
+            raise SystemExit(f"{path.name}: an entry is a file, the two lines and '= reason', not\n{block}")
+    return {"\n".join(block.strip().splitlines()[:3]) for block in found}
+
+
+def interval(seen: int, tried: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, p = 1.96, seen / tried
+    centre, half = p + z * z / (2 * tried), z * math.sqrt(p * (1 - p) / tried + z * z / (4 * tried * tried))
+    return (centre - half) / (1 + z * z / tried), (centre + half) / (1 + z * z / tried)
+
+
+def table() -> str:
+    """A line per room: what was tried, seen, equivalent, and the share seen of those that change behaviour."""
+    rows = [
+        "| room | possible | tried | seed | equivalent | seen | share | 95 % interval |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    same, all_seen, all_tried = equivalent(), 0, 0
+    for room, run in json.loads(SCORE.read_text(encoding="utf-8")).items():
+        unseen = [re.sub(r":\d+\n", "\n", block.strip(), count=1) for block in _blocks(_list(room))]
+        equal = sum(name in same for name in unseen)
+        tried, seen = run["tried"] - equal, run["tried"] - len(unseen)
+        all_tried, all_seen = all_tried + tried, all_seen + seen
+        low, high = interval(seen, tried)
+        rows.append(
+            f"| `{room}` | {run['possible']} | {run['tried']} | {run['seed'] or 'all'} | {equal} | {seen} | "
+            f"{100 * seen / tried:.0f} % | {100 * low:.0f} to {100 * high:.0f} % |"
+        )
+    low, high = interval(all_seen, all_tried)
+    share = f"{100 * all_seen / all_tried:.0f} % | {100 * low:.0f} to {100 * high:.0f} %"
+    rows.append(f"| all | | | | | {all_seen} of {all_tried} | {share} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

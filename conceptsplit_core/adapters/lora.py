@@ -149,7 +149,7 @@ def lokr_factor(
     if not kernel:
         return Kronecker(w1, w2.flatten(1), scale)
     w2 = w2.reshape(*w2.shape[:2], *kernel) if w2.ndim == 4 else w2[..., None, None]
-    return Whole(torch.kron(w1[..., None, None].float(), w2.float()).to(w2.dtype), scale)
+    return Whole(torch.kron(w1[..., None, None].float(), w2.float().contiguous()).to(w2.dtype), scale)
 
 
 def _rebuilt(b: Tensor, a: Tensor, core: Tensor | None) -> Tensor:
@@ -163,7 +163,8 @@ def _rebuilt(b: Tensor, a: Tensor, core: Tensor | None) -> Tensor:
 class LoraReport:
     """What becomes of a file's parts, for the node and the terminal.
 
-    by_rows, by_region: how many modules are routed to the concept's text rows, and to its pixels.
+    by_rows, by_region: how many modules are routed to the concept's text rows, and to its pixels; a module that reads
+        both counts twice.
     text_encoder: how many modules of the text encoder it changes.
     left_out: what has no tokens or no place in this model, and what has no additive form, with the number of each.
     """
@@ -193,8 +194,8 @@ def routed(factors: Mapping[str, Pair | Factor], network: NetworkMap, report: Lo
         elif site.reads == "time":
             report.left_out["that read neither text nor pixels"] += 1
         else:
-            report.by_rows += site.reads == "text"
-            report.by_region += site.reads == "image"
+            report.by_rows += site.reads != "image"
+            report.by_region += site.reads != "text"
             kept[name] = factor
     return kept
 
@@ -266,7 +267,7 @@ def peft_alpha(facts: Mapping[str, Any], module: str, rank: int) -> float | None
 
 _PEFT = re.compile(
     r"(?P<wrapped>base_model\.model\.)?(?:(?P<part>unet|text_encoder(?:_2)?)\.)?(?:base_model\.model\.)?(?P<module>.+)"
-    r"\.(?P<side>lora_[AB])(?:\.\w+)?\.weight"
+    r"\.(?:(?P<side>lora_[AB])(?:\.\w+)?\.weight|lora_magnitude_vector(?:\.\w+)*)"
 )
 
 
@@ -274,7 +275,7 @@ def peft_state(
     state: Mapping[str, Tensor], metadata: Mapping[str, Any], config: Mapping[str, Any] | None, name: str
 ) -> dict[str, Tensor]:
     """The tensors of a file for a reader that knows neither PEFT's settings nor its wrapping: α as a tensor per module,
-    `base_model.model.` and the adapter's name gone from the names."""
+    `base_model.model.` and the adapter's name gone from the names, the magnitudes of DoRA under kohya's name."""
     found: dict[str, Tensor] = {}
     facts = cache(lambda part: peft_facts(metadata, config, name, part))
     for key, tensor in state.items():
@@ -284,6 +285,9 @@ def peft_state(
             continue
         part = match["part"] or ("unet" if match["wrapped"] else "")
         module = f"{part}.{match['module']}".removeprefix(".")
+        if match["side"] is None:
+            found[f"{module}.dora_scale"] = tensor
+            continue
         found[f"{module}.{match['side']}.weight"] = tensor
         alpha = peft_alpha(facts(part or "unet"), match["module"], tensor.shape[0])
         if match["side"] == "lora_A" and alpha is not None and f"{module}.alpha" not in state:

@@ -97,8 +97,12 @@ def read_lora(
     state = peft_state(state, metadata, config_beside(path), path.name)
     network = network_map(model.model)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    # The host knows diffusers' older names alone, with `processor` in them; PEFT writes the plain ones.
-    keys |= {f"unet.{site.name}": f"{DENOISER}{site.path}.weight" for site in network.sites.values()}
+    # The host knows diffusers' older names alone, with `processor` in them; PEFT writes the plain ones, OneTrainer its
+    # prefix before the checkpoint's own, and Musubi Tuner kohya's before those of diffusers' transformers.
+    for site in network.sites.values():
+        keys |= dict.fromkeys((f"unet.{site.name}", f"unet.{site.path}"), f"{DENOISER}{site.path}.weight")
+    parts = {name.removeprefix("transformer."): key for name, key in keys.items() if name.startswith("transformer.")}
+    keys = {f"lora_unet_{name.replace('.', '_')}": key for name, key in parts.items()} | keys
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from . import transformers
 from .conftest import pack
-from .helpers import encode, latent, sample
+from .helpers import encode, latent, sample, sample_loda
 from .test_lora import DOWN, MID, load
 
 ConceptSplitError = pack("conceptsplit_core.errors").ConceptSplitError
@@ -81,3 +82,156 @@ def test_every_picture_of_a_batch_gets_the_lora(sd, write, masks):
     conds, image = (encode(clip, "a <anna> at sea"), encode(clip, "")), latent(96, 64, 3)
     plain, ours = sample(sd.model, *conds, image, steps=1), sample(model, *conds, image, steps=1)
     assert ((ours - plain).flatten(1).abs().amax(dim=1) > 1e-4).all()
+
+
+# --- names of other trainers ----------------------------------------------------------------------------------
+
+
+def test_a_lora_of_onetrainer_in_the_checkpoints_own_names(sd, write):
+    """`unet.middle_block.1...`: diffusers' prefix before the names that a single-file checkpoint has."""
+    network = pack("conceptsplit_core.hosts.comfy.model").network_map(sd.model.model)
+    state, twin = {}, {}
+    for site, (down, up) in parts(sd).items():
+        key = f"unet.{network.sites[site].path}"
+        state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.5)}
+        twin[site] = up @ down * (1.5 / len(down))
+    model, _, info = load(sd, write(state, "onetrainer.safetensors"), "anna", "dog")
+    assert "left out" not in info
+    for site, wanted in twin.items():
+        a, b, scale = factors(model).factor(site, torch.device("cpu"), torch.float32)
+        torch.testing.assert_close(scale * b @ a, wanted)
+
+
+def test_a_dora_of_diffusers_is_left_out_by_name(sd, write):
+    """Its magnitudes are named otherwise than kohya's; without them the same matrices are another change."""
+    state = {}
+    for i, (site, (down, up)) in enumerate(parts(sd).items()):
+        state |= {f"unet.{site}.lora_A.weight": down, f"unet.{site}.lora_B.weight": up}
+        if i:
+            state[f"unet.{site}.lora_magnitude_vector"] = torch.ones(len(up))
+    model, _, info = load(sd, write(state, "dora.safetensors"), "anna", "dog")
+    assert "2 in a form that cannot be routed (DoRA)" in info
+    assert factors(model).sites == SITES[:1]
+
+
+def test_a_file_of_ia3_is_refused(sd, write):
+    state = {}
+    for site, (_, up) in parts(sd).items():
+        key = f"lora_unet_{site.replace('.', '_')}"
+        state |= {f"{key}.weight": torch.ones(len(up)), f"{key}.on_input": torch.tensor(False)}
+    with pytest.raises(ConceptSplitError, match="holds no LoRA for this model"):
+        load(sd, write(state, "ia3.safetensors"), "anna", "dog")
+
+
+def test_a_negative_strength_is_the_loras_opposite(sd, write):
+    state = {}
+    for site, (down, up) in parts(sd).items():
+        state |= {f"unet.{site}.lora_A.weight": down, f"unet.{site}.lora_B.weight": up}
+    name = write(state, "flat.safetensors")
+    opposite = {key: -value if "lora_B" in key else value for key, value in state.items()}
+    mask = torch.zeros(64, 96)  # without a batch, as some mask editors give it
+    mask[:, :40] = 1
+    pictures = []
+    for file, strength, drawn in ((name, -1.0, mask), (write(opposite, "anti.safetensors"), 1.0, mask[None])):
+        model, clip, _ = load(sd, file, "anna", "dog", mask=drawn, strength=strength)
+        pictures.append(sample(model, encode(clip, "a <anna> at sea"), encode(clip, ""), latent(96, 64), steps=1))
+    assert torch.equal(*pictures)
+    plain = sample(sd.model, encode(sd.clip, "a dog at sea"), encode(sd.clip, ""), latent(96, 64), steps=1)
+    assert not torch.equal(pictures[0], plain)
+
+
+def test_a_webui_tag_in_the_prompt_is_text(sd, write):
+    """`<lora:flat2:-1>`: the host reads it as words, and so do we; it binds nothing."""
+    state = {}
+    for site, (down, up) in parts(sd).items():
+        state |= {f"unet.{site}.lora_A.weight": down, f"unet.{site}.lora_B.weight": up}
+    _, clip, _ = load(sd, write(state, "flat.safetensors"), "anna", "dog")
+    ours = encode(clip, "a <anna> at sea <lora:flat2:-1>")
+    stock = encode(sd.clip, "a dog at sea <lora:flat2:-1>")
+    torch.testing.assert_close(ours[0][0], stock[0][0])
+    assert ours[0][1]["conceptsplit"].bindings[0].rows == (2,)
+
+
+# --- transformers ---------------------------------------------------------------------------------------------
+
+
+def read(model, path):
+    return pack("conceptsplit_core.hosts.comfy.lora").read_lora(path, model, None, "anna", "dog")
+
+
+def file(write, base, shapes, sides, seed=1):
+    """A LoRA of rank 3 with these names, d_out and d_in; its ΔW by name."""
+    g, state, dense = torch.Generator().manual_seed(seed), {}, {}
+    for name, (tall, wide) in shapes.items():
+        down, up = torch.randn(3, wide, generator=g), torch.randn(tall, 3, generator=g)
+        state |= {f"{name}.{sides[0]}.weight": down, f"{name}.{sides[1]}.weight": up}
+        dense[name] = up @ down
+    return base / "models" / "loras" / write(state, "names.safetensors"), dense
+
+
+KOHYA, PEFT = ("lora_down", "lora_up"), ("lora_A", "lora_B")
+
+
+@pytest.mark.skipif("z_image" not in transformers.here(), reason="this host has no Z-Image")
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [("lora_unet_layers_{}_attention_{_}", KOHYA), ("diffusion_model.layers.{}.attention.{p}", PEFT)],
+    ids=["Musubi Tuner", "ai-toolkit"],
+)
+def test_a_z_image_lora_with_queries_keys_and_values_apart(write, base, name, sides):
+    """The host has one projection of all three."""
+    model, named = transformers.build("z_image"), {}
+    for layer in (0, 2):
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            key = name.replace("{_}", part.replace(".", "_")).replace("{p}", part).replace("{}", str(layer))
+            named[key] = (256, 256)
+    path, dense = file(write, base, named, sides)
+    found = read(model, path)
+    assert not found.report.left_out and (found.report.by_rows, found.report.by_region) == (8, 8)
+    changes = []
+    for site in found.adapter.sites:
+        a, b, scale = found.adapter.factor(site, torch.device("cpu"), torch.float32)
+        changes.append(scale * b @ a)
+    for wanted in dense.values():
+        assert sum(torch.allclose(change, wanted, atol=1e-5) for change in changes) == 1
+
+
+def test_a_lora_of_one_block_only(write, base):
+    """Trained on part of a model; the modulation beside it reads neither text nor pixels, which is said."""
+    model = transformers.build("flux")
+    block = "transformer.transformer_blocks.1"
+    named = {
+        f"{block}.norm1.linear": (1536, 256),
+        f"{block}.norm1_context.linear": (1536, 256),
+        f"{block}.attn.to_add_out": (256, 256),
+        f"{block}.ff_context.net.2": (256, 1024),
+    }
+    path, dense = file(write, base, named, PEFT)
+    found = read(model, path)
+    assert found.report.sentence() == (
+        "2 layers act at its words; 0 in its region; left out: 2 that read neither text nor pixels"
+    )
+    for site, key in (
+        ("double_blocks.1.txt_attn.proj", "attn.to_add_out"),
+        ("double_blocks.1.txt_mlp.2", "ff_context.net.2"),
+    ):
+        a, b, scale = found.adapter.factor(site, torch.device("cpu"), torch.float32)
+        torch.testing.assert_close(scale * b @ a, dense[f"{block}.{key}"])
+
+
+def test_names_with_a_line_behind_them_are_refused(write, base):
+    """SimpleTuner's conversion of August 2024; the host reads none of it either."""
+    named = {f"lora_unet_single_transformer_blocks_0_attn_{part}_": (256, 256) for part in ("to_q", "to_k", "to_v")}
+    with pytest.raises(ConceptSplitError, match="holds no LoRA for this model .first tensor: 'lora_unet_single_tra"):
+        read(transformers.build("flux"), file(write, base, named, KOHYA)[0])
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_an_empty_latent_of_four_channels(family):
+    """Empty Latent Image before a model of 16 channels: the stock KSampler widens it."""
+    model = transformers.build(family)
+    conds = transformers.prompt({"anna": (3, 4), "bert": (9,)}, 7, family), transformers.prompt({}, 8, family)
+    wanted = sample(model, *conds, latent(96, 64), steps=1, cfg=1.0)
+    out, _ = sample_loda(model, *conds, latent(96, 64), steps=1, cfg=1.0, loda_steps=0, afg=False)
+    assert wanted.shape[1] == 16
+    torch.testing.assert_close(out, wanted)
