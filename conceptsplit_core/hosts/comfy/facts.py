@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aiohttp import web
-from safetensors import safe_open
 
 from ...adapters.base import BASES, KINDS, AdapterInfo
 from ...adapters.lora import trained_words
@@ -19,6 +18,7 @@ from ...method.loda import LodaTrace
 from ...text.concepts import Concept
 from . import files
 from .clip import BoundText
+from .lora import metadata_of
 from .model import KEY
 
 ROUTE = "/conceptsplit/file"
@@ -41,13 +41,7 @@ def adapter_line(name: str) -> str:
 
 def lora_line(name: str) -> str:
     """What the header of a file in models/loras says; which parts of it act where shows when a model is there."""
-    try:
-        with safe_open(str(files.lora_path(name)), "pt") as file:
-            facts = file.metadata() or {}
-    except ConceptSplitError:
-        raise
-    except Exception as error:  # the reader raises anything on a damaged file
-        raise ConceptSplitError(f"{name} cannot be read: it is damaged or no safetensors file.") from error
+    facts = metadata_of(files.lora_path(name))
     words = trained_words(facts)[:3]
     said = " or ".join(f"'{word}'" for word in words)
     first = f"Trained on {said}" if words else "The file does not say which words it was trained on: write them here"

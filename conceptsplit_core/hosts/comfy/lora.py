@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ...adapters.factors import Factor, Whole
@@ -62,12 +63,30 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with torch.inference_mode(False):
             state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:  # the reader raises anything on a damaged file
-        refuse_others(path.read_bytes()[:256] if path.is_file() else b"", path.name)
-        reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
-        raise ConceptSplitError(
-            f"{path.name} cannot be read ({reason}): it is damaged or no safetensors file; download it again."
-        ) from error
+        raise _unreadable(path, error) from error
     return state, metadata or {}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a file's header says besides its tensors, which are not read.
+
+    Raises:
+        ConceptSplitError: not a safetensors file, or damaged.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:  # the reader raises anything on a damaged file
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ConceptSplitError:
+    """The error for a file that its reader could not read; raised at once where the file is known to be another kind."""
+    refuse_others(path.read_bytes()[:256] if path.is_file() else b"", path.name)
+    reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
+    return ConceptSplitError(
+        f"{path.name} cannot be read ({reason}): it is damaged or no safetensors file; download it again."
+    )
 
 
 def concept_of(path: Path, name: str, words: str) -> Concept:
@@ -77,7 +96,7 @@ def concept_of(path: Path, name: str, words: str) -> Concept:
         ConceptSplitError: nobody says which words it was trained on, or the file cannot be read.
     """
     name = name or word_name(path.stem)
-    proposed = trained_words(_opened(path)[1]) if not words.strip() else []
+    proposed = trained_words(metadata_of(path)) if not words.strip() else []
     if not words.strip() and not proposed:
         raise ConceptSplitError(
             f"{path.name} does not say which words it was trained on: write them into words, for instance 'ohwx woman'."
