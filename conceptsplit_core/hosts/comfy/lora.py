@@ -81,7 +81,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def _unreadable(path: Path, error: Exception) -> ConceptSplitError:
-    """The error for a file that its reader could not read; raised at once where the file is known to be another kind."""
+    """The error for a file that could not be read; raised at once where it is known to be another kind."""
     refuse_others(path.read_bytes()[:256] if path.is_file() else b"", path.name)
     reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
     return ConceptSplitError(
