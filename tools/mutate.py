@@ -110,7 +110,11 @@ def _is_words(node: cst.CSTNode) -> bool:
         return True
     if isinstance(node, cst.Expr) and isinstance(node.value, cst.SimpleString | cst.ConcatenatedString):
         return True
-    if isinstance(node, cst.Assign) and isinstance(name := node.targets[0].target, cst.Name) and name.value == "__all__":
+    if (
+        isinstance(node, cst.Assign)
+        and isinstance(name := node.targets[0].target, cst.Name)
+        and name.value == "__all__"
+    ):
         return True
     spoken = isinstance(node, cst.Call) and isinstance(node.func, cst.Name | cst.Attribute)
     called = cst.Module([]).code_for_node(node.func) if spoken else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -142,6 +142,20 @@ def written(text: str, concepts: Sequence[Concept]) -> list[Concept]:
 def placeholders(text: str) -> list[str]:
     """Names written as ``<name>`` or ``<name:weight>`` in `text`, in order, repeats included."""
     return [name for _, name in _written(text)]
+
+
+def without_absent(
+    text: str, concepts: Sequence[Concept], words_of: Callable[[str], str | None]
+) -> tuple[str, dict[str, str]]:
+    """`text` with plain words for the placeholders of concepts that are not loaded, as far as `words_of` knows any for
+    a name; and the names with these words."""
+    known, found = by_name(concepts), {}
+    for match, name in reversed(list(_written(text))):
+        words = None if _named(name, known) else words_of(name)
+        if words:
+            found[name] = words
+            text = text[: match.start()] + words + text[match.end() :]
+    return text, found
 
 
 @dataclass(frozen=True)

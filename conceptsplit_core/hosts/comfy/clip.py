@@ -20,8 +20,9 @@ from ...errors import ConceptSplitError
 from ...method.similarities import corrected
 from ...settings import CorrectionConfig
 from ...text.binding import Binding, BoundPrompt, bind_stages
-from ...text.concepts import Concept, shown
+from ...text.concepts import Concept, shown, without_absent
 from ...text.layout import SpecialTokens, TextLayout, layout_of
+from .files import words_of
 from .model import KEY
 from .texts import BoundTexts
 
@@ -116,6 +117,14 @@ class ConceptCLIP(_AnyCLIP):
         if not isinstance(text, str) or not isinstance(parts := stock("", **kwargs), dict):
             return stock(text, return_word_ids, **kwargs)
         layout = _layout(self, parts)
+        text, absent = without_absent(text, self.conceptsplit_concepts, words_of)
+        for name, words in absent.items():
+            log.warning(
+                "[ConceptSplit] <%s> is not loaded (its loader is bypassed or after this CLIP), so it is read as its "
+                "file's words: %s.",
+                name,
+                words,
+            )
         bound = {}
         for part in layout.parts:
             tokenizer = _tokenizer(self, part)

@@ -18,7 +18,6 @@ from ...method.loda import LodaTrace
 from ...text.concepts import Concept
 from . import files
 from .clip import BoundText
-from .lora import metadata_of
 from .model import KEY
 
 ROUTE = "/conceptsplit/file"
@@ -41,7 +40,7 @@ def adapter_line(name: str) -> str:
 
 def lora_line(name: str) -> str:
     """What the header of a file in models/loras says; which parts of it act where shows when a model is there."""
-    facts = metadata_of(files.lora_path(name))
+    facts = files.metadata_of(files.lora_path(name))
     words = trained_words(facts)[:3]
     said = " or ".join(f"'{word}'" for word in words)
     first = f"Trained on {said}" if words else "The file does not say which words it was trained on: write them here"

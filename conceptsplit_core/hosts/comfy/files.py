@@ -10,10 +10,13 @@ from pathlib import Path
 
 import folder_paths
 import torch
+from safetensors import safe_open
 
 from ...adapters.file import load_adapter, save_trained
+from ...adapters.lora import trained_words
 from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
+from ...files import refuse_others
 
 log = logging.getLogger("ConceptSplit")
 
@@ -108,6 +111,48 @@ def new_path(name: str, routed: bool = False) -> Path:
     if not _inside(path.resolve(), root) or path.is_symlink():
         raise ConceptSplitError(f"The file name {name[:60]!r} leads out of models/{folder}: choose another.")
     return path
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a file's header says besides its tensors, which are not read.
+
+    Raises:
+        ConceptSplitError: not a safetensors file, or damaged.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:  # the reader raises anything on a damaged file
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> ConceptSplitError:
+    """The error for a file that its reader could not read.
+
+    Raises:
+        ConceptSplitError: the file is known to be something else.
+    """
+    refuse_others(path.read_bytes()[:256] if path.is_file() else b"", path.name)
+    reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
+    return ConceptSplitError(
+        f"{path.name} cannot be read ({reason}): it is damaged or no safetensors file; download it again."
+    )
+
+
+def words_of(concept: str) -> str | None:
+    """The words of a concept that no node has loaded, from the header of the one file that is named after it: a value
+    adapter of that concept or name, or a LoRA with that name in its own (`demo_pixa_lora`). None if nothing says."""
+    name, found = concept.casefold(), set()
+    for file in [*adapter_names(), *lora_names()]:
+        stem = Path(file).stem.casefold()
+        if name != stem and name not in re.split(r"[\W_]+", stem):
+            continue
+        try:
+            facts = metadata_of(Path(folder_paths.get_full_path(FOLDER if file in adapter_names() else "loras", file)))
+        except (ConceptSplitError, OSError, TypeError):
+            continue
+        found |= {facts.get("class_word") or next(iter(trained_words(facts)), "")} - {""}
+    return found.pop() if len(found) == 1 else None
 
 
 def load_named(name: str) -> LowRankAdapter:

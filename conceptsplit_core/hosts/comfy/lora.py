@@ -14,7 +14,6 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ...adapters.factors import Factor, Whole
@@ -30,10 +29,10 @@ from ...adapters.lora import (
     trained_words,
 )
 from ...errors import ConceptSplitError
-from ...files import refuse_others
 from ...method.tova import Pair
 from ...network.site import NetworkMap
 from ...text.concepts import Concept, word_name
+from .files import metadata_of, unreadable
 from .model import DENOISER, network_map
 
 log = logging.getLogger("ConceptSplit")
@@ -63,30 +62,8 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with torch.inference_mode(False):
             state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:  # the reader raises anything on a damaged file
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return state, metadata or {}
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    """What a file's header says besides its tensors, which are not read.
-
-    Raises:
-        ConceptSplitError: not a safetensors file, or damaged.
-    """
-    try:
-        with safe_open(str(path), "pt") as file:
-            return file.metadata() or {}
-    except Exception as error:  # the reader raises anything on a damaged file
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ConceptSplitError:
-    """The error for a file that could not be read; raised at once where it is known to be another kind."""
-    refuse_others(path.read_bytes()[:256] if path.is_file() else b"", path.name)
-    reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
-    return ConceptSplitError(
-        f"{path.name} cannot be read ({reason}): it is damaged or no safetensors file; download it again."
-    )
 
 
 def concept_of(path: Path, name: str, words: str) -> Concept:

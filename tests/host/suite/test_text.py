@@ -149,6 +149,30 @@ def test_unknown_placeholder_is_one_sentence(sd):
         encode(mark(sd.clip, "rex:dog"), "a <fido>")
 
 
+def test_a_bypassed_concept_becomes_its_files_words_and_is_said(sd, write, caplog):
+    """Of the one file named after it, in any case; where two disagree or none says, the error stays (case B13)."""
+    errors = pack("conceptsplit_core.errors")
+    state = {"lora_unet_x.lora_down.weight": torch.ones(1, 2)}
+    clip = mark(sd.clip, "rex:dog")
+    for name, words in (("sdxl_Quilla-v2", "ohwx woman"), ("mute", "")):
+        write(state, f"{name}.safetensors", **({"modelspec.trigger_phrase": words} if words else {}))
+    with messages(caplog) as told:
+        ours = encode(clip, "a <rex> and (a <quilla>:1.2), <quilla:0.5>")
+    assert rows(ours) == {"rex": (2,)}
+    assert torch.equal(ours[0][0], encode(sd.clip, "a dog and (a ohwx woman:1.2), ohwx woman")[0][0])
+    assert told == [
+        "[ConceptSplit] <quilla> is not loaded (its loader is bypassed or after this CLIP), so it is read as its "
+        "file's words: ohwx woman."
+    ]
+    with pytest.raises(errors.ConceptSplitError, match="uses <mute>, which no connected loader provides"):
+        encode(clip, "a <mute> and a <rex>")
+    write(state, "quilla.safetensors", **{"modelspec.trigger_phrase": "another word"})
+    with pytest.raises(errors.ConceptSplitError, match="uses <quilla>, which no connected loader provides"):
+        encode(clip, "a <quilla>")
+    (mine,) = run("ConceptSplitMarkWords", clip=clip, words="quilla:cat")
+    assert set(rows(encode(mine, "a <quilla>"))) == {"quilla"}, "a loaded one is itself"
+
+
 def test_warns_once_for_a_concept_the_prompt_leaves_out(sd, caplog):
     clip = mark(sd.clip, "rex:dog, tom:cat")
     with messages(caplog) as told:
