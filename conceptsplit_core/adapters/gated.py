@@ -1,4 +1,4 @@
-"""Key-locked rank-one adapters with a gate: Perfusion (Tewel et al., arXiv 2305.01644), about 28 KB a concept on SD1.5.
+"""Key-locked rank-one adapters with a gate: Perfusion (Tewel et al., arXiv 2305.01644), 31 KB a concept on SD1.5.
 
 Letters: e, a text row [d_ctx]; W, a key or value projection; i*, the concept's encoding, the mean over prompts of its
 class word's; C, the uncentred covariance of text encodings; o*, what the edited W gives for i*.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import REX, TOM, attentions, bound, guided, inputs
+from tiny import REX, TOM, attentions, bound, every_family, guided, inputs
 
 from conceptsplit_core.adapters.base import KINDS
 from conceptsplit_core.adapters.file import load_adapter, save_adapter
@@ -111,6 +111,14 @@ def test_perfusion_begins_as_its_word_and_depends_on_the_captions(load):
     ]  # "dog" is one token
     mean = torch.stack([cond.context[0, cond.bindings[0].rows[0]] for cond in encodings]).mean(dim=0)
     torch.testing.assert_close(one.target[0], mean)
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["perfusion", "infusion", "para"])
+def test_the_papers_kinds_train_on_every_family(load, family, kind):
+    adapter, losses, _ = trained(load(family), kind, steps=2)
+    assert adapter.info.base == family and all(torch.isfinite(torch.tensor(losses)))
+    assert all(tensor.any() for tensor in adapter.parameters())
 
 
 def test_the_gate_of_a_loaded_concept_is_its_own(load):
