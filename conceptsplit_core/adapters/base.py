@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import ConceptSplitError
 from ..method.tova import TokenMask
+from ..network.hooks import Added as Added
 from ..network.hooks import Group, Member, Scope
 from ..network.site import Site
 
 FORMAT_VERSION = 2
 BASES = {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "demo": "the ConceptSplit demo model", "unknown": "unknown"}
-
-# (places, what is added there): tokens [p] with [p, d], or batch rows [b] with [b, T, d] or [b, d, h, w].
-Added = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConceptSplitError
-from ..method.tova import TokenMask
+from ..method.tova import Rows, TokenMask, taken
 from ..network.hooks import Member, Scope
 from ..network.site import Site
 from .base import AdapterInfo, check_family
@@ -171,12 +171,12 @@ class TableKind:
         ]
 
 
-def at_work(mask: TokenMask, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def at_work(mask: TokenMask, tokens: Tensor) -> tuple[Rows, Tensor]:
     """Where an addition goes, as `method.tova.add_at` takes it, and the tokens [p, d] or [b, T, d] there.
 
     Args:
         tokens: [B, T, d], what a layer reads or gives.
     """
     if mask.rows is not None:
-        return mask.rows, tokens.index_select(0, mask.rows)
+        return mask.rows, taken(tokens, mask.rows)
     return mask.places, tokens.flatten(0, 1)[mask.places]
