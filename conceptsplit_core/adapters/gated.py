@@ -1,4 +1,4 @@
-"""Key-locked rank-one adapters with a gate: Perfusion (Tewel et al., arXiv 2305.01644), about 28 KB a concept on SD1.5.
+"""Key-locked rank-one adapters with a gate: Perfusion (Tewel et al., arXiv 2305.01644), 31 KB a concept on SD1.5.
 
 Letters: e, a text row [d_ctx]; W, a key or value projection; i*, the concept's encoding, the mean over prompts of its
 class word's; C, the uncentred covariance of text encodings; o*, what the edited W gives for i*.
@@ -137,7 +137,7 @@ class Gated(TableKind):
     def change(
         self, members: Sequence[Member], site: Site, layer: nn.Module, x: Tensor, out: Tensor, mask: TokenMask
     ) -> Added | None:
-        acting = [one for one in self.acting(members, site, mask) if one[1].moved()]
+        acting = self.acting(members, site, mask)
         if not acting:
             return None
         adapters = [adapter for _, adapter, _ in acting]
@@ -150,8 +150,9 @@ class Gated(TableKind):
         weights = mask.worked[..., [i for i, _, _ in acting]] * targets.new_tensor([s for _, _, s in acting])
         with torch.no_grad():
             sim = e.float() @ directions.t()  # (2), [..., n]
-            # (6): of e in the span of all i*, as a mix of them; for one concept this is sim.
-            within = sim @ torch.linalg.pinv(targets @ directions.t(), rtol=1e-3)
+            within = sim
+            if len(acting) > 1:  # (6): of e in the span of all i*, as a mix of them
+                within = sim @ torch.linalg.pinv(targets @ directions.t(), rtol=1e-3)
             gate = torch.sigmoid((sim - beta) / tau) * weights
             # `forward`, because a call would come back to the hook that we are in.
             own = layer.forward(targets.to(x.dtype)).float()  # W i* [n, d_out]

@@ -1,4 +1,4 @@
-"""Infusion (Zeng et al., arXiv 2404.14007): a residual on the values of the concept's word, 25 KB a concept on SD1.5.
+"""Infusion (Zeng et al., arXiv 2404.14007): a residual on the values of the concept's word, 27 KB a concept on SD1.5.
 
     v = W_v e + r      at the concept's own rows, r [d_v] learned for each value projection (paper, residual embedding)
     k = W_k e          of the class word, so that the attention maps stay the model's own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import REX, TOM, attentions, bound, guided, inputs
+from tiny import REX, TOM, attentions, bound, every_family, guided, inputs
 
 from conceptsplit_core.adapters.base import KINDS
 from conceptsplit_core.adapters.file import load_adapter, save_adapter
@@ -20,18 +20,18 @@ CAPTIONS = ["a cat on a table", "two dogs and a mug", "the bear", "a dark photo 
 every_kind = pytest.mark.parametrize("kind", FILES)
 
 
-def trained(model, kind, steps=6, captions=CAPTIONS, **options):
+def trained(model, kind, steps=6, captions=CAPTIONS, checkpointing=False):
     """A concept after a few steps on three noise pictures, its losses, and what it was before."""
     pictures = torch.rand(3, 3, 128, 128, generator=torch.Generator().manual_seed(9)) * 2 - 1
     data = host.training_data(model, pictures, REX, TEMPLATES)
     config = TrainConfig(
         steps=steps, batch_size=2, learning_rate=1e-2, rank=2, warmup=0, kind=kind,
-        prediction_type=model.prediction_type, **options,
+        prediction_type=model.prediction_type,
     )  # fmt: skip
     adapter = host.new_adapter(model, REX, config.rank, 0.0, 3, kind=config.kind)
     host.begin(model, adapter, data, captions)
     before = adapter.detached()
-    with host.training_denoiser(model, adapter) as denoise:
+    with host.training_denoiser(model, adapter, checkpointing) as denoise:
         result = train(adapter, data, model.alphas_cumprod, denoise, config)
     return result.trained(), result.losses, before
 
@@ -111,6 +111,38 @@ def test_perfusion_begins_as_its_word_and_depends_on_the_captions(load):
     ]  # "dog" is one token
     mean = torch.stack([cond.context[0, cond.bindings[0].rows[0]] for cond in encodings]).mean(dim=0)
     torch.testing.assert_close(one.target[0], mean)
+
+
+papers = pytest.mark.parametrize("kind", ["perfusion", "infusion", "para"])
+
+
+@papers
+def test_computing_activations_again_learns_the_same(load, kind):
+    one, *_ = trained(load(), kind, steps=2)
+    two, *_ = trained(load(), kind, steps=2, checkpointing=True)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@papers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_train_and_draw(load, kind, dtype):
+    model = load(dtype=dtype)
+    adapter, losses, _ = trained(model, kind, steps=2)
+    assert all(torch.isfinite(torch.tensor(losses))) and all(p.dtype == torch.float32 for p in adapter.parameters())
+    cond = [host.encode_text(model, "a photo of a <rex>", [REX])]
+    draw = lambda strength: (
+        host.sample(model, cond, seeds=[1], steps=2, size=(64, 64), adapters={"rex": (adapter, strength)}).latents
+    )
+    assert torch.isfinite(draw(1.0)).all() and not torch.equal(draw(1.0), draw(0.0))
+
+
+@every_family
+@papers
+def test_the_papers_kinds_train_on_every_family(load, family, kind):
+    adapter, losses, _ = trained(load(family), kind, steps=2)
+    assert adapter.info.base == family and all(torch.isfinite(torch.tensor(losses)))
+    assert all(tensor.any() for tensor in adapter.parameters())
 
 
 def test_the_gate_of_a_loaded_concept_is_its_own(load):
