@@ -68,10 +68,12 @@ class LoraAdapter:
         return self._cache[key]
 
     def keep(self, site: str, down: Tensor, up: Tensor) -> None:
-        """Takes equal matrices of a module in the place of its own copies on their device and in their dtype."""
+        """Takes equal matrices of a module in the place of its own on their device and in their dtype."""
         held = self._cache.get(key := (site, down.device, down.dtype))
         if isinstance(held, tuple):
             self._cache[key] = (down, up, held[2])
+            if held[0] is self.factors[site][0]:  # type: ignore[index]
+                self.factors[site] = self._cache[key]
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], base: str = "unknown") -> None:
         """Refuses a LoRA of another model.

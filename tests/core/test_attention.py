@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
+from conceptsplit_core.adapters.lora import LoraAdapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.method.attention import attend, bound_attention
 from conceptsplit_core.method.tova import Product, TokenMask, add_at, low_rank_sum
@@ -271,6 +272,13 @@ def test_stacked_pairs_are_made_once_and_held_once():
         assert change(pair).data_ptr() == first.data_ptr() and first.shape == (5, out.shape[-1])
         held = [adapter.factor(TO_V, out.device, torch.float16) for adapter in adapters[:2]]
         assert {one[1].untyped_storage().data_ptr() for one in held} == {first.untyped_storage().data_ptr()}
+        info = AdapterInfo("x", "dog", 2, 2.0, kind="lora")
+        files = [LoraAdapter(info, {TO_V: (torch.ones(2, 5), torch.ones(8, 2), 1.0)}) for _ in range(2)]
+        mask = TokenMask(torch.ones(3, ROWS, 2), range(3))
+        of_files = tuple(Member(one, 1.0) for one in files)
+        KINDS["lora"].change(of_files, site, nn.Linear(5, 8), torch.ones(3, ROWS, 5), torch.ones(3, ROWS, 8), mask)
+        bases = {tensor.untyped_storage().data_ptr() for one in files for tensor in one.factors[TO_V][:2]}
+        assert len(bases) == 2, "one stack of all A and one of all B, where a file's own matrices would do"
         other = change((*pair, Member(adapters[2], 2.0)))
         assert other.shape[0] == 9 and change(pair).shape[0] == 5
 
