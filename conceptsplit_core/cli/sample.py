@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from .. import __version__, pictures
 from ..adapters.file import load_adapter
+from ..adapters.gated import with_gate
 from ..adapters.lora import trained_words
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import MAX_TAGS_BYTES, read_header
 from ..options import from_values
-from ..settings import CorrectionConfig, LoaderConfig, LodaConfig, seeds
+from ..settings import CorrectionConfig, GateConfig, LoaderConfig, LodaConfig, seeds
 from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
@@ -236,7 +237,10 @@ def run(arguments: argparse.Namespace) -> None:
     model = open_model(arguments)
     from ..hosts import diffusers as host
 
-    loaded: dict[str, tuple[Any, float]] = dict(adapters)
+    gate = from_values(GateConfig, vars(arguments))
+    loaded: dict[str, tuple[Any, float]] = {
+        name: (with_gate(adapter, gate), strength) for name, (adapter, strength) in adapters.items()
+    }
     for concept, path, strength in chosen:
         lora, report = host.read_lora(model, path, concept)
         loaded[concept.name] = (lora, strength)
