@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     sets = protocol.concept_sets(concepts, arguments.together)
     if not arguments.model:
         raise ConceptSplitError("There is no model: give --model, a folder in diffusers format or a checkpoint file.")
-    trained = replace(train_config(arguments), steps=arguments.train_steps)
+    # --steps and --seed are those of the pictures: other pictures of the same adapters need no other training.
+    trained = replace(train_config(arguments), steps=arguments.train_steps, seed=TrainConfig.seed)
     device = choose_device(arguments.device)
     scorer = Scorer(Clip(arguments.clip, device), Dino(arguments.dino, device), concepts)
     model = open_model(arguments)

@@ -215,7 +215,7 @@ def test_the_report_says_what_was_done_and_what_it_does_not_show(done):
     assert all(arm["pictures"] == 4 and arm["seconds"]["mean"] > 0 for arm in data["arms"].values())
     assert set(data["learning"]) == {"rex, lora", "rex, value", "tommy, lora", "tommy, value"}
     taught = data["learning"]["tommy, lora"]
-    assert (taught["steps"], taught["learning_rate"], taught["images"]) == (3, 0.02, 2)
+    assert (taught["steps"], taught["learning_rate"], taught["images"], taught["seed"]) == (3, 0.02, 2, 0)
     assert data["learning"]["rex, value"]["learning_rate"] == 0.05
     said = " ".join(data["cannot_conclude"])
     assert "TA was read by a CLIP ViT of 2 layers, patch 8, 32², the authors' by CLIP ViT-L/14" in said
