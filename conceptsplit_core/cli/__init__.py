@@ -26,38 +26,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        import_module(f".{arguments.command}", __name__).run(arguments)
-    except ConceptSplitError as problem:
-        return _fail(arguments.command, str(problem))
+        code = import_module(f".{arguments.command}", __name__).run(arguments)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return STOPPED
-    except ImportError as problem:
-        return _fail(
-            arguments.command,
-            f"The package '{problem.name or problem}' is missing or does not fit: install the terminal's needs with "
-            '`pip install ".[terminal]"` in the ConceptSplit folder.',
-        )
-    except (OSError, MemoryError) as problem:
-        return _fail(arguments.command, _system_sentence(problem))
-    except RuntimeError as problem:
-        # torch reports a full GPU as a RuntimeError; every other one is a fault of ours and should be seen whole.
-        if "out of memory" not in str(problem).lower() and "can't allocate memory" not in str(problem).lower():
+    except Exception as problem:
+        said = told(problem)
+        if said is None:
             raise
-        return _fail(arguments.command, _system_sentence(MemoryError()))
-    return 0
+        print(f"{arguments.command}: {said}", file=sys.stderr)
+        return 2
+    return code or 0
 
 
-def _fail(command: str, sentence: str) -> int:
-    print(f"{command}: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2
-
-
-def _system_sentence(problem: OSError | MemoryError) -> str:
-    if isinstance(problem, MemoryError):
-        return (
+def told(problem: Exception) -> str | None:
+    """What went wrong in one sentence, where a user can put it right; None for a fault of ours."""
+    if isinstance(problem, ConceptSplitError):
+        said = str(problem)
+    elif isinstance(problem, ImportError):
+        said = (
+            f"The package '{problem.name or problem}' is missing or does not fit: install the terminal's needs with "
+            '`pip install ".[terminal]"` in the ConceptSplit folder.'
+        )
+    elif isinstance(problem, OSError):
+        where = f" ({problem.filename})" if problem.filename else ""
+        said = f"{problem.strerror or problem}{where}."
+    elif isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and _full(str(problem).lower())):
+        said = (
             "There is not enough memory: use a smaller --size, fewer pictures at once, --precision fp16 or "
             "--gradient-checkpointing."
         )
-    where = f" ({problem.filename})" if problem.filename else ""
-    return f"{problem.strerror or problem}{where}."
+    else:
+        return None
+    return " ".join(said.split())
+
+
+def _full(message: str) -> bool:
+    """Whether torch reports a full GPU or a full machine, which it does as a RuntimeError."""
+    return "out of memory" in message or "can't allocate memory" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from .. import __version__
 from ..errors import ConceptSplitError
+from ..files import write_whole
 from ..train.folder import OURS, PROGRAM
 
 if TYPE_CHECKING:
@@ -75,11 +77,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def bar(total: int, what: str) -> Any:
+def bar(total: int, what: str, unit: str = "step") -> Any:
     """A progress bar on stderr."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="step", dynamic_ncols=True, disable=silent())
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=silent())
 
 
 def choose_device(name: str) -> torch.device:
@@ -123,16 +125,19 @@ def to_tensor(pictures: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def write_picture(picture: NDArray[np.uint8], path: Path, facts: dict[str, str] | None = None) -> None:
-    """Writes a PNG with `facts` as text chunks, making its folder; it says that it is ours and no training picture."""
+def encode_picture(picture: NDArray[np.uint8], facts: dict[str, str] | None = None) -> bytes:
+    """A PNG with `facts` as text chunks; it says that it is ours and no training picture."""
     info = PngImagePlugin.PngInfo()
     for key, value in {OURS: f"{PROGRAM} {__version__}", **(facts or {})}.items():
         info.add_itxt(key, value)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path, format="PNG", pnginfo=info)
-    except OSError as problem:
-        raise ConceptSplitError(f"Cannot write {path}: {problem.strerror or problem}.") from None
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def write_picture(picture: NDArray[np.uint8], path: Path, facts: dict[str, str] | None = None) -> None:
+    """Writes `encode_picture`, whole or not at all, making its folder."""
+    write_whole(path, encode_picture(picture, facts))
 
 
 def machine() -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
+from ..errors import ConceptSplitError
 from ..options import Option, defaults, options, shown
 from ..settings import SEEDS, CorrectionConfig, GateConfig, LodaConfig, SampleConfig, TrainConfig
 
@@ -20,6 +21,7 @@ Draw several learned concepts in one picture without mixing them.
 
   train    learn one concept (this dog, that mug) from a few pictures, into a small value adapter file
   sample   draw a prompt with one or more concepts: "a <rex> and a <mug>"
+  render   draw a table: each row a picture, here, on a Ray cluster or on running ComfyUI servers
   inspect  show what is in a value adapter file
   demo     do all of it on the built-in model, in a few minutes on a CPU
 """
@@ -64,6 +66,19 @@ examples:
 <rex> is written as the class word that rex was trained with, and bound to it. Without a placeholder the class word
 itself is bound, the n-th occurrence to the n-th adapter of that class.
 """
+RENDER_END = """\
+examples:
+  Each row of a table with the columns prompt, seed and adapter, for instance:
+    python -m conceptsplit_core render table.csv --model sd15.safetensors --steps 25 --out out/table
+  The same on a Ray cluster, four models at once:
+    python -m conceptsplit_core render table.csv --ray --workers 4
+  A graph of ComfyUI (menu: Export (API)) on two running servers, with columns named after its inputs:
+    python -m conceptsplit_core render table.csv --graph graph.json --server 127.0.0.1:8188 --server 10.0.0.7:8188
+
+A column is an option of `sample` without its dashes; a cell goes before the option given here, an empty cell takes it.
+Several adapters or LoRAs stand in one cell, separated by ;. The same command goes on where the last one ended.
+docs/render.md has a table to try.
+"""
 INSPECT_END = """\
 examples:
   python -m conceptsplit_core inspect rex.safetensors
@@ -86,6 +101,13 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class RowParser(argparse.ArgumentParser):
+    """argparse for one row of a table: a mistake is that row's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConceptSplitError(f"{message.removeprefix('argument --')}.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     def sub(name: str, text: str, end: str) -> Parser:
         made: Parser = commands.add_parser(
@@ -102,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _train(sub("train", "Learn one concept from pictures, into a value adapter file.", TRAIN_END))
     _sample(sub("sample", "Draw a prompt with one or more concepts.", SAMPLE_END))
+    _render(sub("render", "Draw a table: each row a picture.", RENDER_END))
     _inspect(sub("inspect", "Show what is in a value adapter file.", INSPECT_END))
     _demo(sub("demo", "Train two concepts on the built-in model and compose them.", DEMO_END))
     return parser
@@ -280,9 +303,12 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
     _settings(fix, LodaConfig, afg)
 
 
-def _sample(parser: argparse.ArgumentParser) -> None:
+def _drawing(parser: argparse.ArgumentParser, prompt_required: bool) -> None:
+    """What `sample` draws one picture with; in `render` for all rows of a table."""
     what = parser.add_argument_group("what to draw")
-    what.add_argument("--prompt", required=True, metavar="TEXT", help="the picture in words; <rex> is a concept")
+    what.add_argument(
+        "--prompt", required=prompt_required, metavar="TEXT", help="the picture in words; <rex> is a concept"
+    )
     what.add_argument("--negative", default="", metavar="TEXT", help="what it should not be")
     what.add_argument(
         "--adapter",
@@ -322,6 +348,51 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     _settings(gate, GateConfig, options(GateConfig))
     text = parser.add_argument_group("correction by similarities (T2I-Zero): rows of concepts, gathered anew")
     _settings(text, CorrectionConfig, options(CorrectionConfig))
+
+
+def row_parser() -> RowParser:
+    """Reads the cells of one row of `render`, written as options."""
+    parser = RowParser(add_help=False, allow_abbrev=False)
+    _drawing(parser, prompt_required=False)
+    return parser
+
+
+def _render(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="CSV, TSV, JSON lines (.jsonl) or JSON (.json, a list of rows)")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="pictures, contact sheets and report.json; what is whole there is not drawn again (default: out/TABLE)",
+    )
+    where = parser.add_argument_group("where to draw")
+    where.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="on a Ray cluster: that of ADDRESS (or of RAY_ADDRESS), else one that is started on this machine",
+    )
+    where.add_argument(
+        "--workers", type=_count, metavar="N", help="models on the Ray cluster (default: one per GPU, without GPUs one)"
+    )
+    where.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="on a running ComfyUI, may be given several times (with --graph alone: 127.0.0.1:8188)",
+    )
+    where.add_argument(
+        "--graph",
+        metavar="FILE.json",
+        help="what the servers run, from ComfyUI's menu Export (API); columns are then named after inputs: 12.seed, "
+        "KSampler.seed, a node's title or a name that only one node has",
+    )
+    _drawing(parser, prompt_required=False)
+
+
+def _sample(parser: argparse.ArgumentParser) -> None:
+    _drawing(parser, prompt_required=True)
     out = parser.add_argument_group("output")
     out.add_argument(
         "--out",

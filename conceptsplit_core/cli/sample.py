@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
 if TYPE_CHECKING:
+    from ..hosts.diffusers.model import DiffusersModel
     from ..hosts.diffusers.sampling import SampleResult
 
 
@@ -207,11 +209,11 @@ def targets(arguments: argparse.Namespace) -> list[tuple[int, Path, Path]]:
     return found
 
 
-def guidance(arguments: argparse.Namespace) -> float:
+def guidance(arguments: argparse.Namespace, tell: Callable[[str], None]) -> float:
     """The scale of classifier-free guidance; models for few steps document their 'none' as 0."""
     if arguments.cfg:
         return float(arguments.cfg)
-    say("--cfg 0 is taken as 1, which is no guidance: with a scale of 0 the prompt would have no effect.")
+    tell("--cfg 0 is taken as 1, which is no guidance: with a scale of 0 the prompt would have no effect.")
     return 1.0
 
 
@@ -221,64 +223,96 @@ def advance(progress: Any, done: int, steps: int) -> None:
     progress.update(done - progress.n)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Samples and writes pictures, and maps when asked."""
-    chosen = []
+@dataclass(frozen=True)
+class Request:
+    """What the options ask for, checked as far as that is possible without a model."""
+
+    arguments: argparse.Namespace
+    concepts: list[Concept]
+    adapters: dict[str, tuple[LowRankAdapter, float]]
+    loras: list[tuple[Concept, Path, float]]
+    loda: LodaConfig | None
+
+    @property
+    def names(self) -> list[str]:
+        return [concept.name for concept in self.concepts]
+
+    @property
+    def steps(self) -> int:
+        return int(self.arguments.steps)
+
+    @property
+    def watched_step(self) -> int:
+        """The first sampling step that LODA leaves alone, or the last of all."""
+        return min((self.loda or LodaConfig()).for_schedule(self.steps).loda_steps, self.steps - 1)
+
+
+def request(arguments: argparse.Namespace) -> Request:
+    """Reads the files and options of a command line.
+
+    Raises:
+        ConceptSplitError: a file, a word or an option that cannot be used.
+    """
+    loras = []
     for text in arguments.lora:
         name, path, words, strength = parse_lora_option(text)
-        chosen.append((lora_concept(path, name or "", words), path, strength))
+        loras.append((lora_concept(path, name or "", words), path, strength))
     concepts, adapters = load_concepts(
-        arguments.adapter, arguments.class_word, arguments.words, [concept for concept, *_ in chosen]
+        arguments.adapter, arguments.class_word, arguments.words, [concept for concept, *_ in loras]
     )
-    config = loda_config(arguments)
-    files = targets(arguments)
-    if weight := WEIGHT.search(f"{arguments.prompt}\n{arguments.negative}"):
-        say(f"Weights such as {weight.group()} are ComfyUI's: here they are read as plain text.")
-    model = open_model(arguments)
+    return Request(arguments, concepts, adapters, loras, loda_config(arguments))
+
+
+def draw(
+    model: DiffusersModel,
+    asked: Request,
+    seeds: Sequence[int],
+    tell: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
+    maps: bool = False,
+) -> tuple[SampleResult, dict[str, str]]:
+    """A picture per seed, and what their files say about themselves, the seed aside.
+
+    `tell` is given a sentence for each thing that a user should know.
+    """
     from ..hosts import diffusers as host
 
+    arguments = asked.arguments
+    if weight := WEIGHT.search(f"{arguments.prompt}\n{arguments.negative}"):
+        tell(f"Weights such as {weight.group()} are ComfyUI's: here they are read as plain text.")
     gate = from_values(GateConfig, vars(arguments))
     loaded: dict[str, tuple[Any, float]] = {
-        name: (with_gate(adapter, gate), strength) for name, (adapter, strength) in adapters.items()
+        name: (with_gate(adapter, gate), strength) for name, (adapter, strength) in asked.adapters.items()
     }
-    for concept, path, strength in chosen:
+    for concept, path, strength in asked.loras:
         lora, report = host.read_lora(model, path, concept)
         loaded[concept.name] = (lora, strength)
-        say(f"<{concept.name}> = {concept.words} from {path.name}: {report.sentence()}.")
+        tell(f"<{concept.name}> = {concept.words} from {path.name}: {report.sentence()}.")
     correction = from_values(CorrectionConfig, vars(arguments))
-    conditioning = host.with_correction(host.encode_text(model, arguments.prompt, concepts), correction)
-    if arguments.maps and not concepts:
-        say("No maps will be written: name a concept with --adapter, --lora or --words.")
-    names = [concept.name for concept in concepts]
+    conditioning = host.with_correction(host.encode_text(model, arguments.prompt, asked.concepts), correction)
     bound = {binding.concept for binding in conditioning.bindings}
-    at = min((config or LodaConfig()).for_schedule(arguments.steps).loda_steps, arguments.steps - 1)
-    maps = arguments.maps and bool(names)
-    scale = guidance(arguments)
-    progress = bar(arguments.steps, "sampling")
-    try:
-        result = host.sample(
-            model,
-            [conditioning],
-            arguments.negative,
-            seeds=[seed for seed, *_ in files],
-            concepts=names,
-            adapters=loaded,
-            steps=arguments.steps,
-            guidance=scale,
-            size=arguments.size,
-            sampler=arguments.sampler,
-            # Fewer than two bound concepts leave nothing to separate; that is no reason for a remark here.
-            loda=config if len(bound) >= 2 else without_loda(config),
-            watch=(0, at) if maps else (),
-            progress=lambda done, steps: advance(progress, done, steps),
-        )
-    finally:
-        progress.close()
+    scale = guidance(arguments, tell)
+    result = host.sample(
+        model,
+        [conditioning],
+        arguments.negative,
+        seeds=seeds,
+        concepts=asked.names,
+        adapters=loaded,
+        steps=asked.steps,
+        guidance=scale,
+        size=arguments.size,
+        sampler=arguments.sampler,
+        # Fewer than two bound concepts leave nothing to separate; that is no reason for a remark here.
+        loda=asked.loda if len(bound) >= 2 else without_loda(asked.loda),
+        watch=(0, asked.watched_step) if maps else (),
+        progress=progress,
+    )
     for note in result.warnings:
-        say(note)
+        tell(note)
     made = {
         "model": Path(model.source).name,
-        "steps": arguments.steps,
+        "steps": asked.steps,
         "cfg": scale,
         "sampler": arguments.sampler,
         "adapters": {name: strength for name, (_, strength) in loaded.items()},
@@ -286,10 +320,32 @@ def run(arguments: argparse.Namespace) -> None:
         "loda": None if result.trace is None else result.trace.settings,
         "version": __version__,
     }
-    facts = {"prompt": arguments.prompt, "negative": arguments.negative, "settings": json.dumps(made)}
+    return result, {"prompt": arguments.prompt, "negative": arguments.negative, "settings": json.dumps(made)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Samples and writes pictures, and maps when asked."""
+    asked = request(arguments)
+    files = targets(arguments)
+    model = open_model(arguments)
+    maps = arguments.maps and bool(asked.concepts)
+    if arguments.maps and not maps:
+        say("No maps will be written: name a concept with --adapter, --lora or --words.")
+    progress = bar(asked.steps, "sampling")
+    try:
+        result, facts = draw(
+            model,
+            asked,
+            [seed for seed, *_ in files],
+            lambda text: progress.write(text, file=sys.stderr),
+            lambda done, steps: advance(progress, done, steps),
+            maps,
+        )
+    finally:
+        progress.close()
     for i, (seed, target, sheet) in enumerate(files):
         write_picture(result.images[i], target, {**facts, "seed": str(seed)})
         say(str(target))
         if maps:
-            write_picture(map_sheet(result, i, names, at), sheet)
+            write_picture(map_sheet(result, i, asked.names, asked.watched_step), sheet)
             say(str(sheet))

@@ -13,7 +13,7 @@ from conceptsplit_core.cli import options
 from conceptsplit_core.hosts import diffusers as host
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "sample", "inspect", "demo")
+COMMANDS = ("train", "sample", "render", "inspect", "demo")
 
 
 def test_help_needs_nothing_heavy():

@@ -1,0 +1,457 @@
+"""Tables from the terminal: reading them, drawing on the built-in model, going on, and workers that die."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conceptsplit_core.cli import options, render
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.render import folder, server
+from conceptsplit_core.render.crew import Crew, Drawing, Task, WorkerLost
+from conceptsplit_core.render.table import read_table
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "conceptsplit_core" / "demo"
+PIXA, NERO = (DEMO / "adapters" / f"demo_{name}.safetensors" for name in ("pixa", "nero"))
+LORAS = tuple(f"{name}={DEMO / 'loras' / f'demo_{name}_lora.safetensors'}" for name in ("pixa", "nero"))
+TEMPLATE = ROOT / "tests" / "workflows_api" / "Two LoRAs, two characters.json"
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_table_of_lines_has_their_numbers(tmp_path, sign):
+    text = 'prompt,seed,\r\n"a cat, ""big""\r\nand a dog",7,\r\n\r\n  a star ,,\r\n'.replace(",", sign)
+    table = read_table(write(tmp_path / "t.csv", text, "utf-8-sig"))
+    assert (table.unit, table.columns) == ("line", ["prompt", "seed"])
+    told = [(row.number, row.cells) for row in table.rows]
+    assert told == [(2, {"prompt": f'a cat{sign} "big"\r\nand a dog', "seed": "7"}), (5, {"prompt": "a star"})]
+
+
+def test_bad_rows_are_told_and_the_others_are_read(tmp_path):
+    rows = read_table(write(tmp_path / "t.csv", "prompt,seed\na cat, a dog,3\na star,4\n")).rows
+    assert rows[0].number == 2 and "has 3 cells, the table 2 columns" in rows[0].fault
+    assert rows[1].cells == {"prompt": "a star", "seed": "4"}
+    rows = read_table(write(tmp_path / "t.jsonl", '{"prompt": "x", "seed": null}\n\n{"prompt"\n[1]\n')).rows
+    assert [row.number for row in rows] == [1, 3, 4] and rows[0].cells == {"prompt": "x"}
+    assert rows[1].fault.startswith("the line is not JSON") and rows[2].fault.startswith("the row is not a table")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("t.csv", "prompt,prompt\na,b\n", "t.csv has two columns 'prompt'"),
+        ("t.csv", "prompt,,seed\na,b,3\n", "Column 2 of t.csv has no name"),
+        ("t.csv", "prompt,seed\n\n", "t.csv has no rows"),
+        ("t.xlsx", "x", "t.xlsx is no table: use a .csv, .tsv, .jsonl or .json file."),
+        ("t.json", '{"3": {"class_type": "KSampler"}}', "a graph of ComfyUI belongs to --graph"),
+        ("t.csv", "promt,seed\na,3\n", "column 'promt', which is no option of `sample` (did you mean 'prompt'?)"),
+        ("t.csv", "prompt,device\na,cpu\n", "column 'device', which is no option of `sample`"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_drawn_is_one_sentence(refused, tmp_path, name, text, said):
+    out = tmp_path / "out"
+    assert said in refused("render", write(tmp_path / name, text), "--out", out)
+    assert not out.exists()
+
+
+def test_other_encodings_are_refused(refused, tmp_path):
+    table = write(tmp_path / "t.csv", "prompt\na café\n", "utf-16")
+    assert "t.csv is not UTF-8 text: save it as CSV UTF-8." in refused("render", table)
+
+
+CELLS = {
+    "prompt": "a <pixa> and a <ann>", "negative": "-dull", "seed": "21", "steps": "13", "cfg": "3.5", "size": "96x64",
+    "sampler": "euler", "model": "demo", "tokenizer": "x", "prediction": "v_prediction", "precision": "bf16",
+    "adapter": f"{PIXA}:0.625", "class-word": "pixa=heart", "words": "cat,dog", "lora": f"ann{LORAS[1][4:]}",
+    "loda": "no", "loda_steps": "7", "loda iterations": "5", "--loda-strength": "0.125", "loda_rule": "gradient",
+    "divergence": "bhattacharyya", "threshold": "0.75", "map_smoothing": "2.5", "map_downscale": "4", "AFG": "Off",
+    "map_part": "down", "afg_inside": "1.25", "afg_outside": "9.5", "afg_region": "0.375", "afg_smoothing": "0.5",
+    "afg_end": "0.25", "plan_steps": "3", "afg_rule": "by_place", "area_rule": "top", "suppression": "0.6875",
+    "encoder_reuse": "0.125", "gate_bias": "0.5", "gate temperature": "0.25", "correction": "0.375",
+    "correction-sharpness": "5",
+}  # fmt: skip
+
+
+def tasks_of(tmp_path, rows, *line):
+    table = write(tmp_path / "t.json", json.dumps(rows))
+    return render.sample_tasks(read_table(table), options.parse(["render", str(table), *line]))
+
+
+def test_every_option_of_sample_is_a_column(tmp_path):
+    (task,) = tasks_of(tmp_path, [CELLS])
+    assert task.state == "waiting", task.fault
+    named = {column.lower().lstrip("-").replace(" ", "-").replace("_", "-"): cell for column, cell in CELLS.items()}
+    switches = {name: cell for name, cell in named.items() if name in ("loda", "afg")}
+    line = [f"--{name}={cell}" for name, cell in named.items() if name not in switches]
+    wanted = vars(options.parse(["sample", *line, *(f"--no-{name}" for name in switches)]))
+    drawn = wanted.keys() - {"command", "out", "maps", "device", "batch"}
+    assert task.order == {name: wanted[name] for name in drawn}
+    assert {name.replace("-", "_") for name in named} == drawn, "an option that this test does not try"
+
+
+def test_a_cell_goes_before_the_command_and_an_empty_one_takes_it(tmp_path):
+    rows = [{"steps": 9, "adapter": [f"{PIXA}:0.5", str(NERO)]}, {"adapter": f"{NERO} ; x={PIXA}", "afg": True}, {}]
+    tasks = tasks_of(tmp_path, rows, "--prompt", "a star", "--steps", "12", "--adapter", f"{PIXA}:0.25", "--no-afg")
+    assert [task.order["steps"] for task in tasks] == [9, 12, 12]
+    assert [task.order["afg"] for task in tasks] == [False, True, False]
+    lists = [[f"{PIXA}:0.5", str(NERO)], [str(NERO), f"x={PIXA}"], [f"{PIXA}:0.25"]]
+    assert [task.order["adapter"] for task in tasks] == lists
+
+
+def test_a_batch_is_a_row_per_seed(tmp_path):
+    tasks = tasks_of(
+        tmp_path, [{"prompt": "a", "seed": 2**64 - 1, "batch": 2, "name": "x/y"}, {"prompt": "a", "seed": 0}]
+    )
+    assert [(task.name, task.order["seed"]) for task in tasks] == [
+        ("x_y-18446744073709551615", 2**64 - 1),
+        ("x_y-0", 0),
+        ("0002", 0),
+    ]
+    assert len({task.key for task in tasks}) == 3, "the same picture twice is two pictures"
+
+
+# --- drawing --------------------------------------------------------------------------------------------------
+
+
+def table_of(path: Path, rows: list[dict]) -> Path:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+TWO = "a <pixa> and a <nero>"
+ROWS = [
+    {"prompt": TWO, "seed": 5, "lora": "; ".join(LORAS), "steps": 3, "negative": "dull"},
+    {"prompt": "a star", "seed": "five"},
+    {"prompt": TWO, "seed": 6, "adapter": f"{PIXA}; {NERO}:0.75", "name": "adapters"},
+    {"prompt": "a <rex>", "seed": 7},
+    {"prompt": "a star", "seed": 8, "adapter": "nowhere.safetensors"},
+    {"prompt": "a heart", "seed": 9, "size": 64},
+]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """A table with three good rows: its folder, and how the command ended."""
+    base = tmp_path_factory.mktemp("render")
+    table = table_of(base / "t.csv", ROWS)
+    done = subprocess.run(
+        [sys.executable, "-m", "conceptsplit_core", "render", str(table), "--steps", "2", "--out", str(base / "out")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return base / "out", done
+
+
+def report(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def test_demo_bad_rows_are_told_by_their_lines_and_the_rest_is_drawn(rendered):
+    out, done = rendered
+    assert done.returncode == 1, done.stderr
+    rows = {row["line"]: row for row in report(out)["rows"]}
+    assert {line: row["state"] for line, row in rows.items()} == {
+        2: "done", 3: "failed", 4: "done", 5: "failed", 6: "failed", 7: "done",
+    }  # fmt: skip
+    assert rows[3]["fault"] == "seed: 'five' is not a whole number."
+    assert rows[5]["fault"].startswith('Prompt "a <rex>" uses <rex>, which no connected loader provides')
+    assert "nowhere.safetensors" in rows[6]["fault"]
+    for line in (3, 5, 6):
+        assert f"line {line}: {rows[line]['fault']}" in done.stderr
+        assert f"line {line}: failed: {rows[line]['fault']}\n" in (out / "report.txt").read_text()
+    assert report(out)["counts"] == {"done": 3, "kept": 0, "failed": 3, "waiting": 0}
+    pictures = [rows[line]["files"][0] for line in (2, 4, 7)]
+    assert {path.name for path in out.iterdir()} == {*pictures, "contact-sheet.png", "report.json", "report.txt"}
+    assert pictures[1].startswith("adapters-") and pictures[2].startswith("0007-")
+    assert "14 layers act at its words; 42 in its region" in rows[2]["notes"][0]
+
+
+def test_demo_a_row_is_the_picture_that_sample_draws(rendered, call, tmp_path):
+    out, _ = rendered
+    rows = {row["line"]: row for row in report(out)["rows"]}
+    alone = tmp_path / "a.png"
+    lines = {
+        2: ["--seed", 5, "--steps", 3, "--negative", "dull", *(part for lora in LORAS for part in ("--lora", lora))],
+        4: ["--seed", 6, "--steps", 2, "--adapter", PIXA, "--adapter", f"{NERO}:0.75"],
+    }
+    for line, given in lines.items():
+        assert call("sample", "--prompt", TWO, *given, "--out", alone)[0] == 0
+        with Image.open(alone) as one, Image.open(out / rows[line]["files"][0]) as two:
+            assert one.text == two.text and two.text["prompt"] == TWO
+            assert np.array_equal(np.asarray(one), np.asarray(two))
+
+
+def test_demo_the_same_command_goes_on(rendered, call, tmp_path):
+    """Whole pictures are kept, whatever their row's number; a cut one is drawn again."""
+    out, _ = rendered
+    files = {row["line"]: out / row["files"][0] for row in report(out)["rows"] if row["files"]}
+    whole, cut = files[4].stat().st_mtime_ns, files[7].read_bytes()
+    files[7].write_bytes(cut[: len(cut) // 2])
+    rows = [{"prompt": "a circle", "seed": 4, "steps": 1}, *ROWS]
+    moved = table_of(tmp_path / "moved.csv", rows)
+    code, _, err = call("render", moved, "--steps", 2, "--out", out)
+    assert code == 1 and "3 of 7 pictures to draw, 2 there already." in err
+    found = {row["line"]: row for row in report(out)["rows"]}
+    assert {line: row["state"] for line, row in found.items()} == {
+        2: "done", 3: "kept", 4: "failed", 5: "kept", 6: "failed", 7: "failed", 8: "done",
+    }  # fmt: skip
+    assert found[5]["files"] == [files[4].name] and files[4].stat().st_mtime_ns == whole
+    assert found[8]["files"][0].startswith("0008-") and folder.is_whole(out / found[8]["files"][0])
+    # The contact sheet shows the four pictures, the kept ones among them, in cells of 192 pixels.
+    sheet = Image.open(out / "contact-sheet.png")
+    assert sheet.size == (8 + 3 * 200, 30 + 8 + 2 * 220)
+    assert (
+        "moved.csv: 1 of 7 pictures to draw, 4 there already." in call("render", moved, "--steps", 2, "--out", out)[2]
+    )
+
+
+def test_demo_a_stopped_run_has_its_report_and_goes_on(call, tmp_path, monkeypatch):
+    table = table_of(tmp_path / "t.csv", [{"prompt": "a star", "seed": seed} for seed in (3, 1, 2)])
+    genuine, drawn = host.sample, []
+
+    def sample(*given, **more):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(more["seeds"])
+        return genuine(*given, **more)
+
+    monkeypatch.setattr(host, "sample", sample)
+    line = ("render", table, "--steps", 1, "--out", tmp_path / "out")
+    assert call(*line)[0] == 130 and drawn == [[3]]
+    assert [row["state"] for row in report(tmp_path / "out")["rows"]] == ["done", "waiting", "waiting"]
+    monkeypatch.undo()
+    assert call(*line)[0] == 0
+    assert [row["state"] for row in report(tmp_path / "out")["rows"]] == ["kept", "done", "done"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_drawing(refused, tmp_path):
+    table = table_of(tmp_path / "t.csv", [{"prompt": "a star"}])
+    (tmp_path / "file").write_text("x")
+    assert "Cannot write into" in refused("render", table, "--out", tmp_path / "file" / "out")
+
+
+# --- workers that die -----------------------------------------------------------------------------------------
+
+
+class Hand:
+    """A worker of threads: `deadly` orders end it, and it is back after `rest` questions."""
+
+    places = 2
+
+    def __init__(self, name: str, deadly: set[int], rest: float = float("inf")):
+        self.name, self.deadly, self.rest, self.closed = name, deadly, rest, False
+
+    def draw(self, order: int) -> Drawing:
+        time.sleep(0.01)
+        if order in self.deadly:
+            raise WorkerLost("the power went")
+        if order == 13:
+            raise ConceptSplitError("Thirteen is unlucky.")
+        if order == 14:
+            raise KeyError("fourteen")
+        return Drawing([(".txt", str(order).encode())])
+
+    def alive(self) -> bool:
+        self.rest -= 1
+        return self.rest < 0
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def crew(orders: list[int], workers: list[Hand], **more):
+    tasks = [Task(i, {}, order=order) for i, order in enumerate(orders)]
+    drawn: dict[int, bytes | None] = {}
+    said: list[str] = []
+
+    def finished(task, drawing):
+        assert task.number not in drawn, "a task is finished once"
+        drawn[task.number] = drawing and drawing.files[0][1]
+
+    Crew(tasks, workers, finished, lambda problem: f"Unforeseen {problem!r}", said.append, **more).run()
+    assert all(worker.closed for worker in workers) and threading.active_count() < 20
+    return tasks, drawn, said
+
+
+def test_rows_of_a_dead_worker_go_to_others():
+    orders = [5, 6, 7, 13, 8, 14, 9]
+    tasks, drawn, said = crew(orders, [Hand("one", set(orders)), Hand("two", set())])
+    assert drawn == {i: None if order in (13, 14) else str(order).encode() for i, order in enumerate(orders)}
+    assert {task.fault for task in tasks} == {"", "Thirteen is unlucky.", "Unforeseen KeyError('fourteen')."}
+    assert said == ["one is lost (the power went): its rows go to others."]
+    assert 1 <= sum(task.tries == 2 for task in tasks) <= 2 and {task.worker for task in tasks} == {"two"}
+
+
+def test_a_row_that_ends_three_workers_has_failed():
+    tasks, drawn, said = crew([1, 666, 2], [Hand("one", {666}, rest=0), Hand("two", {666}, rest=0)])
+    assert drawn == {0: b"1", 1: None, 2: b"2"} and tasks[1].tries == 3
+    assert tasks[1].fault == "3 workers were lost while they drew it, the last because the power went."
+    assert any("is back." in text for text in said)
+
+
+def test_without_any_worker_the_run_ends_and_says_what_is_left():
+    tasks, drawn, _ = crew([4, 5, 6], [Hand("one", {5, 6})], patience=0.0)
+    assert drawn == {0: b"4"} and [task.state for task in tasks] == ["waiting"] * 3 and not tasks[1].fault
+
+
+def test_a_full_disk_ends_the_run():
+    def finished(task, drawing):
+        raise ConceptSplitError("Cannot write x: No space left on device; free space or choose another folder.")
+
+    one = Hand("one", set())
+    with pytest.raises(ConceptSplitError, match="No space left"):
+        Crew([Task(i, {}, order=i) for i in range(9)], [one], finished, str, print).run()
+    assert one.closed
+
+
+# --- a Ray cluster --------------------------------------------------------------------------------------------
+
+
+def test_ray_that_is_not_installed_is_one_sentence(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    table = table_of(tmp_path / "t.csv", [{"prompt": "a star"}])
+    assert "The package ray is not installed" in refused("render", table, "--ray", "--out", tmp_path / "out")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="RAY IS NOT INSTALLED: its workers are not tested")
+def test_demo_ray_a_killed_worker_loses_nothing(tmp_path):
+    """A cluster of two workers on this machine, one of them killed while it draws."""
+    rows = [{"prompt": TWO, "seed": seed, "lora": "; ".join(LORAS), "steps": 10} for seed in range(20, 28)]
+    rows.insert(3, {"prompt": "a <rex>", "seed": 1})
+    table, out = table_of(tmp_path / "t.csv", rows), tmp_path / "out"
+    line = [sys.executable, "-m", "conceptsplit_core", "render", str(table), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "", "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen(
+        [*line, "--ray", "--workers", "2"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(running.stderr), daemon=True)
+    reader.start()
+    try:
+        end = time.monotonic() + 240
+        while not list(out.glob("0*.png")) and running.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        processes = re.findall(r"worker (\d): process (\d+) on ", "".join(said))
+        assert [number for number, _ in processes] == ["1", "2"], said
+        os.kill(int(processes[0][1]), signal.SIGKILL)
+        assert running.wait(240) == 1
+    finally:
+        running.kill()
+        reader.join(10)
+    found = report(out)
+    assert found["counts"] == {"done": 8, "kept": 0, "failed": 1, "waiting": 0}, said
+    (bad,) = [row for row in found["rows"] if row["state"] == "failed"]
+    assert bad["line"] == 5 and bad["fault"].startswith('Prompt "a <rex>" uses <rex>')
+    assert max(row["tries"] for row in found["rows"]) == 2
+    assert {row["worker"] for row in found["rows"]} >= {"worker 2"}
+    assert any("worker 1 is lost (its process ended): its rows go to others." in text for text in said)
+    # The cluster's pictures are this process's: one of them is drawn again here.
+    (first,) = found["rows"][0]["files"]
+    theirs = (out / first).read_bytes()
+    (out / first).unlink()
+    assert subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, timeout=240).returncode == 1
+    assert report(out)["counts"] == {"done": 1, "kept": 7, "failed": 1, "waiting": 0}
+    assert (out / first).read_bytes() == theirs
+
+
+# --- graphs of ComfyUI (servers: tests/host/suite/test_render.py) ------------------------------------------------
+
+
+def test_columns_find_their_inputs():
+    graph = server.read_graph(TEMPLATE)
+    wanted = {
+        "Prompt": ("6", "text"), "negative PROMPT.text": ("7", "text"), "9.seed": ("9", "seed"),
+        "KSampler (LODA).steps": ("9", "steps"), "ksampler.cfg": ("10", "cfg"), "loda_steps": ("9", "loda_steps"),
+        "First LoRA: <pixa>.strength": ("4", "strength"), "width": ("8", "width"),
+    }  # fmt: skip
+    assert {column: server.find_input(graph, column) for column in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("seed", "fits several inputs of the graph: name it '9.seed' (KSampler (LODA)) or '10.seed' (KSampler, same"),
+        ("9.sed", "is no input of the graph (did you mean '9.seed'?)"),
+        ("9.model", "is no input of the graph"),
+        ("LoraLoader.lora_name", "fits several inputs of the graph: name it '2.lora_name'"),
+    ],
+)
+def test_a_column_that_fits_none_or_several_inputs_is_refused(refused, tmp_path, column, said):
+    table = table_of(tmp_path / "t.csv", [{column: 3}])
+    assert said in refused("render", table, "--graph", TEMPLATE, "--out", tmp_path / "out")
+
+
+def test_cells_take_the_type_of_their_input():
+    graph = server.read_graph(TEMPLATE)
+    cells = {"9.seed": str(2**64 - 1), "9.cfg": "3", "9.afg": "no", "Prompt": 7, "10.steps": 4, "9.denoise": 1}
+    made = server.fill(graph, {column: server.find_input(graph, column) for column in cells}, cells)
+    assert made["9"]["inputs"] | {"seed": 2**64 - 1, "cfg": 3.0, "afg": False, "denoise": 1.0} == made["9"]["inputs"]
+    assert (made["6"]["inputs"]["text"], made["10"]["inputs"]["steps"]) == ("7", 4)
+    assert graph["9"]["inputs"]["seed"] == 1000, "the template is as it was"
+    for column, cell, said in (
+        ("9.seed", "1.5", "9.seed: '1.5' is not a whole number"),
+        ("9.afg", "maybe", "9.afg: 'maybe' is not yes or no"),
+        ("9.cfg", "high", "9.cfg: 'high' is not a number"),
+    ):
+        with pytest.raises(ConceptSplitError, match=re.escape(said)):
+            server.fill(graph, {column: server.find_input(graph, column)}, {column: cell})
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--server", "127.0.0.1:9", "--graph", TEMPLATE], "server 127.0.0.1:9 cannot be reached: start ComfyUI"),
+        (["--server", "127.0.0.1:9"], "--server needs --graph"),
+        (["--server", "ftp://x", "--graph", TEMPLATE], "--server ftp://x is no address"),
+        (["--graph", TEMPLATE, "--cfg", "2"], "--cfg has no effect with --graph: name a column of the table"),
+        (["--graph", TEMPLATE, "--ray"], "--ray and --server are two ways to draw a table: use one."),
+        (["--graph", ROOT / "workflows" / TEMPLATE.name], "export it with ComfyUI's menu Export (API)"),
+    ],
+)
+def test_servers_that_cannot_be_asked_are_one_sentence(refused, tmp_path, line, said):
+    table = table_of(tmp_path / "t.csv", [{"9.seed": 3}])
+    told = refused("render", table, *line, "--out", tmp_path / "out")
+    assert said in told
+
+
+def test_keys_tell_rows_apart():
+    earlier: Counter[str] = Counter()
+    keys = [folder.key(order, earlier) for order in ({"a": 1}, {"a": 2}, {"a": 1})]
+    assert len(set(keys)) == 3
+    earlier = Counter()
+    assert [folder.key(order, earlier) for order in ({"a": 1}, {"a": 1})] == [keys[0], keys[2]]
+
+
+def test_the_example_of_the_page_can_be_drawn(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "render.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```csv\n(.+?)```", page, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    table = read_table(write(tmp_path / "t.csv", text))
+    tasks = render.sample_tasks(table, options.parse(["render", "t.csv"]))
+    assert len(tasks) == 6 and {task.state for task in tasks} == {"waiting"}, [task.fault for task in tasks]
