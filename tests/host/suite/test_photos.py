@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from .conftest import REPO, run
-from .test_training import PlainVAE, train
+from .test_training import PlainVAE
 from .test_training_inputs import spied
 
 CROPS = {
@@ -82,25 +82,6 @@ def test_photographs_of_three_formats_are_learned_as_one_concept(sd, cup, coffee
     wanted = torch.from_numpy(np.asarray(middle).astype(np.float32) / 127.5 - 1).movedim(-1, 0)
     assert float((data.latents[2, :3] - wanted).abs().mean()) < 0.06
     assert adapter.info.class_word == "cup" and any(bool(up.any()) for up in adapter.up.values())
-
-
-def test_a_model_of_sd15_learns_from_them_with_its_own_vae(loaded, cup, coffee, base):
-    """Random weights of SD1.5's family: one size, so the photographs stay as they are; the curve is drawn."""
-    sd = loaded("sd15")
-    images = []
-    for name, box in CROPS.items():
-        coffee.crop(box).resize((128, 96)).save(base / "input" / f"small-{name}")
-        images.append(run("LoadImage", image=f"small-{name}")[0])
-    adapter, curve, _ = train(
-        sd, images=images, concept_name="mokka", class_word="cup", file_name="test/mokka15", steps=3, batch_size=1
-    )
-    facts = adapter.info.training
-    assert (adapter.info.base, facts["images"], facts["width"], facts["height"]) == ("sd15", 4, 128, 96)
-    assert all(bool(up.any()) and bool(torch.isfinite(up).all()) for up in adapter.up.values())
-    assert (base / "models" / "value_adapters" / "test" / "mokka15.safetensors").is_file()
-    line = (curve[0] - torch.tensor([0.0, 114 / 255, 178 / 255])).abs().sum(dim=-1) < 0.2
-    columns = line.any(dim=0).nonzero().flatten()
-    assert curve.shape[0] == 1 and int(columns[0]) < 80 and int(columns[-1]) > curve.shape[2] - 40
 
 
 def test_the_folder_loader_of_the_host_leaves_a_lying_photograph_lying(cup, coffee):
