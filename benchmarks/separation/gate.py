@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,12 @@ def plot(points: Sequence[dict[str, float]], size: tuple[int, int] = (760, 460))
     left, right, top, bottom = 70, size[0] - 30, 56, size[1] - 56
     most = max(max(point["drift"] for point in points), 1e-9) * 1.08
     place = lambda drift, success: (left + (right - left) * drift / most, bottom - (bottom - top) * success)
-    draw.text((left, 10), "Perfusion: the gate's β (numbers) and τ (colours) at run time", fill=INK, font=_font(15))
+    draw.text(
+        (left, 10),
+        "Perfusion: bias (numbers) and temperature (colours) of its gate at run time",
+        fill=INK,
+        font=_font(15),
+    )
     for part in range(5):
         x, y = place(most * part / 4, part / 4)
         draw.line([(left, y), (right, y)], fill=GRID)
@@ -69,23 +74,36 @@ def plot(points: Sequence[dict[str, float]], size: tuple[int, int] = (760, 460))
         draw.text((x + 7, y - 7), f"{point['beta']:g}", fill=colour, font=_font(12), anchor="lm")
     for i, tau in enumerate(taus):
         colour = COLOURS[i % len(COLOURS)]
-        draw.text((right - 90 * (len(taus) - i), 34), f"● τ {tau:g}", fill=colour, font=_font(13))
+        draw.text((right - 130 * (len(taus) - i), 34), f"temperature {tau:g}", fill=colour, font=_font(13))
     return picture
 
 
-def measure(bench: run.Bench, names: Sequence[str], seeds: Sequence[int], gate: GateConfig) -> dict[str, float]:
+def others(name: str, seeds: Sequence[int]) -> list[str]:
+    """Prompts of a class that the concept is not."""
+    free = next(word for word in CLASSES if word != CONCEPTS[name].class_word)
+    return [f"a {free} on a {methods.background_for([name], seed)} background" for seed in seeds]
+
+
+def plain_pictures(bench: run.Bench, names: Sequence[str], seeds: Sequence[int]) -> dict[str, np.ndarray]:
+    """By concept, the plain model's pictures of `others`, which every point is compared with."""
+    draw = lambda name: methods.draw(
+        bench.model, Arm(None, "plain"), [name], seeds, {}, bench.sampling, others(name, seeds)
+    )[0].astype(float)
+    return {name: draw(name) for name in names}
+
+
+def measure(
+    bench: run.Bench, plain: Mapping[str, np.ndarray], seeds: Sequence[int], gate: GateConfig
+) -> dict[str, float]:
     """Success of each concept alone, and the mean |difference| to the plain model's picture of another class, 0..1."""
     success, drift = [], []
-    for name in names:
+    for name, before in plain.items():
         learned = {name: with_gate(bench.learned([name], "perfusion")[name], gate)}
         images, _ = methods.draw(bench.model, ARM, [name], seeds, learned, bench.sampling)
         drawn = zip(images, seeds, strict=True)
         success += [run.measure_picture(image, (name,), seed)[0]["success"] for image, seed in drawn]
-        free = next(word for word in CLASSES if word != CONCEPTS[name].class_word)
-        lines = [f"a {free} on a {methods.background_for([name], seed)} background" for seed in seeds]
-        plain, _ = methods.draw(bench.model, Arm(None, "plain"), [name], seeds, {}, bench.sampling, lines)
-        other, _ = methods.draw(bench.model, ARM, [name], seeds, learned, bench.sampling, lines)
-        drift += (np.abs(other.astype(float) - plain).mean(axis=(1, 2, 3)) / 255).tolist()
+        after, _ = methods.draw(bench.model, ARM, [name], seeds, learned, bench.sampling, others(name, seeds))
+        drift += (np.abs(after - before).mean(axis=(1, 2, 3)) / 255).tolist()
     return {
         "beta": gate.gate_bias, "tau": gate.gate_temperature, "success": float(np.mean(success)),
         "drift": float(np.mean(drift)), "pictures": len(success),
@@ -107,10 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = run.Bench(learning.open_model(args.model), cache=args.cache)
     names = methods.TUNING[: args.concepts]
     seeds = list(range(tune.FIRST_SEED, tune.FIRST_SEED + args.seeds))
+    plain = plain_pictures(bench, names, seeds)
     points = []
     for tau in args.taus:
         for beta in args.betas:
-            points.append(measure(bench, names, seeds, GateConfig(beta, tau)))
+            points.append(measure(bench, plain, seeds, GateConfig(beta, tau)))
             print(json.dumps(points[-1]), flush=True)
     data: dict[str, Any] = {
         "machine": report.machine(),

@@ -23,7 +23,9 @@ def test_a_point_is_measured_with_the_gate_of_the_run_and_drawn(tmp_path):
     model = learning.open_model("demo")
     short = Learning(images=2, steps=3, batch_size=1)
     bench = run.Bench(model, Sampling(steps=2, batch=2), short, tmp_path)
-    points = [gate.measure(bench, ["kiku"], [3, 4], GateConfig(beta, 0.2)) for beta in (0.5, 1.0)]
+    plain = gate.plain_pictures(bench, ["kiku"], [3, 4])
+    assert plain["kiku"].shape == (2, 128, 128, 3)
+    points = [gate.measure(bench, plain, [3, 4], GateConfig(beta, 0.2)) for beta in (0.5, 1.0)]
     assert [(p["beta"], p["tau"], p["pictures"]) for p in points] == [(0.5, 0.2, 2), (1.0, 0.2, 2)]
     assert all(0 <= p["success"] <= 1 and 0 < p["drift"] < 1 for p in points)
     assert points[0]["drift"] != points[1]["drift"]
