@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ConceptSplitError
+from .kinds import FILES
 from .method.divergence import DIVERGENCES
 from .method.partition import REGION_RULES
 from .method.updates import UPDATE_RULES
@@ -346,6 +347,14 @@ class TrainConfig:
         advanced=True,
         continues=True,
     )
+    kind: str = option(
+        "value",
+        "kind of adapter",
+        "What of the model is learned, and where it acts: value is the paper's (ToVA); docs/kinds.md tells the others.",
+        "Change it to trade likeness, size and mixing against each other.",
+        choices=FILES,
+        advanced=True,
+    )
     prediction_type: str = option(
         "epsilon", "prediction", "What the model predicts.", choices=PREDICTION_TYPES, shown=False
     )
@@ -408,6 +417,35 @@ class LoaderConfig:
                 f"start_percent ({self.start_percent:g}) lies after end_percent ({self.end_percent:g}): the concept "
                 "would never act; swap the two."
             )
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Where a Perfusion adapter acts: σ((sim − β) / τ) of each text row; other kinds have no gate."""
+
+    gate_bias: float = option(
+        0.75,
+        "gate bias β",
+        "Perfusion files only: how like the class word (1) a word must be for the concept to act there by half.",
+        "Lower it when the likeness is weak, raise it when other things change too.",
+        low=-2,
+        high=2,
+        step=0.05,
+        advanced=True,
+    )
+    gate_temperature: float = option(
+        0.1,
+        "gate temperature τ",
+        "Perfusion files only: how gently that gate opens.",
+        "Lower it for a hard gate.",
+        low=1e-3,
+        high=10,
+        step=0.01,
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        check(self, "Gate")
 
 
 @dataclass(frozen=True)

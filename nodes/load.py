@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..conceptsplit_core.adapters.gated import with_gate
 from ..conceptsplit_core.adapters.low_rank import LowRankAdapter
 from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy import files
@@ -14,7 +15,7 @@ from ..conceptsplit_core.hosts.comfy.facts import concept_line
 from ..conceptsplit_core.hosts.comfy.messages import collected
 from ..conceptsplit_core.hosts.comfy.patch import LoadedAdapter, with_adapter
 from ..conceptsplit_core.options import from_values
-from ..conceptsplit_core.settings import LoaderConfig
+from ..conceptsplit_core.settings import GateConfig, LoaderConfig
 from ..conceptsplit_core.text.concepts import Concept, marked_concepts
 from .types import ValueAdapterType, field, loader_inputs, loader_outputs, out, schema, setting_fields, told
 
@@ -39,6 +40,7 @@ def _concept_fields() -> list[Any]:
             advanced=True,
         ),
         *setting_fields(LoaderConfig, advanced=True, folded=True),
+        *setting_fields(GateConfig, folded=True),
     ]
 
 
@@ -54,7 +56,8 @@ def _apply(
         )
     concept = Concept(name, word)
     knowing = with_concepts(clip, [concept])
-    loaded = LoadedAdapter(concept.name, adapter, config.strength, config.start_percent, config.end_percent)
+    gated = with_gate(adapter, from_values(GateConfig, given))
+    loaded = LoadedAdapter(concept.name, gated, config.strength, config.start_percent, config.end_percent)
     return io.NodeOutput(with_adapter(model, loaded), knowing, ui=told([concept_line(concept, adapter.info)]))
 
 

@@ -18,6 +18,7 @@ from ..conceptsplit_core.options import from_values
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
 from ..conceptsplit_core.settings import TrainConfig
 from ..conceptsplit_core.text.concepts import Concept
+from ..conceptsplit_core.train.captions import given_captions
 from ..conceptsplit_core.train.loop import TrainEvent
 from ..conceptsplit_core.train.prompts import DEFAULT_TEMPLATES
 from .types import TrainOptionsType, ValueAdapterType, field, out, schema, setting_fields, to_image, told
@@ -90,6 +91,16 @@ class ConceptSplitTrain(io.ComfyNode):
                     advanced=True,
                 ),
                 field(TrainOptionsType, "options", "The rest of the settings, from Training Options.", optional=True),
+                field(
+                    io.String,
+                    "captions",
+                    "For Perfusion only: one ordinary caption per line; what they have in common is kept from the "
+                    "concept. Leave empty for 300 of this pack's.",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 out(ValueAdapterType, "VALUE_ADAPTER", "The trained concept, for Apply Value Adapter."),
@@ -112,6 +123,7 @@ class ConceptSplitTrain(io.ComfyNode):
         mask: Any = None,
         templates: str = "",
         options: TrainConfig | None = None,
+        captions: str = "",
         **given: Any,
     ) -> io.NodeOutput:
         concept = Concept(concept_name.strip().strip("<>"), class_word.strip())
@@ -131,6 +143,7 @@ class ConceptSplitTrain(io.ComfyNode):
                 path,
                 shown.on_event,
                 shown.on_sample,
+                given_captions(captions.splitlines(), "captions") if captions.strip() else (),
             )
         pictures = to_image(loss_curve(result.losses)), to_image(shown.sheet())
         lines = [concept_line(concept, result.adapter.info), *lines, shown.pace()]

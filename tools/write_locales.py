@@ -3,7 +3,8 @@
     python -m tools.write_locales http://127.0.0.1:8188
 
 A table has a line for each node, `id | name | description`, and one for each input, `name | label | tooltip`; an input
-has the same line in every node. A running ComfyUI with the pack says which node has which inputs.
+has the same line in every node that has no line `id.name | label | tooltip` of its own. A running ComfyUI with the pack
+says which node has which inputs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def node_definitions(words: dict[str, tuple[str, str]], info: dict[str, Any]) ->
             definitions[node] = {
                 "display_name": name,
                 "description": text,
-                "inputs": {one: dict(zip(("name", "tooltip"), words[one], strict=True)) for one in inputs},
+                "inputs": {
+                    one: dict(zip(("name", "tooltip"), words.get(f"{node}.{one}") or words[one], strict=True))
+                    for one in inputs
+                },
             }
     return definitions
 

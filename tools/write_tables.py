@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from conceptsplit_core.options import Option, defaults, options, shown  # noqa: E402
-from conceptsplit_core.settings import LoaderConfig, LodaConfig, SampleConfig, TrainConfig  # noqa: E402
+from conceptsplit_core.settings import GateConfig, LoaderConfig, LodaConfig, SampleConfig, TrainConfig  # noqa: E402
 
-# Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it.
-PAGES: dict[str, tuple[Any, bool | None]] = {
-    "ConceptSplitLoader": (LoaderConfig, None),
+# Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it,
+# and further classes, shown whole.
+PAGES: dict[str, tuple[Any, ...]] = {
+    "ConceptSplitLoader": (LoaderConfig, None, GateConfig),
     "ConceptSplitLoraLoader": (LoaderConfig, None),
-    "ConceptSplitApply": (LoaderConfig, None),
+    "ConceptSplitApply": (LoaderConfig, None, GateConfig),
     "ConceptSplitKSampler": (LodaConfig, False),
     "ConceptSplitGuider": (LodaConfig, False),
     "ConceptSplitLodaOptions": (LodaConfig, True),
@@ -33,11 +34,12 @@ PAGES: dict[str, tuple[Any, bool | None]] = {
 MARKS = re.compile(r"<!-- settings -->\n.*?\n<!-- end of settings -->", re.DOTALL)
 
 
-def node_table(config: Any, advanced: bool | None) -> str:
+def node_table(config: Any, advanced: bool | None, *more: Any) -> str:
     """Every option of a node: name, default, range, what it does and when to change it."""
     rows = ["| setting | default | range | what it does |", "|---|---|---|---|"]
-    for name, option in options(config, advanced).items():
-        rows.append(f"| {name} | {shown(defaults(config)[name])} | {limits(config, name, option)} | {option.text} |")
+    for each, which in ((config, advanced), *((other, None) for other in more)):
+        for name, option in options(each, which).items():
+            rows.append(f"| {name} | {shown(defaults(each)[name])} | {limits(each, name, option)} | {option.text} |")
     return "\n".join(rows)
 
 
@@ -48,7 +50,7 @@ def limits(config: Any, name: str, option: Option) -> str:
 def readme_table() -> str:
     """The options that a user changes for a reason, and the reason."""
     rows = ["| setting | meaning | default | when to change it |", "|---|---|---|---|"]
-    for config in (TrainConfig, LoaderConfig, SampleConfig, LodaConfig):
+    for config in (TrainConfig, LoaderConfig, GateConfig, SampleConfig, LodaConfig):
         for name, option in options(config).items():
             if option.change:
                 rows.append(f"| `{name}` | {option.label} | {shown(defaults(config)[name])} | {option.change} |")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conceptsplit_core.adapters import KINDS, GatedAdapter, load_adapter, save_adapter
+from conceptsplit_core.adapters import KINDS, load_adapter, save_adapter
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
@@ -59,7 +59,9 @@ RECIPES = {
     "lora": Recipe("lora", scope="everywhere"),  # an ordinary LoRA, which knows no rows
     "lora_key_value": Recipe("lora_key_value"),
     "tara": Recipe("tara", align=1.0),
-    "perfusion": Recipe("perfusion", rate=5.0),
+    "perfusion": Recipe("perfusion"),
+    "infusion": Recipe("infusion"),
+    "para": Recipe("para"),
     "value_masked": Recipe("value", masks="given"),
     "value_attention_masked": Recipe("value", masks="attention"),
 }
@@ -88,20 +90,6 @@ class Learning:
             return every
         low, high = self.levels
         return torch.cat([every, low + every * (high - low) // count])
-
-
-@torch.no_grad()
-def second_moment(model: host.DiffusersModel, captions: int = 300) -> Tensor:
-    """C of Perfusion: the mean of e eᵀ over the words of pretraining captions, [d, d], with a little ridge."""
-    rows = []
-    for seed in range(captions):
-        objects, background = scenes.scene_layout(40_000_000 + seed)
-        caption, _ = scenes.describe(np.random.default_rng(seed), objects, background)
-        words = len(scenes.caption_words(caption))
-        rows.append(host.encode_text(model, caption).context[0, 1 : 1 + words].float())
-    e = torch.cat(rows)
-    moment = e.t() @ e / len(e)
-    return moment + 1e-3 * moment.diagonal().mean() * torch.eye(len(moment))
 
 
 class _WithLoss(torch.autograd.Function):
@@ -191,16 +179,13 @@ def learn(
     if path.exists():
         return load_adapter(path)
     network, concept = host.network_map(model), Concept(name, CONCEPTS[name].class_word)
-    rank = 1 if recipe.kind == "perfusion" else learning.rank
-    adapter: Any = host.new_adapter(model, concept, rank, rank, learning.seed, kind=recipe.kind)
+    adapter: Any = host.new_adapter(model, concept, learning.rank, learning.rank, learning.seed, kind=recipe.kind)
     images, masks = pictures_of(name, learning)
     given = {"": None, "given": masks}.get(recipe.masks)
     if recipe.masks == "attention":
         given = subject_masks(model, images, concept)
     data = host.training_data(model, images, concept, model.templates or ("a {}",), given)
-    if isinstance(adapter, GatedAdapter):
-        encodings = torch.stack([prompt.context[list(prompt.rows)].mean(dim=0) for prompt in data.prompts])
-        adapter.lock(encodings, second_moment(model), {site: network.module(site) for site in adapter.up})
+    host.begin(model, adapter, data)
     config = TrainConfig(
         steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate * recipe.rate,
         seed=learning.seed, prediction_type=model.prediction_type,

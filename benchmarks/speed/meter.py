@@ -116,7 +116,7 @@ class Answers(TorchDispatchMode):
     """Answers what fake tensors cannot: how many rows are bound, and which way a decision goes.
 
     Every yes-or-no read from a tensor is yes: a loss counts as not zero, a latent as finite. A whole number read is
-    the number of concepts, every other number 1, and equal shapes are equal tensors.
+    the number of concepts, a place that was looked up and every other number 1, and equal shapes are equal tensors.
 
     concepts: how many concepts are bound, one text row each.
     """
@@ -124,16 +124,21 @@ class Answers(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.concepts = 2
+        self._places: set[int] = set()  # the storages of what was looked up
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.nonzero.default:
             # 1-D: which text rows any concept uses, or which guidance branch; 2-D: the places of one concept.
             several = args[0].ndim == 1 and len(args[0]) > 2
-            return torch.empty(self.concepts if several else 1, args[0].ndim, dtype=torch.int64)
+            found = torch.empty(self.concepts if several else 1, args[0].ndim, dtype=torch.int64)
+            self._places.add(found.untyped_storage()._cdata)
+            return found
         if func is aten.equal.default:
             return args[0].shape == args[1].shape
         if func is aten._local_scalar_dense.default:
             kind = args[0].dtype
+            if args[0].untyped_storage()._cdata in self._places:
+                return 1
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else self.concepts
         return func(*args, **(kwargs or {}))
 

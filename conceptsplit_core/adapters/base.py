@@ -5,9 +5,9 @@ A new kind is one file that registers one `Kind`; hosts, training, files and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import ConceptSplitError
 from ..method.tova import TokenMask
+from ..network.hooks import Added as Added
 from ..network.hooks import Group, Member, Scope
 from ..network.site import Site
 
 FORMAT_VERSION = 2
 BASES = {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "demo": "the ConceptSplit demo model", "unknown": "unknown"}
-
-# (places, what is added there): tokens [p] with [p, d], or batch rows [b] with [b, T, d] or [b, d, h, w].
-Added = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,34 @@ class Adapter(Protocol):
         ...
 
 
+Self = TypeVar("Self", bound="TrainedAdapter")
+
+
+class TrainedAdapter(Adapter, Protocol):
+    """What the trainer needs of an adapter besides; `LowRankAdapter` and `TableAdapter` have it."""
+
+    @property
+    def layers(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each module's part, by which a stopped training is known again."""
+        ...
+
+    def parameters(self) -> list[Tensor]:
+        """What learns, in a fixed order."""
+        ...
+
+    def moved(self) -> bool:
+        """Whether it changes anything."""
+        ...
+
+    def to(self: Self, device: torch.device | str) -> Self: ...
+
+    def detached(self: Self, dtype: torch.dtype | None = None) -> Self:
+        """A copy on the CPU that shares nothing and has no gradients."""
+        ...
+
+    def with_info(self: Self, **changes: Any) -> Self: ...
+
+
 class Kind(Protocol):
     """A kind of adapter; stateless."""
 
@@ -75,6 +101,20 @@ class Kind(Protocol):
 
     def create(self, shapes: Mapping[str, tuple[int, int]], info: AdapterInfo, seed: int) -> Any:
         """An untrained adapter for sites of these shapes (d_in, d_out)."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """Factor on the learning rate of the settings, whose default suits low-rank pairs."""
+        ...
+
+    def begin(self, adapter: Any, encodings: Tensor, captions: Callable[[], Tensor]) -> None:
+        """Completes an untrained adapter from what the text encoder says. Most kinds need nothing.
+
+        Args:
+            encodings: of the class word, [m, d_ctx], one of each training prompt.
+            captions: gives the encodings of the words of many neutral captions, [k, d_ctx]; encoded when it is called.
+        """
         ...
 
     def change(
@@ -137,6 +177,19 @@ def grouped(acting: Mapping[int, tuple[Any, float, Scope | None]]) -> tuple[Grou
         Group(kind, tuple(Member(acting[c][0], float(acting[c][1])) for c in channels), tuple(channels), scope)
         for (kind, scope), channels in together.items()
     )
+
+
+def check_family(info: AdapterInfo, base: str) -> None:
+    """Refuses an adapter for a model of the family `base`.
+
+    Raises:
+        ConceptSplitError: it was made for another; both are named.
+    """
+    if "unknown" not in (info.base, base) and info.base != base:
+        raise ConceptSplitError(
+            f"The adapter '{info.concept}' was made for {BASES.get(info.base, info.base)}, but the model is "
+            f"{BASES.get(base, base)}: load a checkpoint of that family or train the concept on this one."
+        )
 
 
 def family(context_dim: int, demo: bool = False) -> str:

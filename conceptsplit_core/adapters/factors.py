@@ -6,15 +6,16 @@ A pair B A of two matrices or two convolutions, a Kronecker product W₁ ⊗ W�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method.tova import Pair, TokenMask, low_rank_sum
+from ..method.tova import Pair, Product, TokenMask, low_rank_product, stacked
 
 
 class Factor(Protocol):
@@ -110,23 +111,61 @@ def _convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+class Stacks:
+    """Pairs of several adapters on one device, stacked for the products that they share: of each module the set that
+    was asked for last."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[list[Tensor], tuple[Tensor, Tensor]]] = {}
+
+    def of(self, site: str, pairs: Sequence[Pair], keep: Sequence[Callable[[Tensor, Tensor], None]]) -> Any:
+        """(A [R, d_in], B [d_out, R]) as `method.tova.stacked` makes them, without a copy in each step.
+
+        Args:
+            keep: of each pair, what takes its parts of the stack in the place of its own copies, so that nothing is
+                held twice.
+        """
+        mine = [one for pair in pairs for one in pair[:2]]
+        parts, both = self._kept.get(site, ([], None))
+        if len(parts) != len(mine) or not all(map(is_, parts, mine)):
+            if any(one.requires_grad for one in mine):
+                return stacked(pairs)
+            with torch.inference_mode(False):  # one that is made while sampling can also serve a gradient pass
+                both = stacked(pairs)
+                ranks = [pair[0].shape[0] for pair in pairs]
+                parts = []
+                for own, down, up in zip(keep, both[0].split(ranks), both[1].split(ranks, dim=1), strict=True):
+                    own(down, up)
+                    parts += [down, up]
+            self._kept[site] = (parts, both)
+        return both
+
+
 def weighted_change(
-    factors: Sequence[tuple[int, float, Pair | Factor]], layer: nn.Module, x: Tensor, mask: TokenMask
-) -> Tensor:
+    factors: Sequence[tuple[int, float, Pair | Factor]],
+    layer: nn.Module,
+    x: Tensor,
+    mask: TokenMask,
+    stack: Callable[[Sequence[Pair]], tuple[Tensor, Tensor]] = stacked,
+) -> Tensor | Product:
     """Σ_i w_i · ΔW_i x at each token.
 
     Args:
         factors: (channel of the mask, strength, what the file holds).
         x: the tokens that the mask works on, [p, d_in] or [b, T, d_in]; of a convolution [b, d_in, h, w].
+        stack: makes two matrices of the pairs.
 
     Returns:
-        [..., d_out] or [b, d_out, h', w'].
+        [..., d_out] or [b, d_out, h', w']; pairs of whole batch rows are not multiplied out.
     """
     pairs = [(i, (one[0], one[1], one[2] * strength)) for i, strength, one in factors if isinstance(one, tuple)]
     parts = []
     if pairs:
         channels, own = [i for i, _ in pairs], [pair for _, pair in pairs]
-        parts.append(low_rank_sum(x, own, factor=mask.spread(channels, own)))
+        product = low_rank_product(x, *stack(own), mask.spread(channels, own))
+        if len(pairs) == len(factors) and mask.rows is not None:
+            return product
+        parts.append(product.formed())
     convolutions = [(i, strength, one) for i, strength, one in factors if isinstance(one, ConvPair)]
     for size in {one.down.shape[2:] for _, _, one in convolutions}:
         alike = [entry for entry in convolutions if entry[2].down.shape[2:] == size]

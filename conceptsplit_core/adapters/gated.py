@@ -1,17 +1,24 @@
-"""Key-locked rank-one adapters with a gate: Perfusion (arXiv 2305.01644), about 100 KB a concept on SD1.5.
+"""Key-locked rank-one adapters with a gate: Perfusion (Tewel et al., arXiv 2305.01644), about 28 KB a concept on SD1.5.
 
-With e a text row, i* the concept's mean encoding, C the second moment of encodings, W a key or value projection:
+Letters: e, a text row [d_ctx]; W, a key or value projection; i*, the concept's encoding, the mean over prompts of its
+class word's; C, the uncentred covariance of text encodings; o*, what the edited W gives for i*.
 
-    sim = i*ᵀ C⁻¹ e / E,  E = i*ᵀ C⁻¹ i*                      (1 for the concept's own encoding)
-    h = W e − sim · W i* + σ((sim − β) / τ) · o*              (its gated rank-one edit)
+    (1)  C = E[e eᵀ], over the words of neutral captions                                    `covariance`
+    (2)  sim(e) = i*ᵀ C⁻¹ e / E,  E = i*ᵀ C⁻¹ i*          (1 at i*; linear in e)              `GatedAdapter.lock`
+    (3)  h = W e − sim(e) · W i* + σ((sim(e) − β) / τ) · o*      (the gated rank-one edit)   `Gated.change`
+    (4)  keys: o* = W i*, so that the concept attends as its class word does (key locking)   `Gated.change`
+    (5)  values: o* = W i* + r, with r learned from 0 on                                     `Gated.change`
+    (6)  several concepts: Σ_j sim_j W i*_j becomes W of the part of e in the span of all i*_j, under C⁻¹; the gated
+         o*_j are added                                                                      `Gated.change`
 
-For values o* is what the adapter learns. For keys it is locked to W i*, so that the concept attends as its class word
-does. For several concepts the part of e in the span of all i* is taken out, and the gated o* are added.
+Only (2) needs C, so a file keeps the vector C⁻¹ i* / E in place of it. β and τ may change at run time: with a higher β
+or a lower τ the concept acts at fewer rows, which costs likeness and saves the rest of the picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,89 +28,98 @@ from ..errors import ConceptSplitError
 from ..method.tova import TokenMask
 from ..network.hooks import Member, Scope
 from ..network.site import Site
-from .base import BASES, AdapterInfo, Added, register
+from ..settings import GateConfig
+from .base import AdapterInfo, Added, register
+from .table import TableAdapter, TableKind, at_work
 
-BETA, TAU = 0.75, 0.1
-"""The gate's bias and temperature: the paper moves them at run time along its Pareto front."""
+RIDGE = 1e-3
+"""Share of its mean diagonal that is added to C, so that a few hundred captions can be inverted."""
 _KEY, _VALUE = ".attn2.to_k", ".attn2.to_v"
+_TARGET, _DIRECTION = "gated.target", "gated.direction"
 
 
-class GatedAdapter:
+def covariance(rows: Tensor) -> Tensor:
+    """C of (1) with a little ridge, [d, d], from encodings [k, d] of words."""
+    e = rows.cpu().double()  # not every GPU has double precision
+    moment = e.t() @ e / len(e)
+    return moment + RIDGE * moment.diagonal().mean() * torch.eye(e.shape[1], dtype=e.dtype)
+
+
+class GatedAdapter(TableAdapter):
     """One concept's.
 
     Attributes:
+        own: r per value projection [d_v].
         target: i* [1, d_ctx].
         direction: C⁻¹ i* / E [1, d_ctx].
-        up: o* per value projection [d_v]; this is what learns.
+        gate: β and τ.
     """
 
-    def __init__(self, info: AdapterInfo, target: Tensor, direction: Tensor, up: Mapping[str, Tensor]):
-        if target.shape != direction.shape or target.ndim != 2 or target.shape[0] != 1 or not up:
+    def __init__(self, info: AdapterInfo, own: Mapping[str, Tensor], shared: Mapping[str, Tensor]):
+        super().__init__(info, own, shared)
+        self.gate = GateConfig()
+        target, direction = self.target, self.direction
+        if target.shape != direction.shape or target.ndim != 2 or target.shape[0] != 1:
             raise ConceptSplitError(
                 f"The adapter '{info.concept}' has encodings of shapes {list(target.shape)} and "
-                f"{list(direction.shape)} and {len(up)} values: the file is damaged or of another kind."
+                f"{list(direction.shape)}: the file is damaged or of another kind."
             )
-        self.info = info
-        self.target = target
-        self.direction = direction
-        self.up = dict(up)
+
+    @property
+    def target(self) -> Tensor:
+        return self.shared[_TARGET]
+
+    @property
+    def direction(self) -> Tensor:
+        return self.shared[_DIRECTION]
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The value projections, and the key projections beside them."""
-        return tuple(site for value in self.up for site in (value.removesuffix(_VALUE) + _KEY, value))
-
-    def parameters(self) -> list[Tensor]:
-        return [self.up[site] for site in sorted(self.up)]
-
-    def to(self, device: torch.device | str) -> GatedAdapter:
-        """The adapter with all its tensors on `device`."""
-        up = {site: value.to(device) for site, value in self.up.items()}
-        return GatedAdapter(self.info, self.target.to(device), self.direction.to(device), up)
+        return tuple(site for value in self.own for site in (value.removesuffix(_VALUE) + _KEY, value))
 
     def moved(self) -> bool:
-        """Whether it changes anything."""
+        """Whether it is locked to an encoding; from then on its keys are edited."""
         return bool(self.direction.any())
 
-    def lock(self, encodings: Tensor, moment: Tensor, layers: Mapping[str, nn.Module]) -> None:
-        """Begins as the class word: i* is the mean of its encodings [m, d_ctx], o* = W i*.
+    def fits(self, own: Tensor, read: int, given: int) -> bool:
+        return super().fits(own, read, given) and read == self.target.shape[1]
 
-        Args:
-            moment: C, [d_ctx, d_ctx], the second moment of encodings of many prompts.
-            layers: the value projections by site.
-        """
-        target = encodings.float().mean(dim=0, keepdim=True)
-        inverse = torch.linalg.solve(moment, target.t()).t()
-        self.target, self.direction = target, (inverse / (inverse @ target.t())).contiguous()
-        with torch.no_grad():
-            self.up = {site: layers[site].forward(target)[0].detach().clone() for site in self.up}
+    def gated(self, gate: GateConfig) -> GatedAdapter:
+        """The same concept with another β and τ."""
+        other = GatedAdapter(self.info, self.own, self.shared)
+        other.gate = gate
+        return other
 
-    def check_fits(self, shapes: Mapping[str, tuple[int, int]], base: str = "unknown") -> None:
-        """Refuses an adapter of another family or of other shapes.
+    def _copy(self, moved: Any) -> GatedAdapter:
+        return super()._copy(moved).gated(self.gate)
 
-        Raises:
-            ConceptSplitError: see above; both families are named, or the layer.
-        """
-        mine = self.info.base
-        if "unknown" not in (mine, base) and mine != base:
-            raise ConceptSplitError(
-                f"The adapter '{self.info.concept}' was made for {BASES.get(mine, mine)}, but the model is "
-                f"{BASES.get(base, base)}: load a checkpoint of that family or train the concept on this one."
-            )
-        for site, value in self.up.items():
-            if shapes.get(site) != (self.target.shape[1], value.shape[0]):
-                raise ConceptSplitError(
-                    f"Layer {site} of adapter '{self.info.concept}' does not fit this model: it was made for another "
-                    "architecture."
-                )
+    def with_info(self, **changes: Any) -> GatedAdapter:
+        return super().with_info(**changes).gated(self.gate)
+
+    def lock(self, encodings: Tensor, moment: Tensor) -> None:
+        """Begins as the class word: i* is the mean of its encodings [m, d_ctx], under C [d_ctx, d_ctx]."""
+        target = encodings.cpu().double().mean(dim=0, keepdim=True)
+        inverse = torch.linalg.solve(moment.to(target), target.t()).t()
+        found = {_TARGET: target, _DIRECTION: inverse / (inverse @ target.t())}
+        self.shared = {name: found[name].to(old.dtype).to(old.device).contiguous() for name, old in self.shared.items()}
 
 
-class Gated:
+def with_gate(adapter: Any, gate: GateConfig) -> Any:
+    """A Perfusion adapter with this β and τ; any other as it is."""
+    return adapter.gated(gate) if isinstance(adapter, GatedAdapter) else adapter
+
+
+class Gated(TableKind):
     """The kind of `GatedAdapter`."""
 
     name = "perfusion"
     label = "gated rank-one edit with locked keys (Perfusion)"
-    scope: Scope = "everywhere"
+    scope: Scope = "everywhere"  # type: ignore[misc]
+    part = "gated.residual"
+    common = (_TARGET, _DIRECTION)
+    adapter = GatedAdapter
+    rate = 5.0
 
     def changes(self, site: Site) -> bool:
         return site.name.endswith(_VALUE)
@@ -112,45 +128,37 @@ class Gated:
         """One that does nothing until `GatedAdapter.lock` is told what its class word is; `seed` draws nothing."""
         width = next(iter(shapes.values()))[0]
         values = {site: torch.zeros(out) for site, (_, out) in shapes.items()}
-        return GatedAdapter(info, torch.zeros(1, width), torch.zeros(1, width), values)
+        nothing = {name: torch.zeros(1, width) for name in self.common}
+        return GatedAdapter(replace(info, rank=1, alpha=1.0), values, nothing)
+
+    def begin(self, adapter: GatedAdapter, encodings: Tensor, captions: Callable[[], Tensor]) -> None:
+        adapter.lock(encodings, covariance(captions()))
 
     def change(
         self, members: Sequence[Member], site: Site, layer: nn.Module, x: Tensor, out: Tensor, mask: TokenMask
     ) -> Added | None:
-        value = site.name.removesuffix(_KEY) + _VALUE if site.name.endswith(_KEY) else site.name
-        acting = [
-            (i, m) for i, m in enumerate(members) if m.strength != 0 and value in m.adapter.up and m.adapter.moved()
-        ]
+        acting = [one for one in self.acting(members, site, mask) if one[1].moved()]
         if not acting:
             return None
-        adapters = [member.adapter for _, member in acting]
+        adapters = [adapter for _, adapter, _ in acting]
         put = lambda rows: torch.cat(rows).to(x.device, torch.float32)
         targets, directions = put([a.target for a in adapters]), put([a.direction for a in adapters])  # [n, d_ctx]
-        places, e = (mask.rows, x[mask.rows]) if mask.rows is not None else (mask.places, x.flatten(0, 1)[mask.places])
-        weights = mask.worked[..., [i for i, _ in acting]] * mask.weights.new_tensor([m.strength for _, m in acting])
+        beta, tau = (
+            targets.new_tensor([getattr(a.gate, name) for a in adapters]) for name in ("gate_bias", "gate_temperature")
+        )
+        places, e = at_work(mask, x)
+        weights = mask.worked[..., [i for i, _, _ in acting]] * targets.new_tensor([s for _, _, s in acting])
         with torch.no_grad():
-            sim = e.float() @ directions.t()  # [..., n]
-            # Of e in the span of all i*, as a mix of them.
+            sim = e.float() @ directions.t()  # (2), [..., n]
+            # (6): of e in the span of all i*, as a mix of them; for one concept this is sim.
             within = sim @ torch.linalg.pinv(targets @ directions.t(), rtol=1e-3)
-            gate = torch.sigmoid((sim - BETA) / TAU) * weights
+            gate = torch.sigmoid((sim - beta) / tau) * weights
             # `forward`, because a call would come back to the hook that we are in.
             own = layer.forward(targets.to(x.dtype)).float()  # W i* [n, d_out]
-        new = own if site.name.endswith(_KEY) else torch.stack([a.up[value].to(own) for a in adapters])
-        return places, gate @ new - (within * weights) @ own
-
-    def tensors(self, adapter: GatedAdapter) -> dict[str, Tensor]:
-        values = {f"{site}.gated.value": adapter.up[site] for site in sorted(adapter.up)}
-        return {"gated.target": adapter.target, "gated.direction": adapter.direction, **values}
-
-    def read(self, tensors: Mapping[str, Tensor], info: AdapterInfo) -> GatedAdapter:
-        left: dict[str, Any] = dict(tensors)
-        none = torch.zeros(0, 0)
-        target, direction = left.pop("gated.target", none), left.pop("gated.direction", none)
-        values = {name.removesuffix(".gated.value"): t for name, t in left.items() if name.endswith(".gated.value")}
-        if len(values) < len(left):
-            odd = next(name for name in left if not name.endswith(".gated.value"))
-            raise ConceptSplitError(f"The file holds {odd[:100]!r}, which is no part of a Perfusion adapter.")
-        return GatedAdapter(info, target, direction, values)
+        new = own  # (4)
+        if site.name.endswith(_VALUE):
+            new = own + torch.stack([a.ready(site.name, own.device, torch.float32) for a in adapters])  # (5)
+        return places, gate @ new - (within * weights) @ own  # (3)
 
 
 register(Gated())

@@ -21,7 +21,7 @@ from ..errors import ConceptSplitError
 from ..method.tova import Pair
 from ..network.site import NetworkMap
 from .base import BASES, AdapterInfo, family
-from .factors import ConvPair, Factor, Kronecker, Whole, hadamard_pair, widths
+from .factors import ConvPair, Factor, Kronecker, Stacks, Whole, hadamard_pair, widths
 
 _TEXT = (".attn2.to_k", ".attn2.to_v")
 
@@ -41,6 +41,7 @@ class LoraAdapter:
             )
         self.info = info
         self.factors = dict(factors)
+        self.stacks = Stacks()
         self._cache: dict[tuple[str, torch.device, torch.dtype], Pair | Factor] = {}
 
     @property
@@ -65,6 +66,12 @@ class LoraAdapter:
                 else:
                     self._cache[key] = found.to(device, dtype)
         return self._cache[key]
+
+    def keep(self, site: str, down: Tensor, up: Tensor) -> None:
+        """Takes equal matrices of a module in the place of its own copies on their device and in their dtype."""
+        held = self._cache.get(key := (site, down.device, down.dtype))
+        if isinstance(held, tuple):
+            self._cache[key] = (down, up, held[2])
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], base: str = "unknown") -> None:
         """Refuses a LoRA of another model.

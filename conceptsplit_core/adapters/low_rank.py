@@ -7,18 +7,19 @@ rows (paper, ToVA). The other kinds of this file change other projections in the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConceptSplitError
-from ..method.tova import Pair, TokenMask
+from ..method.tova import Pair, TokenMask, taken
 from ..network.site import Site
-from .base import BASES, AdapterInfo, Added, Member, Scope, compute_dtype, register
-from .factors import Factor, weighted_change
+from .base import AdapterInfo, Added, Member, Scope, check_family, compute_dtype, register
+from .factors import Factor, Stacks, weighted_change
 
 
 class LowRankAdapter:
@@ -47,6 +48,7 @@ class LowRankAdapter:
         self.info = info
         self.down = dict(down)
         self.up = dict(up)
+        self.stacks = Stacks()
         self._cache: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -90,6 +92,10 @@ class LowRankAdapter:
         """All A and B, in a fixed order (layers sorted, A before B)."""
         return [tensor for layer in sorted(self.down) for tensor in (self.down[layer], self.up[layer])]
 
+    def moved(self) -> bool:
+        """Whether it changes anything."""
+        return any(bool(up.any()) for up in self.up.values())
+
     def factor(self, site: str, device: torch.device, dtype: torch.dtype) -> Pair | None:
         """(A, B, α/r) of a projection on `device` in `dtype`, or None if the adapter does not change it.
 
@@ -111,6 +117,11 @@ class LowRankAdapter:
             with torch.inference_mode(False):
                 self._cache[key] = (down.to(device, dtype), up.to(device, dtype))
         return (*self._cache[key], self.scale(site))
+
+    def keep(self, site: str, down: Tensor, up: Tensor) -> None:
+        """Takes equal matrices of a projection in the place of its own copies on their device and in their dtype."""
+        if (key := (site, down.device, down.dtype)) in self._cache:
+            self._cache[key] = (down, up)
 
     def detached(self, dtype: torch.dtype | None = None) -> LowRankAdapter:
         """A copy that shares nothing, on the CPU, without gradients; usable outside and inside inference mode."""
@@ -169,12 +180,7 @@ class LowRankAdapter:
         Raises:
             ConceptSplitError: another base family (both named), no layer in common, or a shape that differs.
         """
-        mine = self.info.base
-        if "unknown" not in (mine, base) and mine != base:
-            raise ConceptSplitError(
-                f"The adapter '{self.info.concept}' was made for {BASES.get(mine, mine)}, but the model is "
-                f"{BASES.get(base, base)}: load a checkpoint of that family or train the concept on this one."
-            )
+        check_family(self.info, base)
         strange = sorted(set(self.down) - set(layers))
         if len(strange) == len(self.down):
             raise ConceptSplitError(
@@ -206,6 +212,7 @@ class LowRank:
     label: str
     scope: Scope
     trained: str
+    rate: float = 1.0
 
     def changes(self, site: Site) -> bool:
         return re.search(self.trained, site.name) is not None
@@ -213,22 +220,37 @@ class LowRank:
     def create(self, shapes: Mapping[str, tuple[int, int]], info: AdapterInfo, seed: int) -> LowRankAdapter:
         return LowRankAdapter.create(shapes, info, seed)
 
+    def begin(self, adapter: LowRankAdapter, encodings: Tensor, captions: Callable[[], Tensor]) -> None:
+        """Nothing: B is zero."""
+
     def change(
         self, members: Sequence[Member], site: Site, layer: nn.Module, x: Tensor, out: Tensor, mask: TokenMask
     ) -> Added | None:
         factors: list[tuple[int, float, Pair | Factor]] = []
+        paired: list[Any] = []  # the adapters whose factor is a pair
         for i, member in enumerate(members):
             if member.strength == 0.0 or not mask.bound[i]:
                 continue
             factor = member.adapter.factor(site.name, out.device, compute_dtype(out.dtype))
             if factor is not None:
                 factors.append((i, member.strength, factor))
+                if isinstance(factor, tuple):
+                    paired.append(member.adapter)
         if not factors:
             return None
+
+        def stack(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+            if len(pairs) == 1:
+                return pairs[0][:2]
+            both: tuple[Tensor, Tensor] = paired[0].stacks.of(
+                site.name, pairs, [partial(adapter.keep, site.name) for adapter in paired]
+            )
+            return both
+
         if mask.rows is not None:
-            return mask.rows, weighted_change(factors, layer, x.index_select(0, mask.rows), mask)
+            return mask.rows, weighted_change(factors, layer, taken(x, mask.rows), mask, stack)
         # Only the tokens with an owner are multiplied: a handful of 77 rows of a prompt.
-        return mask.places, weighted_change(factors, layer, x.flatten(0, 1)[mask.places], mask)
+        return mask.places, weighted_change(factors, layer, x.flatten(0, 1)[mask.places], mask, stack)
 
     def tensors(self, adapter: LowRankAdapter) -> dict[str, Tensor]:
         sides = (("lora_A", adapter.down), ("lora_B", adapter.up))

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__, pictures
+from ..adapters.base import TrainedAdapter
 from ..adapters.file import save_adapter
-from ..adapters.low_rank import LowRankAdapter
 from ..demo import scenes
 from ..demo.checkpoint import DEMO_FILE
 from ..errors import ConceptSplitError
@@ -73,7 +73,7 @@ THREADS = 1
 
 def learn(
     model: host.DiffusersModel, name: str, settings: Settings, progress: Any = None
-) -> tuple[LowRankAdapter, list[float], list[NDArray[np.uint8]]]:
+) -> tuple[TrainedAdapter, list[float], list[NDArray[np.uint8]]]:
     """Trains one built-in concept; gives the adapter, its losses and the pictures it learned from."""
     concept = Concept(name, scenes.CONCEPTS[name].class_word)
     drawn = scenes.draw_concept(name, settings.pictures, settings.picture_seed)
@@ -111,7 +111,7 @@ def joint_prompt(names: tuple[str, ...], end: str = "") -> str:
 
 def compose(
     model: host.DiffusersModel,
-    adapters: dict[str, LowRankAdapter],
+    adapters: dict[str, TrainedAdapter],
     names: tuple[str, ...],
     seeds: list[int],
     settings: Settings,
@@ -241,9 +241,9 @@ def _draw_loras(model: host.DiffusersModel, seeds: list[int], settings: Settings
 
 def _train(
     model: host.DiffusersModel, settings: Settings, out: Path, seconds: dict[str, float]
-) -> tuple[dict[str, LowRankAdapter], dict[str, list[float]]]:
+) -> tuple[dict[str, TrainedAdapter], dict[str, list[float]]]:
     """The adapters and their losses, by concept."""
-    adapters: dict[str, LowRankAdapter] = {}
+    adapters: dict[str, TrainedAdapter] = {}
     losses: dict[str, list[float]] = {}
     tiles: list[NDArray[np.uint8]] = []
     labels: list[str] = []
@@ -264,7 +264,7 @@ def _train(
 
 
 def _draw_alone(
-    model: host.DiffusersModel, adapters: dict[str, LowRankAdapter], seeds: list[int], settings: Settings, out: Path
+    model: host.DiffusersModel, adapters: dict[str, TrainedAdapter], seeds: list[int], settings: Settings, out: Path
 ) -> None:
     tiles, labels = [], []
     for name in settings.concepts:
@@ -281,7 +281,7 @@ def _draw_alone(
 
 def _draw_composed(
     model: host.DiffusersModel,
-    adapters: dict[str, LowRankAdapter],
+    adapters: dict[str, TrainedAdapter],
     seeds: list[int],
     settings: Settings,
     out: Path,

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from ..errors import ConceptSplitError
 from ..options import Option, defaults, options, shown
-from ..settings import SEEDS, LodaConfig, SampleConfig, TrainConfig
+from ..settings import SEEDS, GateConfig, LodaConfig, SampleConfig, TrainConfig
 
 SAMPLERS = ("ddim", "euler")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -272,6 +272,12 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "plain ones such as 'a photo of a {}')",
     )
     how.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="with --kind perfusion: a text file with an ordinary caption per line; what they have in common is kept "
+        "from the concept (default: 300 of this package's)",
+    )
+    how.add_argument(
         "--store", choices=("fp16", "fp32"), default="fp16", help="precision of the adapter file (default: fp16)"
     )
 
@@ -330,6 +336,8 @@ def _drawing(parser: argparse.ArgumentParser, prompt_required: bool) -> None:
     how.add_argument("--batch", type=_count, default=1, help="pictures, with this seed and the next ones (default: 1)")
     how.add_argument("--size", type=_size, metavar="N|WxH", help="in pixels (default: the model's own)")
     _loda_options(parser)
+    gate = parser.add_argument_group("gate of Perfusion adapters: how far they reach beyond their own word")
+    _settings(gate, GateConfig, options(GateConfig))
 
 
 def row_parser() -> RowParser:

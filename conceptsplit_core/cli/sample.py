@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from .. import __version__, pictures
 from ..adapters.file import load_adapter
+from ..adapters.gated import with_gate
 from ..adapters.lora import trained_words
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import MAX_TAGS_BYTES, read_header
 from ..options import from_values
-from ..settings import LoaderConfig, LodaConfig, seeds
+from ..settings import GateConfig, LoaderConfig, LodaConfig, seeds
 from ..text.concepts import Concept, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
@@ -271,7 +272,10 @@ def draw(
     arguments = asked.arguments
     if weight := WEIGHT.search(f"{arguments.prompt}\n{arguments.negative}"):
         tell(f"Weights such as {weight.group()} are ComfyUI's: here they are read as plain text.")
-    loaded: dict[str, tuple[Any, float]] = dict(asked.adapters)
+    gate = from_values(GateConfig, vars(arguments))
+    loaded: dict[str, tuple[Any, float]] = {
+        name: (with_gate(adapter, gate), strength) for name, (adapter, strength) in asked.adapters.items()
+    }
     for concept, path, strength in asked.loras:
         lora, report = host.read_lora(model, path, concept)
         loaded[concept.name] = (lora, strength)

@@ -17,6 +17,7 @@ from ..options import from_values
 from ..settings import TrainConfig
 from ..text.concepts import Concept
 from ..train.adapter import training_facts
+from ..train.captions import read_captions
 from ..train.checkpoint import TrainingFiles, training_files
 from ..train.data import Process
 from ..train.folder import mask_files, picture_folder
@@ -89,6 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     masks = mask_files(arguments.masks, files) if arguments.masks else []
     for file in masks:
         open_mask(file)
+    captions = read_captions(Path(arguments.captions).expanduser()) if arguments.captions else []
     config = train_config(arguments)
 
     # Also before the processes meet: one that leaves early would let the others wait.
@@ -118,10 +120,12 @@ def run(arguments: argparse.Namespace) -> None:
             "images": digest(*(file.read_bytes() for file in files)),
             "masks": digest(*(file.read_bytes() for file in masks)),
             "size": digest(size),
+            **({"captions": digest(*captions)} if captions else {}),
         }
         data = host.training_data(model, images, concept, templates, covers, identity)
         facts = training_facts(config, len(files), templates, size)
-        adapter = host.new_adapter(model, concept, config.rank, config.alpha, config.seed, facts)
+        adapter = host.new_adapter(model, concept, config.rank, config.alpha, config.seed, facts, config.kind)
+        host.begin(model, adapter, data, captions)
         progress = ProgressBar(config.steps, concept.name, silent())
 
         def write(result: TrainResult) -> None:

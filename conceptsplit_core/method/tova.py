@@ -17,6 +17,8 @@ from torch import Tensor
 
 # (A [r, d_in], B [d_out, r], scale): one concept's low-rank change of one projection.
 Pair = tuple[Tensor, Tensor, float]
+# Batch rows: those that follow each other as a range, which is looked into without a copy.
+Rows = Tensor | range
 
 
 class Spread(NamedTuple):
@@ -29,17 +31,34 @@ class Spread(NamedTuple):
     unowned: Tensor
 
 
+class Product(NamedTuple):
+    """A low-rank change that is not multiplied out yet: inner [b, T, R] times up [R, d_out]."""
+
+    inner: Tensor
+    up: Tensor
+
+    def formed(self) -> Tensor:
+        """[b, T, d_out]"""
+        return self.inner @ self.up
+
+
+def taken(x: Tensor, rows: Rows) -> Tensor:
+    """The batch rows of x, a view where they follow each other."""
+    return x[rows.start : rows.stop] if isinstance(rows, range) else x.index_select(0, rows)
+
+
 class TokenMask:
     """How much of each token belongs to each concept: δ of the equation above, for a whole batch.
 
     Args:
         weights: [B, T, n]; zero where a token is not the concept's, and in every batch row whose prompt does not bind
             it (the unconditional branch). With `rows` only of these batch rows, [b, T, n].
-        rows: batch rows [b] to work on as a whole. Right for pixels, most of which have an owner. Without them the
-            owned tokens are looked up, which costs one transfer to the CPU: right for a few rows of a text.
+        rows: batch rows [b] to work on as a whole, as places or as a range. Right for pixels, most of which have an
+            owner. Without them the owned tokens are looked up, which costs one transfer to the CPU: right for a few
+            rows of a text.
     """
 
-    def __init__(self, weights: Tensor, rows: Tensor | None = None):
+    def __init__(self, weights: Tensor, rows: Rows | None = None):
         self.weights = weights
         self.rows = rows
         self._selected: dict[tuple[int, ...], TokenMask] = {}
@@ -99,36 +118,59 @@ def widest(pairs: Sequence[Pair]) -> torch.dtype:
     return dtype
 
 
-def low_rank_sum(x: Tensor, pairs: Sequence[Pair], *, factor: Spread) -> Tensor:
-    """Σ_i w_i · s_i · B_i A_i x for each token.
+def stacked(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """All A [R, d_in] and all B [d_out, R] in the widest dtype of the pairs: two products serve any number of them."""
+    if len(pairs) == 1:
+        return pairs[0][:2]
+    dtype = widest(pairs)
+    return torch.cat([pair[0].to(dtype) for pair in pairs]), torch.cat([pair[1].to(dtype) for pair in pairs], dim=1)
+
+
+def low_rank_product(x: Tensor, down: Tensor, up: Tensor, factor: Spread) -> Product:
+    """Σ_i w_i · s_i · B_i A_i x for each token, up to the last product.
 
     Args:
         x: tokens [..., d_in].
-        pairs: of each concept (A [r_i, d_in], B [d_out, r_i], s_i).
+        down, up: A_i and B_i of all concepts, see `stacked`.
         factor: w_i · s_i of each token, for every inner value of concept i, see `TokenMask.spread`.
 
     Returns:
-        [..., d_out] in the widest dtype of the pairs. A token that is not concept i's gets exactly nothing of it,
-        also where B_i A_i x is not finite there.
+        A product in the dtype of `down`. A token that is not concept i's gets exactly nothing of it, also where
+        B_i A_i x is not finite there.
     """
-    dtype = widest(pairs)
-    down, up, _ = pairs[0]
-    if len(pairs) > 1:
-        down = torch.cat([pair[0].to(dtype) for pair in pairs])
-        up = torch.cat([pair[1].to(dtype) for pair in pairs], dim=1)
-    inner = x.to(dtype) @ down.t()  # [..., R]
+    inner = x.to(down.dtype) @ down.t()  # [..., R]
     # Filled, not multiplied by zero: what one concept's adapter makes of another's token may be infinite.
-    return (inner * factor.factor).masked_fill(factor.unowned, 0.0) @ up.t()
+    if torch.is_grad_enabled():
+        inner = (inner * factor.factor).masked_fill(factor.unowned, 0.0)
+    else:
+        inner.mul_(factor.factor).masked_fill_(factor.unowned, 0.0)
+    return Product(inner, up.t())
 
 
-def add_at(out: Tensor, places: Tensor, added: Tensor, in_place: bool = False) -> Tensor:
+def low_rank_sum(x: Tensor, pairs: Sequence[Pair], *, factor: Spread) -> Tensor:
+    """`low_rank_product` of these pairs (A [r_i, d_in], B [d_out, r_i], s_i), multiplied out: [..., d_out]."""
+    return low_rank_product(x, *stacked(pairs), factor).formed()
+
+
+def add_at(out: Tensor, places: Rows, added: Tensor | Product, in_place: bool = False) -> Tensor:
     """`out` with `added` at `places`, as a new tensor: autograd needs the old one, and another pack may hold it.
 
     Args:
         out: [B, T, d] or, for a convolution, [B, d, h, w].
         places: tokens batch row · T + token [p] where `added` is [p, d]; batch rows [b] where `added` is [b, ...].
+        added: a product is multiplied out into a range of batch rows, without a tensor of its own.
         in_place: write into `out` and return it. Right for the output of a Linear, which saves its input alone.
     """
+    if isinstance(places, range):
+        out = out if in_place else out.clone()
+        part = taken(out, places)
+        if isinstance(added, Product) and added.inner.dtype == out.dtype and out.ndim == 3:
+            part.baddbmm_(added.inner, added.up.expand(len(places), -1, -1))
+        else:
+            part.add_(added.formed() if isinstance(added, Product) else added)
+        return out
+    if isinstance(added, Product):
+        added = added.formed()
     # index_add, because on a CPU index_put does the same forty times slower.
     added = added.to(out.dtype)
     if in_place:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..method.tova import TokenMask, add_at
+from ..method.tova import Product, Rows, TokenMask, add_at
 from .site import NetworkMap, Site
 
-# (places, what is added there), see `method.tova.add_at`; None adds nothing.
-Added = tuple[Tensor, Tensor] | None
+# (places, what is added there): tokens [p] with [p, d], or batch rows [b] with [b, T, d] or [b, d, h, w].
+Added = tuple[Rows, Tensor | Product]
 
 
 Scope = Literal["rows", "region", "image", "everywhere"]
@@ -58,7 +58,8 @@ class PassPlan:
     rows: the row mask of a text [B, L, d] as a layer reads it; None where it cannot be told.
     pixels: the mask of the pixels of a layer's output [B, T, d] or [B, d, h, w]; None where nobody acts.
     joint: the same for an output that holds text and pixels, by where the adapters act.
-    in_place: whether layers' outputs are written into: those of a transformer are too large to copy for a few rows.
+    in_place: whether all layers' outputs are written into, also where autograd records: those of a transformer are too
+        large to copy for a few rows.
     kept: changes of earlier passes of the same run; None works each out anew, as training must.
     """
 
@@ -84,7 +85,7 @@ class PassPlan:
     def channels(self) -> int:
         return 1 + max(channel for group in self.groups for channel in group.channels)
 
-    def change(self, group: Group, site: Site, layer: nn.Module, x: Tensor, out: Tensor) -> Added:
+    def change(self, group: Group, site: Site, layer: nn.Module, x: Tensor, out: Tensor) -> Added | None:
         mask = self.mask(group.scope, site, x, out)
         if mask is None:
             return None
@@ -93,11 +94,17 @@ class PassPlan:
         if text is not None and key in text.found:
             return text.found[key]
         found = group.kind.change(group.members, site, layer, x, out, mask.select(group.channels))
-        if found is not None:
-            found = (found[0], found[1].to(out.dtype))
-        if text is not None and (found is None or not found[1].requires_grad):
-            text.found[key] = found
+        if text is not None and (found is None or isinstance(found[1], Tensor)):
+            kept = None if found is None else (found[0], found[1].to(out.dtype))  # type: ignore[union-attr]
+            if kept is None or not kept[1].requires_grad:
+                text.found[key] = kept
+            return kept
         return found
+
+    def writes(self, site: Site, layer: nn.Module) -> bool:
+        """Whether a layer's output is written into. Pixels are many; of a text other packs may keep what a layer gave,
+        and what comes from an exchanged `forward` may be kept too."""
+        return self.in_place or not (site.reads == "text" or torch.is_grad_enabled() or "forward" in vars(layer))
 
     def _kept(self, x: Tensor, mask: TokenMask) -> KeptText | None:
         if self.kept is None or x.requires_grad or torch.compiler.is_compiling():
@@ -111,7 +118,7 @@ def everything(out: Tensor, channels: int) -> TokenMask:
     """The mask under which each of `channels` concepts owns every token of a layer's output."""
     tokens = {2: (), 3: out.shape[1:2], 4: (out[0, 0].numel(),)}[out.ndim]  # an embedding has no tokens
     weights = torch.ones(out.shape[0], *tokens, channels, device=out.device)
-    return TokenMask(weights, torch.arange(out.shape[0], device=out.device))
+    return TokenMask(weights, range(out.shape[0]))
 
 
 @dataclass(eq=False)
@@ -123,7 +130,7 @@ class KeptText:
 
     mask: Tensor
     rows: Tensor
-    found: dict[Any, Added] = field(default_factory=dict)
+    found: dict[Any, Added | None] = field(default_factory=dict)
 
     def holds(self, rows: Tensor, mask: TokenMask) -> bool:
         return (
@@ -199,10 +206,10 @@ class Hooks:
             if out.ndim > 4:  # pictures as [B, frames, h, w, d]
                 x, out = x.flatten(1, -2), out.view(out.shape[0], -1, out.shape[-1])
             new = out
-            for index in indices:
-                found = plan.change(plan.groups[index], site, layer, x, out)
+            # All are asked before one is added: some read what the layer gives.
+            for found in [plan.change(plan.groups[index], site, layer, x, out) for index in indices]:
                 if found is not None:
-                    new = add_at(new, *found, in_place=plan.in_place)
+                    new = add_at(new, *found, in_place=plan.writes(site, layer))
             return new if new is not out else None
 
         return hook

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..method.regions import resize_areas
-from ..method.tova import TokenMask
+from ..method.tova import Rows, TokenMask, taken
 from .grid import map_size
 from .hooks import Scope
 from .site import TokenSequence
@@ -36,9 +36,11 @@ class CallTokens:
         self._known: dict[tuple[object, ...], TokenMask | None] = {}
 
     @cached_property
-    def owners(self) -> Tensor:
+    def owners(self) -> Rows:
         """Batch rows whose prompt binds a concept."""
-        return self.bound.to("cpu").any(dim=1).nonzero().flatten().to(self.bound.device)
+        found = self.bound.to("cpu").any(dim=1).nonzero().flatten()
+        rows = range(int(found[0]), int(found[-1]) + 1) if len(found) else range(0)
+        return rows if len(rows) == len(found) else found.to(self.bound.device)
 
     def pixels(self, out: Tensor) -> TokenMask | None:
         """The mask of a layer's output [B, T, d] or [B, d, h, w]; None where its grid is not the latent's."""
@@ -69,13 +71,13 @@ class CallTokens:
         if scope == "rows":
             return TokenMask(F.pad(rows, (0, 0, 0, rest)))
         pixels = self._pixels(out.shape[0], rest, None)
-        return None if pixels is None else TokenMask(torch.cat([rows[self.owners], pixels], dim=1), self.owners)
+        return None if pixels is None else TokenMask(torch.cat([taken(rows, self.owners), pixels], dim=1), self.owners)
 
     def _pixels(self, batch: int, tokens: int, grid: tuple[int, int] | None) -> Tensor | None:
         """Weights [p, tokens, n] of the batch rows `owners`."""
         if batch != self.bound.shape[0] or not len(self.owners):
             return None
-        bound = self.bound[self.owners][:, None]
+        bound = taken(self.bound, self.owners)[:, None]
         size = grid
         if size is None:
             size = map_size(tokens, self.latent) if self.sequence is None else self.sequence.size(self.latent)
@@ -85,6 +87,6 @@ class CallTokens:
             return None
         weights = bound.expand(-1, size[0] * size[1], -1)
         if self.areas is not None:
-            weights = weights * resize_areas(self.areas[self.owners], size).flatten(2).transpose(1, 2)
+            weights = weights * resize_areas(taken(self.areas, self.owners), size).flatten(2).transpose(1, 2)
         # What follows the picture in a transformer's sequence (padding, reference pictures) is nobody's.
         return F.pad(weights, (0, 0, 0, tokens - size[0] * size[1]))

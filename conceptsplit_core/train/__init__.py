@@ -3,14 +3,14 @@
 folder, reading   which files of a folder are used, and how they are opened
 images            checks of pictures and masks, one size for all
 prompts, data     templates to prompts; what is learned from, and the batch of each step
-adapter           the adapter a training starts from
+adapter, captions the adapter a training starts from, and what some kinds look at before
 loop, checkpoint  the steps, and the state that a stopped training continues from
 identity          what must be the same for it to continue
 progress          the bar on the console
 """
 
 from ..settings import TrainConfig
-from .adapter import new_adapter, training_facts
+from .adapter import begin, new_adapter, training_facts
 from .data import Process, TrainBatch, TrainData
 from .loop import TrainEvent, TrainResult, train
 from .prompts import DEFAULT_TEMPLATES, Prompt, expand_templates
@@ -24,6 +24,7 @@ __all__ = [
     "TrainData",
     "TrainEvent",
     "TrainResult",
+    "begin",
     "expand_templates",
     "new_adapter",
     "train",

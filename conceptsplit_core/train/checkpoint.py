@@ -16,8 +16,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..adapters.base import TrainedAdapter
 from ..adapters.file import largest
-from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..files import read_header, write_whole
 from ..settings import TrainConfig
@@ -36,6 +36,7 @@ _DIFFERENCES = {
     "model": "another model",
     "text encoder": "another text encoder",
     "vae": "another VAE",
+    "captions": "other captions",
 }
 
 
@@ -74,7 +75,7 @@ def training_files(path: Path, resume: bool) -> TrainingFiles:
     return TrainingFiles(found, found.with_suffix(".checkpoint"), tuple(notes))
 
 
-def run_facts(adapter: LowRankAdapter, data: TrainData, config: TrainConfig) -> dict[str, Any]:
+def run_facts(adapter: TrainedAdapter, data: TrainData, config: TrainConfig) -> dict[str, Any]:
     """What must be the same for a checkpoint to continue this run."""
     info = adapter.info
     settings = {**config.lasting, "rank": info.rank, "alpha": info.alpha, "kind": info.kind}
@@ -85,7 +86,9 @@ def run_facts(adapter: LowRankAdapter, data: TrainData, config: TrainConfig) -> 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two `run_facts`, in words."""
     found = [
-        _DIFFERENCES.get(key, f"another {key}") for key in now if key != "settings" and stored.get(key) != now[key]
+        _DIFFERENCES.get(key, f"another {key}")
+        for key in dict.fromkeys((*now, *_DIFFERENCES))
+        if key != "settings" and stored.get(key) != now.get(key)
     ]
     before = stored.get("settings")
     before = before if isinstance(before, dict) else {}

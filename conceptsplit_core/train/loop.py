@@ -1,6 +1,6 @@
-"""ToVA training: objective, loop, checkpoints, events.
+"""Training: objective, loop, checkpoints, events.
 
-Everything is frozen but the adapter's A and B. The host supplies latents, encoded prompts and one function that
+Everything is frozen but the adapter. The host supplies latents, encoded prompts and one function that
 runs its UNet; the loop is the same in ComfyUI, in a terminal and under `accelerate launch`.
 
 All random numbers of a step are drawn on the CPU from (seed, step), for the whole global batch. So a resumed run
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.low_rank import LowRankAdapter
+from ..adapters.base import TrainedAdapter, kind_of
 from ..errors import ConceptSplitError
 from ..settings import TrainConfig
 from .checkpoint import _check_room, _load_checkpoint, _save_checkpoint, run_facts
@@ -34,18 +34,18 @@ class TrainEvent:
     steps: int
     loss: float
     seconds: float
-    adapter: LowRankAdapter
+    adapter: TrainedAdapter
 
 
 @dataclass
 class TrainResult:
     """The adapter as it now is, the loss of every step since the first, and the seconds this call took."""
 
-    adapter: LowRankAdapter
+    adapter: TrainedAdapter
     losses: list[float]
     seconds: float
 
-    def trained(self) -> LowRankAdapter:
+    def trained(self) -> TrainedAdapter:
         """The adapter on its own, with the steps it was really trained for among its facts."""
         facts = {**self.adapter.info.training, "steps": len(self.losses)}
         return self.adapter.detached().with_info(training=facts)
@@ -61,7 +61,7 @@ def batch_loss(prediction: Tensor, batch: TrainBatch) -> Tensor:
 
 
 def train(
-    adapter: LowRankAdapter,
+    adapter: TrainedAdapter,
     data: TrainData,
     levels: Tensor,
     denoise: Callable[[TrainBatch], Tensor],
@@ -72,7 +72,7 @@ def train(
     on_stop: Callable[[TrainResult], None] | None = None,
     stops: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
 ) -> TrainResult:
-    """Trains `adapter` in place (paper, token-wise value adaptation; only A and B learn).
+    """Trains `adapter` in place (paper, token-wise value adaptation; only its own parameters learn).
 
     Args:
         adapter: fp32, from `new_adapter`; its tensors get gradients during the call.
@@ -105,10 +105,10 @@ def train(
         with torch.inference_mode(False), torch.enable_grad():
             _steps(adapter, data, levels, denoise, config, on_event, path, process, losses)
     except stops:
-        if on_stop is not None and _changes_anything(adapter):
+        if on_stop is not None and adapter.moved():
             on_stop(now())
         raise
-    if not _changes_anything(adapter):
+    if not adapter.moved():
         raise ConceptSplitError(
             f"Training ended after {len(losses)} steps with an adapter that changes nothing: raise the steps or the "
             "learning rate."
@@ -116,12 +116,8 @@ def train(
     return now()
 
 
-def _changes_anything(adapter: LowRankAdapter) -> bool:
-    return any(bool(up.any()) for up in adapter.up.values())
-
-
 def _steps(
-    adapter: LowRankAdapter,
+    adapter: TrainedAdapter,
     data: TrainData,
     levels: Tensor,
     denoise: Callable[[TrainBatch], Tensor],
@@ -137,7 +133,8 @@ def _steps(
     parameters = adapter.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
+    rate = config.learning_rate * kind_of(adapter).rate
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay, foreach=False)
     try:
         if config.resume and path is not None and path.exists():
             losses += _load_checkpoint(path, parameters, optimizer, run)
@@ -148,7 +145,7 @@ def _steps(
         for step in range(len(losses), config.steps):
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+                group["lr"] = rate * min(1.0, (step + 1) / max(1, config.warmup))
             batch = make_batch(data, levels, config, step, process)
             loss = batch_loss(denoise(batch), batch)
             value = loss.detach().double().reshape(1).cpu() if process.world == 1 else loss.detach().reshape(1)

@@ -21,7 +21,7 @@ from conceptsplit_core.cli import sample as sample_command
 from conceptsplit_core.cli import train as train_command
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.options import options as all_options
-from conceptsplit_core.settings import LodaConfig, TrainConfig
+from conceptsplit_core.settings import GateConfig, LodaConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 LORA = ROOT / "conceptsplit_core" / "demo" / "loras" / "demo_nero_lora.safetensors"
@@ -69,7 +69,9 @@ TRAIN = {
     "save_every": 6,
     "resume": True,
     "gradient_checkpointing": True,
+    "kind": "key_value",
 }
+GATE = {"gate_bias": 0.625, "gate_temperature": 0.25}
 
 
 def written(name: str, value: object) -> list[str]:
@@ -79,7 +81,7 @@ def written(name: str, value: object) -> list[str]:
 
 
 def test_the_values_tried_are_all_options_and_none_is_a_default():
-    for config, values in ((LodaConfig, LODA), (TrainConfig, TRAIN)):
+    for config, values in ((LodaConfig, LODA), (TrainConfig, TRAIN), (GateConfig, GATE)):
         fresh = config()
         assert values.keys() == all_options(config).keys() - options.NO_SAMPLES
         assert all(getattr(fresh, name) != value for name, value in values.items())
@@ -129,7 +131,7 @@ def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
         "--seed", "21", "--batch", "2", "--size", "96x64", "--out", str(out), "--maps", "--model", "demo",
         "--device", "cpu", "--precision", "bf16", "--prediction", "v_prediction", "--tokenizer", "x",
     ]  # fmt: skip
-    line += [part for name, value in LODA.items() for part in written(name, value)]
+    line += [part for name, value in {**LODA, **GATE}.items() for part in written(name, value)]
     spoken = {part[2:].replace("-", "_").removeprefix("no_") for part in line if part.startswith("--")}
     assert spoken >= set(actions("sample")) - {"loda"}, "an option that this test does not try"
 
@@ -166,9 +168,11 @@ def test_demo_training_receives_every_option(monkeypatch, tmp_path):
     masks.mkdir()
     Image.new("L", (96, 64), 255).save(masks / "one.png")
     out = tmp_path / "made.safetensors"
+    (tmp_path / "captions.txt").write_text("a ring\n\n a blue star \n")
     line = [
         "train", "--images", str(folder), "--class-word", "star", "--name", "rex", "--masks", str(masks),
-        "--out", str(out), "--size", "96x64", "--template", "the {} there", "--store", "fp32", "--model", "demo",
+        "--out", str(out), "--size", "96x64", "--template", "the {} there", "--store", "fp32",
+        "--captions", str(tmp_path / "captions.txt"), "--model", "demo",
         "--device", "cpu", "--precision", "fp16", "--prediction", "v_prediction", "--tokenizer", "x",
     ]  # fmt: skip
     line += [part for name, value in TRAIN.items() for part in written(name, value)]
@@ -182,10 +186,12 @@ def test_demo_training_receives_every_option(monkeypatch, tmp_path):
     adapter, data, _, _, config, _, state, *_ = training.args
     assert config == TrainConfig(**TRAIN, prediction_type="epsilon")
     assert config.resume is True and state.name == "made.checkpoint"
-    assert (adapter.info.rank, adapter.info.alpha) == (5, 1.5)
+    assert (adapter.info.rank, adapter.info.alpha, adapter.info.kind) == (5, 1.5, "key_value")
     assert [prompt.text for prompt in data.prompts] == ["the star there"]
     assert data.latents.shape == (1, 8, 8, 12)
     assert data.masks is not None
+    begun = received(monkeypatch, host, "begin", lambda: cli.main(line))
+    assert begun.args[3] == ["a ring", "a blue star"]
     checkpointing = received(monkeypatch, host, "training_denoiser", lambda: cli.main(line))
     assert checkpointing.args[2] is True
 

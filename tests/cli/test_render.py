@@ -90,6 +90,7 @@ CELLS = {
     "divergence": "bhattacharyya", "threshold": "0.75", "map_smoothing": "2.5", "map_downscale": "4", "AFG": "Off",
     "map_part": "down", "afg_inside": "1.25", "afg_outside": "9.5", "afg_region": "0.375", "afg_smoothing": "0.5",
     "afg_end": "0.25", "plan_steps": "3", "afg_rule": "by_place", "area_rule": "top", "suppression": "0.6875",
+    "gate_bias": "0.625", "gate_temperature": "0.25",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.method.attention import attend, bound_attention
-from conceptsplit_core.method.tova import TokenMask, add_at, low_rank_sum
+from conceptsplit_core.method.tova import Product, TokenMask, add_at, low_rank_sum
 from conceptsplit_core.network.hooks import Group, Hooks, Member, PassPlan, learning
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
 
@@ -221,6 +221,69 @@ def test_adding_makes_a_new_tensor_of_rows_of_tokens_and_of_convolutions():
     assert added.count_nonzero() == 7
     image = add_at(torch.zeros(3, 2, 4, 5).half(), torch.tensor([2]), torch.ones(1, 2, 4, 5))
     assert image.dtype == torch.float16 and image[2].all() and not image[:2].any()
+
+
+def test_a_product_is_added_where_it_is_formed_as_if_it_had_been_formed_before():
+    """In rows that follow each other, in others, in part of a layer's columns, new and in place, also with gradients."""
+    g = torch.Generator().manual_seed(3)
+    wide = torch.randn(4, 5, 7, generator=g, dtype=torch.float64)
+    for rows in (range(1, 3), torch.tensor([3, 1])):
+        inner = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
+        up = torch.randn(3, 4, generator=g, dtype=torch.float64)
+        wanted = wide[..., 2:6].clone()
+        for i, row in enumerate([1, 2] if isinstance(rows, range) else [3, 1]):
+            wanted[row] += torch.einsum("tr,rd->td", inner[i], up)
+        given = wide.clone()
+        added = add_at(given.narrow(-1, 2, 4), rows, Product(inner, up))
+        torch.testing.assert_close(added, wanted)
+        assert torch.equal(given, wide), "a new tensor"
+        assert add_at(part := given.narrow(-1, 2, 4), rows, Product(inner, up), in_place=True) is part
+        torch.testing.assert_close(given[..., 2:6], wanted)
+        assert torch.equal(given[..., :2], wide[..., :2]) and torch.equal(given[..., 6:], wide[..., 6:])
+        leaf, ups = inner.clone().requires_grad_(True), up.clone().requires_grad_(True)
+        (add_at(wide[..., 2:6], rows, Product(leaf, ups)) * torch.arange(4.0)).sum().backward()
+        torch.testing.assert_close(leaf.grad, (torch.arange(4.0, dtype=torch.float64) @ up.t()).expand_as(leaf))
+        torch.testing.assert_close(ups.grad, torch.einsum("btr,d->rd", inner, torch.arange(4.0, dtype=torch.float64)))
+    half = add_at(torch.zeros(2, 5, 4).half(), range(2), Product(inner, up))
+    assert half.dtype == torch.float16 and torch.allclose(half.double(), inner @ up, atol=2e-2)
+
+
+def test_stacked_pairs_are_made_once_and_held_once():
+    """A second pass makes nothing; the adapters' own copies are parts of the stack; another set is stacked anew."""
+    layer, text = Layer().half(), text_of().half()
+    adapters = [adapter_for(i, rank=2 + i) for i in range(3)]
+    site, out = Site(TO_V, "to_v", "image"), layer.to_v(text)
+
+    def change(members):
+        mask = TokenMask(torch.ones(3, ROWS, len(members), dtype=torch.float16), range(3))
+        places, product = KINDS["lora"].change(members, site, layer.to_v, text, out, mask)
+        alone = [m.adapter.down[TO_V].half().float() for m in members], [m.adapter.up[TO_V].half() for m in members]
+        wanted = sum(
+            m.strength * m.adapter.scale(TO_V) * (text.float() @ a.t()).half().float() @ b.float().t()
+            for m, a, b in zip(members, *alone, strict=True)
+        )
+        assert places == range(3) and torch.allclose(product.formed().float(), wanted, rtol=2e-2, atol=2e-2)
+        return product.up
+
+    pair = tuple(Member(adapter, 0.5 + i) for i, adapter in enumerate(adapters[:2]))
+    with torch.no_grad():
+        first = change(pair)
+        assert change(pair).data_ptr() == first.data_ptr() and first.shape == (5, out.shape[-1])
+        held = [adapter.factor(TO_V, out.device, torch.float16) for adapter in adapters[:2]]
+        assert {one[1].untyped_storage().data_ptr() for one in held} == {first.untyped_storage().data_ptr()}
+        other = change((*pair, Member(adapters[2], 2.0)))
+        assert other.shape[0] == 9 and change(pair).shape[0] == 5
+
+
+def test_outputs_are_written_into_only_where_nobody_else_can_keep_them():
+    layer = nn.Linear(3, 4)
+    plan = PassPlan()
+    image, text = Site("a", "a", "image"), Site("b", "b", "text")
+    assert not plan.writes(image, layer), "autograd records"
+    with torch.no_grad():
+        assert plan.writes(image, layer) and not plan.writes(text, layer)
+        layer.forward = layer.forward
+        assert not plan.writes(image, layer), "another pack has exchanged its forward"
 
 
 def test_an_adapter_that_learns_gets_its_gradient_through_the_hook():

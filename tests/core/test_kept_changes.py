@@ -31,6 +31,7 @@ class Counted:
         for up in self.adapter.up.values():
             up.normal_(generator=g)
         self.info, self.sites = self.adapter.info, self.adapter.sites
+        self.stacks, self.keep = self.adapter.stacks, self.adapter.keep
         self.asked = 0
 
     def factor(self, site, device, dtype):

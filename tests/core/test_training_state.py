@@ -86,6 +86,7 @@ def moved():
         ({"model": "m2"}, {}, "a training with another model:"),
         ({"text encoder": "t2"}, {}, "a training with another text encoder:"),
         ({"vae": "v2"}, {}, "a training with another VAE:"),
+        ({"captions": "c1"}, {}, "a training with other captions:"),
         ({"prompts": renamed()}, {}, "a training with other prompts:"),
         ({"prompts": moved()}, {}, "a training with other prompts:"),
         ({}, {"seed": 1}, "a training with seed 0 then and 1 now:"),
@@ -104,6 +105,14 @@ def test_b14_a_refused_resume_says_what_differs(tmp_path, changed, settings, nam
     with pytest.raises(ConceptSplitError, match=named) as told:
         train(fresh, other(**changed), ALPHAS, toy_denoise(fresh), replace(config, resume=True), None, path)
     assert "\n" not in str(told.value) and path.read_bytes() == before
+
+
+def test_captions_that_are_left_out_are_named(tmp_path):
+    path = tmp_path / "rex.checkpoint"
+    adapter, fresh = new_adapter(), new_adapter()
+    train(adapter, other(captions="c1"), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), None, path)
+    with pytest.raises(ConceptSplitError, match="a training with other captions:"):
+        train(fresh, other(), ALPHAS, toy_denoise(fresh), TrainConfig(steps=4, resume=True), None, path)
 
 
 def test_b14_another_rank_is_named(tmp_path):

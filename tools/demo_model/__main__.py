@@ -3,9 +3,10 @@
 Stages in order: `tokenizer` (writes the tokenizer files), `vae` (picture autoencoder), `latents` (draws and encodes
 the training scenes), `unet` (UNet and text encoder together), `decoder` (more steps for the picture decoder alone,
 at any time after `vae`), `export` (one safetensors file), `loras` (two LoRA files for the exported model, into FOLDER);
-`samples` and `grounding` look at a state in between. Every stage is seeded, and `vae` and `unet` resume from their last
-state in FOLDER. `latents` may be split over several processes by hand (`--part 0 --parts 2` and `--part 1 --parts 2`);
-everything else runs in one process.
+`samples` and `grounding` look at a state in between. The demo transformer, on the autoencoder and text encoder of the
+demo checkpoint: `start`, `latents`, `transformer`, `transformer_samples`, `transformer_export`. Every stage is seeded,
+and `vae`, `unet` and `transformer` resume from their last state in FOLDER. `latents` may be split over processes
+by hand (`--part 0 --parts 2` and `--part 1 --parts 2`); everything else runs in one process.
 """
 
 from __future__ import annotations
@@ -18,14 +19,28 @@ import torch
 
 from conceptsplit_core.demo import checkpoint
 
-from . import autoencoder, export, latents, lexicon, loras, pretraining, report
+from . import autoencoder, export, latents, lexicon, loras, pretraining, report, transformer
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.demo_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stages = ("tokenizer", "vae", "latents", "unet", "decoder", "samples", "grounding", "export", "loras")
+    stages = (
+        "tokenizer",
+        "vae",
+        "latents",
+        "unet",
+        "decoder",
+        "samples",
+        "grounding",
+        "export",
+        "loras",
+        "start",
+        "transformer",
+        "transformer_samples",
+        "transformer_export",
+    )
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", type=Path, required=True, help="folder for states and pictures")
     parser.add_argument("--name", default="unet", help="name of the UNet run in that folder")
@@ -43,9 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per", type=int, default=4, help="pictures per prompt of the samples stage")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance of the samples stage")
     parser.add_argument("--target", type=Path, default=checkpoint.DEMO_FILE, help="file to export to")
+    parser.add_argument("--device", default="cpu", help="of the transformer's stages")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make captions beside the training")
+    parser.add_argument("--machine", default="2 CPU cores, no GPU", help="for the exported file")
     parser.add_argument("--note", default="")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    chosen = ("decay_from", "batch", "rate", "grounding", "seed", "minutes", "workers")
+    training = {name: getattr(args, name) for name in chosen}
     args.out.mkdir(parents=True, exist_ok=True)
     match args.stage:
         case "tokenizer":
@@ -59,9 +79,15 @@ def main(argv: list[str] | None = None) -> None:
         case "latents":
             latents.draw_latents(args.out, args.part, args.parts, args.scenes, args.seed)
         case "unet":
-            chosen = ("decay_from", "batch", "rate", "grounding", "seed", "minutes")
-            options = {name: getattr(args, name) for name in chosen}
-            pretraining.train_unet(args.out, args.name, args.steps, **options)
+            pretraining.train_unet(args.out, args.name, args.steps, device=args.device, **training)
+        case "start":
+            transformer.start(args.out)
+        case "transformer":
+            transformer.train_transformer(args.out, args.name, args.steps, args.device, **training)
+        case "transformer_samples":
+            transformer.write_samples(args.out, args.name, args.seed, args.per, args.guidance, args.device)
+        case "transformer_export":
+            transformer.export(args.out, args.name, args.target, args.machine, args.note)
         case "samples":
             report.write_samples(args.out, args.name, args.seed, args.per, args.guidance)
         case "grounding":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from conceptsplit_core.demo import scenes
 
@@ -37,6 +40,9 @@ def draw_latents(out: Path, part: int, parts: int, count: int, seed: int) -> Non
     save({"latents": latents, "masks": masks, "seeds": torch.tensor(seeds)}, out / f"latents-{part}.safetensors")
 
 
+Layout = tuple[tuple[scenes.SceneObject, ...], str]
+
+
 class Data:
     """Latents in memory; a caption is made anew each time from the scene's objects."""
 
@@ -48,8 +54,21 @@ class Data:
         self.masks = torch.cat([p["masks"] for p in parts])[order]
         self.seeds = seeds[order].tolist()
         self.scale = 1.0 / float(self.latents[:2000].float().std())
-        self.layouts = [scenes.scene_layout(s) for s in self.seeds]
         self.words = Words()
+        self._layouts: dict[int, Layout] = {}
+
+    def layout(self, index: int) -> Layout:
+        """Objects and background of a scene, drawn once."""
+        if index not in self._layouts:
+            self._layouts[index] = scenes.scene_layout(self.seeds[index])
+        return self._layouts[index]
+
+    def batches(
+        self, seed: int, steps: Iterable[int], n: int, workers: int = 0
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """(step, its batch), which depends on seed and step alone; made by `workers` processes."""
+        loader = DataLoader(_Steps(self, seed, n), None, sampler=list(steps), num_workers=workers)
+        return zip(list(steps), loader, strict=True)
 
     def batch(self, rng: np.random.Generator, n: int, dropout: float = 0.1) -> dict[str, torch.Tensor]:
         """n samples: x [n, 8, 16, 16], ids [n, 77], rows [n, R], weight [n, R], mask [n, R, 16, 16]."""
@@ -59,7 +78,7 @@ class Data:
         weight = np.zeros((n, MAX_BOUND), np.float32)
         owner = np.zeros((n, MAX_BOUND), np.int64)
         for i, index in enumerate(picked):
-            objects, background = self.layouts[index]
+            objects, background = self.layout(int(index))
             if rng.random() < dropout:
                 ids[i] = self.words.ids("")
                 continue
@@ -80,3 +99,15 @@ class Data:
             "weight": torch.from_numpy(weight),
             "mask": self.masks[index].float().gather(1, owners),
         }
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset):
+    """The batches of a training by their step."""
+
+    data: Data
+    seed: int
+    n: int
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        return self.data.batch(np.random.default_rng([self.seed, step]), self.n)

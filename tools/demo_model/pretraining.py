@@ -1,4 +1,4 @@
-"""Trains UNet and text encoder together on noise prediction.
+"""Trains a denoiser of the demo models: UNet and text encoder together on noise prediction, or what `train` is given.
 
 With `grounding` W there is a second term: W times the mean negative log share of each class word's and adjective's
 cross-attention map on its own object (`grounding_loss`). Without it a model this small learns to draw long before its
@@ -12,8 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -44,7 +44,7 @@ OBJECT_WEIGHT = 4.0
 """By how much an error on an object counts more than one on the background, which is most of a picture."""
 
 
-def _on_objects(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def on_objects(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean per picture of errors [B, h, w], those on objects weighted; mask [B, R, h, w] is that of the bound rows."""
     weight = 1.0 + OBJECT_WEIGHT * mask.amax(dim=1)
     return (error * weight).mean(dim=(1, 2)) / weight.mean(dim=(1, 2))
@@ -57,29 +57,52 @@ def _noise_levels(batch: int) -> torch.Tensor:
     return t
 
 
-def train_unet(
+LIMIT = 1_000_000  # steps of a training that only the clock ends
+
+Losses = Callable[[Any, dict[str, torch.Tensor], bool], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""(model, batch of `Data`, whether to ground) to what is shown, what is trained, and the grounding term, all []."""
+
+
+def train_unet(out: Path, name: str, steps: int, *, build: Callable[[int], Model] = Model, **options: Any) -> None:
+    """`train` of the UNet and its text encoder; `build` makes the model from the size of the vocabulary."""
+
+    def built(vocabulary: int) -> Model:
+        model = build(vocabulary)
+        model.unet.to(memory_format=torch.channels_last)
+        return model
+
+    signal = alphas_cumprod().float()
+    train(
+        out, name, steps, build=built, losses=lambda model, b, grounded: losses(model, b, grounded, signal), **options
+    )
+
+
+def train(
     out: Path,
     name: str,
     steps: int,
     *,
+    build: Callable[[int], torch.nn.Module],
+    losses: Losses,
     decay_from: int,
     batch: int,
     rate: float,
     grounding: float,
     seed: int,
     minutes: float,
-    build: Callable[[int], Model] = Model,
+    device: str = "cpu",
+    workers: int = 0,
 ) -> None:
-    """Noise prediction, both ends of the noise range and objects weighted, caption dropout 10 %, EMA.
+    """Both ends of the noise range and objects weighted, caption dropout 10 %, EMA.
 
     Resumes from OUT/NAME.safetensors. The rate is constant up to step `decay_from` and then falls to 2 % at `steps`.
     Every random draw depends on (seed, step) alone, so stopping and resuming changes nothing. Stops early after
-    `minutes`. `build` makes the model from the size of the vocabulary.
+    `minutes`; with 0 steps as many as fit into them, the last two fifths with a falling rate. `workers` processes make
+    captions beside the training.
     """
     data = Data(out)
     torch.manual_seed(seed)
-    model = build(data.words.vocabulary)
-    model.unet.to(memory_format=torch.channels_last)
+    model = build(data.words.vocabulary).to(device)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     path = out / f"{name}.safetensors"
@@ -90,16 +113,16 @@ def train_unet(
         restore_optimiser(optimiser, state["optimiser"])
         ema = {k: torch.empty_like(v).copy_(state["ema"][k]) for k, v in model.state_dict().items()}
         start, spent = int(state["step"]), float(state["seconds"])
-    signal = alphas_cumprod().float()
     began = saved = time.time()
-    sums = np.zeros(4)
-    for step in range(start, steps):
-        rng = np.random.default_rng([seed, step])
+    sums, count = torch.zeros(3, device=device), 0
+    paced: list[float] = []
+    for step, drawn in data.batches(seed, range(start, steps or LIMIT), batch, workers):
         torch.manual_seed(seed * 1_000_003 + step)
         fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
         for group in optimiser.param_groups:
             group["lr"] = rate * fall * min(1.0, (step + 1) / 200)
-        error, loss, ground = losses(model, data.batch(rng, batch), signal, grounding > 0)
+        here = {k: v.to(device) for k, v in drawn.items()}
+        error, loss, ground = losses(model, here, grounding > 0)
         optimiser.zero_grad(set_to_none=True)
         (loss + grounding * ground).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -110,12 +133,20 @@ def train_unet(
             floats = [k for k, v in now.items() if v.is_floating_point()]
             torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - keep)
         last = step == steps - 1 or time.time() - began > 60 * minutes
-        sums += (error.item(), loss.item(), ground.item(), 1)
+        sums += torch.stack([error.detach(), loss.detach(), ground.detach()])
+        count += 1
+        if not steps and step in (start + 49, start + 99):
+            sums.tolist()  # waits until the device is ready
+            paced = [*paced, time.time()]
+            if len(paced) == 2:
+                steps = step + int((began + 60 * minutes - paced[1]) / (paced[1] - paced[0]) * 50 * 0.98)
+                decay_from = int(0.6 * steps)
+                print(f"{name}: {steps} steps fit, the rate falls from {decay_from}", flush=True)
         if step % 50 == 49 or last:
-            noise, balanced, grounded, _ = sums / sums[3]
-            spoken = f"noise {noise:.4f} balanced {balanced:.4f} ground {grounded:.4f}"
-            print(f"unet {step + 1} {spoken} {spent + time.time() - began:.0f}s", flush=True)
-            sums[:] = 0
+            plain, balanced, grounded = (sums / count).tolist()
+            spoken = f"error {plain:.4f} balanced {balanced:.4f} ground {grounded:.4f}"
+            print(f"{name} {step + 1} {spoken} {spent + time.time() - began:.0f}s", flush=True)
+            sums, count = torch.zeros(3, device=device), 0
         if time.time() - saved > 150 or last:
             saved = time.time()
             save(
@@ -138,7 +169,7 @@ def train_unet(
 
 
 def losses(
-    model: Model, b: dict[str, torch.Tensor], signal: torch.Tensor, grounded: bool
+    model: Model, b: dict[str, torch.Tensor], grounded: bool, signal: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean squared error of the noise, the same weighted by noise level, and the grounding term (or 0), all [].
 
@@ -151,7 +182,7 @@ def losses(
     model.cross.rows = b["rows"] if grounded else None
     model.cross.maps = {}
     predicted = model(noisy.contiguous(memory_format=torch.channels_last), t, model.encode(b["ids"]))
-    error = _on_objects((predicted - noise).square().mean(dim=1), b["mask"])
+    error = on_objects((predicted - noise).square().mean(dim=1), b["mask"])
     snr = signal[t] / (1 - signal[t])
     # Min-SNR with gamma 5 at the clean end. At the noisy end the noise is nearly the input, so its error says
     # little about the picture it implies; without the second factor colours and places stay guesses there.

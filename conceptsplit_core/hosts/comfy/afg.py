@@ -45,7 +45,7 @@ class Guidance:
         self.config = config
         self.latent = latent
         self.fit = fit
-        self._bias: dict[tuple[int, Any], Tensor | None] = {}
+        self._bias: dict[tuple[int, Any, torch.dtype], Tensor | None] = {}
         self._handles: list[Any] = []
         self._clear()
 
@@ -112,15 +112,16 @@ class Guidance:
         mask, size = self.rows.attended, map_size(q.shape[1], self.latent)
         if size is None or mask.shape[:2] != k.shape[:2] or q.shape[0] != k.shape[0]:
             return None
-        key = (q.shape[1], self.rows)
+        key = (q.shape[1], self.rows, q.dtype)
         if key not in self._bias:
-            self._bias[key] = self._of_regions(q, mask, size)
+            found = self._of_regions(q, mask, size)
+            self._bias[key] = None if found is None else _within(found, q.dtype)
         added = self._bias[key]
         if self.config.suppression > 0:
             maps = bound_attention(q.detach(), k.detach(), heads, mask).unflatten(-1, size)
             suppressed = suppression_bias(gaussian_blur(maps, SUPPRESSION_BLUR), mask, 1.0 - self.config.suppression)
-            added = suppressed if added is None else added + suppressed
-        return None if added is None else added.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+            added = _within(suppressed if added is None else added + suppressed, q.dtype)
+        return added
 
     def _of_regions(self, q: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor | None:
         regions = self._for_batch(q.shape[0])
@@ -135,6 +136,11 @@ class Guidance:
         if batch % self.images or any(area is not None for area in self.run.layout.areas.values()):
             return None
         return self.regions[: self.images].repeat(batch // self.images, 1, 1, 1)
+
+
+def _within(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias in a dtype whose range it may leave."""
+    return bias.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def override(chained: Callable | None, guidance: Guidance | None, gradient: bool) -> Callable:

@@ -38,7 +38,7 @@ class RowMasks:
         rows: batch rows whose texts nobody has looked at on the CPU, see `TokenMask`.
     """
 
-    def __init__(self, mask: Tensor, rows: Tensor | None = None):
+    def __init__(self, mask: Tensor, rows: range | None = None):
         self.mask = mask
         adapters, self.attended = mask.chunk(2, dim=-1)
         self.adapters = TokenMask(adapters, rows)
@@ -72,7 +72,7 @@ class CallRows:
             return self._of_sequence(context.shape[:2], sequence)
         if self._last is None or self._last[0] is not context:
             mask = self.run.texts.index.mask(context).to(self.given.mask)
-            self._last = (context, RowMasks(mask, torch.arange(len(mask), device=mask.device)))
+            self._last = (context, RowMasks(mask, range(len(mask))))
         return self._last[1]
 
     def _of_sequence(self, shape: torch.Size, sequence: TokenSequence) -> RowMasks:

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...adapters.base import kind_of
+from ...adapters.base import TrainedAdapter, kind_of
 from ...adapters.file import save_adapter
-from ...adapters.low_rank import LowRankAdapter
 from ...errors import ConceptSplitError
 from ...method.diffusion import Parameterisation
 from ...network.hooks import learning
 from ...settings import TrainConfig
 from ...text.concepts import Concept
-from ...train.adapter import new_adapter, training_facts
+from ...train.adapter import begin, new_adapter, training_facts
 from ...train.checkpoint import training_files
 from ...train.data import TrainBatch, TrainData
 from ...train.identity import digest, weights_digest
@@ -153,6 +152,7 @@ def train_adapter(
     path: Path | None = None,
     on_event: Callable[[TrainEvent], None] | None = None,
     on_sample: Callable[[int, Tensor], None] | None = None,
+    captions: Sequence[str] = (),
 ) -> TrainResult:
     """Trains a value adapter on a few pictures of one concept; the MODEL stays as it is.
 
@@ -162,6 +162,7 @@ def train_adapter(
         config: its prediction type is replaced by the model's own.
         path: where the adapter is written when training ends or is stopped; the name counts up where a file is. The
             state to resume from lies beside it until the training has ended.
+        captions: neutral captions for kinds that look at such; without any, this package's.
         on_sample: receives (step, picture [1, H, W, 3]), drawn with the adapter as it then is, from one fixed noise.
 
     Raises:
@@ -191,15 +192,20 @@ def train_adapter(
 
     prompts = encode_prompts(clip, model.model, concept, templates, size)
     given = {"images": digest(batch), "masks": digest(covers), **model_identity(model, clip, vae)}
+    if captions:
+        given["captions"] = digest(*captions)
     latents, covers = _in_model_space(model, vae, batch, covers)
     with torch.inference_mode(False):
         levels, timesteps = (_own(t) for t in schedule_of(model.get_model_object("model_sampling"), kind))
+        made = new_adapter(network, concept, kind.name, config.rank, config.alpha, config.seed, facts, config.kind)
+        # Before the model is loaded: captions need the text encoder, which would take its place again.
+        encode = torch.inference_mode()(functools.partial(encode_prompts, clip, model.model, size=size))
+        begin(made, prompts, encode, captions)
 
     model = _loaded_whole(model, config, latents)
     device = model.load_device
     config = replace(config, loss_scale=1024.0 if compute_dtype(model.model) == torch.float16 else 1.0)
     with torch.inference_mode(False):
-        made = new_adapter(network, concept, kind.name, config.rank, config.alpha, config.seed, facts)
         adapter = made.to(device)
         data = TrainData(latents.to(device), prompts, None if covers is None else covers.to(device), given)
 
@@ -294,7 +300,7 @@ def draw(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
     vae: comfy.sd.VAE,
-    adapter: LowRankAdapter,
+    adapter: TrainedAdapter,
     concept: Concept,
     template: str,
     like: Tensor,
@@ -327,7 +333,7 @@ def draw(
 
 @contextmanager
 def objective(
-    model: Any, adapter: LowRankAdapter, gradient_checkpointing: bool = False, timesteps: Tensor | None = None
+    model: Any, adapter: TrainedAdapter, gradient_checkpointing: bool = False, timesteps: Tensor | None = None
 ) -> Iterator[tuple[Callable[[TrainBatch], Tensor], Callable[[], AbstractContextManager[None]]]]:
     """The UNet of a loaded BaseModel as a function of a TrainBatch, with `adapter` on its value projections.
 

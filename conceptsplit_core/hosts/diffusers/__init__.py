@@ -15,13 +15,14 @@ from .network import call_unet, network_map, patched
 from .pictures import decode_latents, encode_images
 from .sampling import SAMPLERS, SampleResult, noise, sample
 from .text import Conditioning, empty_conditioning, encode_text
-from .training import new_adapter, training_data, training_denoiser
+from .training import begin, new_adapter, training_data, training_denoiser
 
 __all__ = [
     "SAMPLERS",
     "Conditioning",
     "DiffusersModel",
     "SampleResult",
+    "begin",
     "call_unet",
     "decode_latents",
     "empty_conditioning",

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import train
-from ...adapters.base import kind_of
-from ...adapters.low_rank import LowRankAdapter
+from ...adapters.base import TrainedAdapter, kind_of
 from ...network.hooks import learning
 from ...text.concepts import Concept
 from ...train.data import TrainBatch, TrainData
 from ...train.identity import weights_digest
-from ...train.prompts import EncodedText, encode_templates
+from ...train.prompts import EncodedText, Prompt, encode_templates
 from .model import DiffusersModel
 from .network import call_unet, network_map
 from .pictures import encode_images
@@ -38,17 +38,23 @@ def training_data(
         identity: digests of the pictures and masks as they were given, by which a stopped training is known again.
     """
 
-    def encode(text: str) -> EncodedText:
-        cond = encode_text(model, text, [concept])
-        extra = {} if cond.pooled is None else {"pooled": cond.pooled[0]}
-        return EncodedText(cond.text, cond.context[0], cond.bindings, extra)
-
-    prompts = encode_templates(encode, concept, templates)
+    prompts = encode_prompts(model, concept, templates)
     latents = encode_images(model, images).to(model.device)
     if masks is not None:
         masks = F.interpolate(masks.to(latents), size=latents.shape[-2:], mode="area")
     known = {} if identity is None else {**identity, **model_identity(model)}
     return TrainData(latents, prompts, masks, known)
+
+
+def encode_prompts(model: DiffusersModel, concept: Concept, templates: Sequence[str]) -> list[Prompt]:
+    """Each template with the class word, encoded once."""
+
+    def encode(text: str) -> EncodedText:
+        cond = encode_text(model, text, [concept])
+        extra = {} if cond.pooled is None else {"pooled": cond.pooled[0]}
+        return EncodedText(cond.text, cond.context[0], cond.bindings, extra)
+
+    return encode_templates(encode, concept, templates)
 
 
 def model_identity(model: DiffusersModel) -> dict[str, str]:
@@ -69,16 +75,21 @@ def new_adapter(
     seed: int,
     facts: Mapping[str, Any] | None = None,
     kind: str = "value",
-) -> LowRankAdapter:
+) -> TrainedAdapter:
     """An untrained adapter of a kind for all that this kind changes in `model`, where the model is."""
     predicts = model.prediction_type
     made = train.new_adapter(network_map(model), concept, predicts, rank, alpha, seed, facts, kind)
     return made.to(model.device)
 
 
+def begin(model: DiffusersModel, adapter: TrainedAdapter, data: TrainData, captions: Sequence[str] = ()) -> None:
+    """What the kind of a new adapter does before it is trained on `data`; see `train.begin`."""
+    train.begin(adapter, data.prompts, partial(encode_prompts, model), captions)
+
+
 @contextmanager
 def training_denoiser(
-    model: DiffusersModel, adapter: LowRankAdapter, checkpointing: bool = False
+    model: DiffusersModel, adapter: TrainedAdapter, checkpointing: bool = False
 ) -> Iterator[Callable[[TrainBatch], Tensor]]:
     """The `denoise` callable that core training wants, on a model whose own parameters stay frozen.
 

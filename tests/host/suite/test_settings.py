@@ -54,18 +54,20 @@ TRAIN_RARE = {
     "save_every": 6,
     "resume": True,
     "gradient_checkpointing": True,
+    "kind": "key_value",
 }
+GATE = {"gate_bias": 0.5, "gate_temperature": 0.375}
 SAMPLING = {"seed": 12, "steps": 5, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.875}
 VALUES: dict[str, dict[str, Any]] = {
     "ConceptSplitDemoCheckpoint": {},
     "ConceptSplitDemoImages": {"concept": "pixa", "count": 3, "seed": 17},
-    "ConceptSplitLoader": {"adapter": "settings/rex.safetensors", **LOADER},
-    "ConceptSplitApply": LOADER,
+    "ConceptSplitLoader": {"adapter": "settings/rex.safetensors", **LOADER, **GATE},
+    "ConceptSplitApply": {**LOADER, **GATE},
     "ConceptSplitSave": {"file_name": "settings/smaller", "reduce_rank": 2},
     "ConceptSplitMarkWords": {"words": "a:circle, b:star"},
     "ConceptSplitTrain": {
         "concept_name": "fido", "class_word": "heart", "file_name": "settings/fido", **TRAIN_BASIC,
-        "templates": "the {} there\none {}",
+        "templates": "the {} there\none {}", "captions": "a star\na blue ring",
     },
     "ConceptSplitTrainOptions": TRAIN_RARE,
     "ConceptSplitKSampler": {**SAMPLING, **LODA_BASIC},
@@ -252,7 +254,7 @@ def test_training_with_options(spy, base):
     assert len(drawn) == 2, "samples at step 4 and at the end"
     assert samples.std() > 0
     assert (adapter.info.concept, adapter.info.class_word) == ("fido", "heart")
-    assert (adapter.info.rank, adapter.info.alpha) == (5, 1.5)
+    assert (adapter.info.rank, adapter.info.alpha, adapter.info.kind) == (5, 1.5, "key_value")
     assert all(adapter.scale(layer) == 0.3 for layer in adapter.layers), "alpha / rank"
     assert (base / "models" / "value_adapters" / "settings" / "fido.safetensors").is_file()
 
