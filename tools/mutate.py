@@ -110,11 +110,7 @@ def _is_words(node: cst.CSTNode) -> bool:
         return True
     if isinstance(node, cst.Expr) and isinstance(node.value, cst.SimpleString | cst.ConcatenatedString):
         return True
-    if (
-        isinstance(node, cst.Assign)
-        and isinstance(name := node.targets[0].target, cst.Name)
-        and name.value == "__all__"
-    ):
+    if isinstance(node, cst.Assign) and cst.Module([]).code_for_node(node.targets[0].target) == "__all__":
         return True
     spoken = isinstance(node, cst.Call) and isinstance(node.func, cst.Name | cst.Attribute)
     called = cst.Module([]).code_for_node(node.func) if spoken else ""
@@ -129,12 +125,19 @@ def _changes(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
         # The other two of a string are its letters in other case.
         yield from made[:1] if kind is cst.BaseString else made
     if isinstance(node, cst.Call) and len(node.args) > 1:
-        yield from (node.with_changes(args=[a for a in node.args if a is not one]) for one in node.args if one.keyword)
+        yield from (
+            node.with_changes(args=[a for a in node.args if a is not one]) for one in node.args if _droppable(one)
+        )
     if isinstance(node, cst.Expr) and isinstance(node.value, cst.Call):
         yield cst.Pass()
     if isinstance(node, cst.If) and not isinstance(node.test, cst.Comparison | cst.UnaryOperation):
         test = node.test.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
         yield node.with_changes(test=cst.UnaryOperation(cst.Not(), test))
+
+
+def _droppable(argument: cst.Arg) -> bool:
+    """A `zip` of equal lengths does the same without `strict`."""
+    return argument.keyword is not None and argument.keyword.value != "strict"
 
 
 def mutants(file: str) -> list[Mutant]:
