@@ -76,7 +76,9 @@ def separating(
     factor, layers = choose_layers({site.name: site.downscale for site in network.attention})
     things = torch.zeros(0)
 
-    def read(site: AttentionSite, layer: nn.Module, query: Tensor, key: Tensor, text: Tensor) -> Tensor:
+    def read(site: AttentionSite, layer: nn.Module, query: Tensor, key: Tensor, text: Tensor) -> Tensor | None:
+        if text.shape[:2] != things.shape[:2]:  # a pass of a sample picture between two steps
+            return None
         return bound_attention(query, key, layer.heads, things)  # type: ignore[arg-type]
 
     def run(batch: TrainBatch) -> Tensor:

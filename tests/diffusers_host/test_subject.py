@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import REX, every_family
+from tiny import REX
 
 from conceptsplit_core.adapters import load_adapter
 from conceptsplit_core.adapters.file import save_trained
@@ -23,7 +23,7 @@ from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train.data import Process, make_batch
 from conceptsplit_core.train.loop import train
-from conceptsplit_core.train.subject import LEVEL, NOISES, separating, with_masks
+from conceptsplit_core.train.subject import separating, with_masks
 
 TEMPLATES = ("a photo of a {}", "the bright {} on a table")
 needs_demo = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
@@ -38,69 +38,6 @@ def found(model, data, adapter=None, **options):
     adapter = adapter or host.new_adapter(model, REX, 2, 0.0, 0)
     with host.training_denoiser(model, adapter) as denoise:
         return with_masks(data, host.network_map(model), model.alphas_cumprod, denoise, config)
-
-
-def reference(model, data, index, things):
-    """AttenCraft's mask of one picture from the layers' own inputs: softmax, means and the matrix power in numpy."""
-    finest = [site for site in host.network_map(model).attention if site.downscale == min(
-        s.downscale for s in host.network_map(model).attention)]  # fmt: skip
-    seen = {}
-    hooks = []
-    for site in finest:
-        for name in (site.name, site.name.replace("attn2", "attn1")):
-            module = model.unet.get_submodule(name)
-            keep = lambda m, args, kwargs, name=name: seen.__setitem__(name, (args[0], kwargs["encoder_hidden_states"]))
-            hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-    place = int(LEVEL * len(model.alphas_cumprod))
-    alpha = float(model.alphas_cumprod[place])
-    x0 = data.latents[index]
-    noise = torch.randn(NOISES, *x0.shape, generator=torch.Generator().manual_seed(index))
-    if model.prediction_type not in ("epsilon", "v_prediction"):
-        raise NotImplementedError
-    prompt = data.prompts[0]
-    pooled = prompt.extra["pooled"].expand(NOISES, -1) if "pooled" in prompt.extra else None
-    with torch.no_grad():
-        host.call_unet(
-            model, alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise, place, prompt.context.expand(NOISES, -1, -1), pooled
-        )
-    for hook in hooks:
-        hook.remove()
-    cross, own = [], []
-    for name, (hidden, context) in seen.items():
-        module = model.unet.get_submodule(name)
-        text = hidden if context is None else context
-        with torch.no_grad():
-            q, k = (
-                side.unflatten(-1, (module.heads, -1)).double().numpy()
-                for side in (module.to_q(hidden), module.to_k(text))
-            )
-        logits = np.einsum("bqhd,blhd->bhql", q, k) / np.sqrt(q.shape[-1])
-        share = np.exp(logits - logits.max(-1, keepdims=True))
-        share = (share / share.sum(-1, keepdims=True)).mean((0, 1))
-        if "attn1" in name:
-            own.append(share)
-        else:
-            cross.append(np.stack([share[:, list(rows)].mean(-1) for rows in things]))
-    stretched = lambda x: (x - x.min()) / (x.max() - x.min())
-    among = np.linalg.matrix_power(np.mean(own, 0), 4)
-    masks = np.stack([stretched(among @ stretched(m**2)) for m in np.mean(cross, 0)])
-    return np.where(masks.argmax(0) == 0, masks[0], 0)
-
-
-@every_family
-def test_masks_come_from_self_and_cross_attention(load, family):
-    model = load(family)
-    data = host.training_data(model, pictures(), REX, TEMPLATES, beside="cat" if family == "sd15" else "")
-    made = found(model, data)
-    assert data.masks is None and made.masks.shape == (2, 1, 16, 12)
-    prompt = data.prompts[0]
-    assert len(prompt.others) == (family == "sd15")
-    for index in range(2):
-        wanted = torch.tensor(reference(model, data, index, [prompt.rows, *prompt.others])).float()
-        side = {192: (16, 12), 48: (8, 6), 12: (4, 3)}[len(wanted)]
-        wanted = F.interpolate(wanted.view(1, 1, *side), size=(16, 12), mode="bilinear", align_corners=False)[0]
-        torch.testing.assert_close(made.masks[index], wanted, atol=1e-3, rtol=1e-3)
-    assert not any(module._forward_hooks for module in model.unet.modules())
 
 
 def test_masks_do_not_see_an_adapter_that_has_learned(load, adapter_for):
@@ -251,35 +188,6 @@ def learned_beside(model, images, name, other, kind, **options):
         with separating(network, data, denoise, config) as (run, penalty):
             result = train(adapter, data, model.alphas_cumprod, run, config, penalty=penalty)
     return adapter, data, result
-
-
-def change(model, adapter, data, area=None):
-    """Mean |change of the prediction| by an adapter per cell, [h, w], with its concept and the other in the prompt."""
-    config = TrainConfig(batch_size=8, seed=77, prediction_type=model.prediction_type)
-    batch = make_batch(replace(data, masks=None), model.alphas_cumprod, config, 0, Process())
-    nowhere = torch.zeros_like(batch.x_t[:, :1])
-    if area is not None:
-        batch = replace(batch, area=nowhere + area)
-    with torch.no_grad(), host.training_denoiser(model, adapter) as denoise:
-        difference = denoise(batch) - denoise(replace(batch, mask=torch.zeros_like(batch.mask), area=nowhere))
-    return difference.abs().mean(dim=(0, 1))
-
-
-@needs_demo
-@pytest.mark.parametrize(("kind", "routed"), [("value", False), ("lora", True)])
-def test_two_concepts_are_learned_from_one_picture(scene, kind, routed):
-    """The one learned from the circle changes the circle and not the square, and the other way round."""
-    model = host.load_model("demo")
-    images, given = scene
-    for own, (name, other) in enumerate((("bobo", "lumo"), ("lumo", "bobo"))):
-        adapter, data, _ = learned_beside(model, images, name, other, kind, routed=routed)
-        assert float(overlap(data.masks, given[:, own : own + 1])) > 0.6
-        assert float(overlap(data.masks, given[:, 1 - own : 2 - own])) < 0.05
-        cells = F.adaptive_avg_pool2d(given[0], data.latents.shape[-2:]) > 0.9
-        # A LoRA is drawn in its own part of the picture.
-        moved = change(model, adapter, data, (~cells[1 - own]).float() if routed else None)
-        mine, theirs = (float(moved[cells[thing]].mean()) for thing in (own, 1 - own))
-        assert mine > 3 * theirs, (name, mine, theirs)
 
 
 @needs_demo
