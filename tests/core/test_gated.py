@@ -1,5 +1,7 @@
 """Perfusion's kind: its formula, its file, and what it must not do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,44 @@ def test_a_file_reads_back_and_odd_ones_are_refused(layers, moment):
     one.check_fits({VALUE: (WIDTH, OUT), KEY: (WIDTH, OUT)})
     with pytest.raises(ConceptSplitError, match=f"Layer {VALUE} .* does not fit"):
         one.check_fits({VALUE: (WIDTH + 1, OUT)})
+
+
+def test_shapes_and_families_that_do_not_fit(layers, moment):
+    one = adapter(layers, moment, 3)
+    for target, direction in ((one.target, one.direction[:, 1:]), (one.target[0], one.direction[0]),
+                              (one.target.repeat(2, 1), one.direction.repeat(2, 1))):  # fmt: skip
+        with pytest.raises(ConceptSplitError, match="has encodings of shapes"):
+            GatedAdapter(one.info, target, direction, one.up)
+    with pytest.raises(ConceptSplitError, match="and 0 values: the file is damaged"):
+        GatedAdapter(one.info, one.target, one.direction, {})
+    fitting = {VALUE: (WIDTH, OUT)}
+    sd15 = GatedAdapter(replace(one.info, base="sd15"), one.target, one.direction, one.up)
+    sd15.check_fits(fitting, "sd15")
+    sd15.check_fits(fitting)
+    one.check_fits(fitting, "sdxl")
+    with pytest.raises(ConceptSplitError, match=r"was made for SD1.5, but the model is SDXL: load a checkpoint"):
+        sd15.check_fits(fitting, "sdxl")
+    with pytest.raises(ConceptSplitError, match="does not fit this model"):
+        one.check_fits({VALUE: (WIDTH, OUT + 1)})
+
+
+def test_one_that_acts_beside_one_that_does_not(layers, moment):
+    """Of strength 0, unlocked, or without this layer: the other acts as if alone."""
+    one, two = (adapter(layers, moment, seed) for seed in (3, 4))
+    x = torch.randn(2, 5, WIDTH)
+    alone = run(layers, [one], x)
+    fresh = KINDS["perfusion"].create({VALUE: (WIDTH, OUT)}, one.info, 0)
+    elsewhere = GatedAdapter(two.info, two.target, two.direction, {VALUE.replace("0.attn2", "1.attn2"): two.up[VALUE]})
+    for other, strength in ((two, 0.0), (fresh, 1.0), (elsewhere, 1.0)):
+        for found, expected in zip(run(layers, [one, other], x, (1.0, strength)), alone, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_two_of_one_encoding_share_it(layers, moment):
+    """The span of both is that of one and is taken out once; both gates open."""
+    one = adapter(layers, moment, 3)
+    two = GatedAdapter(one.info, one.target * (1 + 1e-5), one.direction / (1 + 1e-5), one.up)
+    x = torch.randn(2, 5, WIDTH)
+    gate = torch.sigmoid((x @ one.direction.t() - BETA) / TAU)
+    found, alone = run(layers, [one, two], x)[1], run(layers, [one], x)[1]
+    torch.testing.assert_close(found, alone + gate * one.up[VALUE], atol=1e-3, rtol=1e-3)
