@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
 from conceptsplit_core.adapters.lora import LoraAdapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
-from conceptsplit_core.method.attention import attend, bound_attention
+from conceptsplit_core.method.attention import attend, bound_attention, member_attention, with_logits
 from conceptsplit_core.method.tova import Product, TokenMask, add_at, low_rank_sum
 from conceptsplit_core.network.hooks import Group, Hooks, Member, PassPlan, learning
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
@@ -413,3 +413,95 @@ def test_attend_with_zero_bias_equals_without():
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, n, 8, generator=g) for n in (6, 4, 4))
     torch.testing.assert_close(attend(q, k, v, 2, torch.zeros(2, 6, 4)), attend(q, k, v, 2))
+
+
+def test_a_scale_that_the_model_brings_takes_the_place_of_its_own():
+    """As if the queries were larger, in the maps and in the attention."""
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, n, 8, generator=g, dtype=torch.float64) for n in (6, 4, 4))
+    mask = torch.zeros(2, 4, 1)
+    mask[:, 1] = 1
+    wider = q * 0.3 * 4**0.5
+    torch.testing.assert_close(bound_attention(q, k, 2, mask, scale=0.3), bound_attention(wider, k, 2, mask))
+    bias = torch.randn(2, 6, 4, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(attend(q, k, v, 2, bias, scale=0.3), attend(wider, k, v, 2, bias))
+
+
+def test_bound_maps_follow_the_bias_of_each_pixel():
+    """Two rows of one concept, in fp32 from half precision."""
+    g = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, n, 6, generator=g).half() for n in (5, 7))
+    bias = torch.randn(1, 5, 7, generator=g)
+    mask = torch.zeros(1, 7, 1)
+    mask[0, [2, 6]] = 0.5  # a weight is no share of the map
+    maps = bound_attention(q, k, 3, mask, logit_bias=bias)
+    qh, kh = (t.float().view(1, -1, 3, 2).transpose(1, 2) for t in (q, k))
+    full = torch.softmax(qh @ kh.transpose(-1, -2) / 2**0.5 + bias[:, None], dim=-1).mean(dim=1)
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps[0, 0], full[0][:, [2, 6]].mean(dim=-1))
+
+
+# --- text and picture attended to together --------------------------------------------------------------------
+
+
+def joint(heads=2, queries=9, keys=14, width=4, batch=2, rows=5, dtype=torch.float64):
+    """Queries, keys and values of a transformer, and a mask of three concepts over the first rows."""
+    g = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(batch, heads, n, width, generator=g, dtype=dtype) for n in (queries, keys, keys))
+    mask = torch.zeros(batch, rows, 3)
+    mask[0, 1, 0] = mask[0, 4, 0] = 0.5
+    mask[0, 2, 1] = mask[1, 3, 1] = -1.0
+    return q, k, v, mask
+
+
+def test_the_attention_that_rows_get_among_all_keys():
+    q, k, _, mask = joint(heads=3)
+    maps = member_attention(q, k, mask)
+    full = torch.softmax(q @ k.transpose(-1, -2) / 2.0, dim=-1).mean(dim=1)
+    assert maps.shape == (2, 3, 9)
+    torch.testing.assert_close(maps[0, 0], full[0][:, [1, 4]].mean(dim=-1))
+    torch.testing.assert_close(maps[0, 1], full[0][:, 2])
+    torch.testing.assert_close(maps[1, 1], full[1][:, 3])
+    assert not maps[1, 0].any() and not maps[:, 2].any()
+    assert member_attention(*(t.bfloat16() for t in (q, k)), mask).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("concepts", "width"), [(3, 8), (9, 16)])
+def test_logits_that_are_added_without_a_matrix_are_those_of_a_bias(concepts, width):
+    """To the queries 5 … 8 of 9, on the rows of each concept; the widths are those that kernels want."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v, _ = joint()
+    mask = (torch.rand(2, 5, concepts, generator=g) > 0.6).float() * 0.5
+    logits = torch.randn(2, concepts, 3, generator=g)
+    bias = torch.zeros(2, 1, 9, 14, dtype=torch.float64)
+    bias[:, 0, 5:8, :5] = torch.einsum("bnp,bln->bpl", logits.double(), (mask != 0).double())
+    wanted = torch.softmax(q @ k.transpose(-1, -2) / 2.0 + bias, dim=-1) @ v
+    before = q.clone()
+    wide = with_logits(q, k, v, logits, 5, mask)
+    assert [t.shape[-1] for t in wide] == [4 + width] * 3 and torch.equal(q, before)
+    out = torch.nn.functional.scaled_dot_product_attention(*wide)
+    torch.testing.assert_close(out[..., :4], wanted)
+    assert not out[..., 4:].any()
+
+
+def test_adding_in_place_writes_into_the_output():
+    out = torch.zeros(2, 3, 4)
+    assert add_at(out, torch.tensor([1, 5]), torch.ones(2, 4, dtype=torch.float64), in_place=True) is out
+    assert out.sum(dim=-1).tolist() == [[0, 4, 0], [0, 0, 4]]
+    rows = torch.zeros(3, 2, 4)
+    assert add_at(rows, torch.tensor([2]), torch.ones(1, 2, 4), in_place=True) is rows and rows[2].all()
+    assert not rows[:2].any()
+
+
+def test_a_mask_of_fewer_tokens_than_concepts_is_selected_from():
+    """Two tokens, three concepts: the first two are not all of them."""
+    mask = TokenMask(torch.ones(1, 2, 3))
+    assert mask.select((0, 1)).weights.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("order", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_pairs_of_two_precisions_are_computed_in_the_wider(order):
+    pairs = [(torch.ones(1, 2, dtype=d), torch.ones(3, 1, dtype=d), 0.1) for d in order]
+    spread = TokenMask(torch.ones(1, 1, 2)).spread((0, 1), pairs)
+    assert spread.factor.dtype == torch.float64 and spread.factor.tolist() == [[0.1, 0.1]]
+    assert low_rank_sum(torch.ones(1, 2), pairs, factor=spread).dtype == torch.float64

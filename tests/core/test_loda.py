@@ -8,8 +8,8 @@ from torch import nn
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.loda import LodaTrace, separate, step_sizes
 from conceptsplit_core.method.maps import separation_loss
-from conceptsplit_core.method.partition import REGION_RULES
-from conceptsplit_core.method.regions import region_bias, regions, resize_regions, suppression_bias
+from conceptsplit_core.method.partition import REGION_RULES, _reading_order, _split, _starts
+from conceptsplit_core.method.regions import region_bias, regions, resize_areas, resize_regions, suppression_bias
 from conceptsplit_core.method.updates import UPDATE_RULES, update_rule
 from conceptsplit_core.settings import LodaConfig
 
@@ -451,3 +451,65 @@ def test_a_report_holds_what_the_run_has_counted():
     assert made["concepts"] == ["rex", "tom"] and {one["step"] for one in made["losses"]} == {4}
     assert made["losses"][0]["loss"] == trace.losses[0][1].tolist() and len(made["losses"][0]["loss"]) == 3
     assert made["divergences"][-1] == {"step": 4, "pairs": trace.divergences[-1][1].tolist()}
+
+
+# --- rules of place, by their parts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("places", "order"),
+    [
+        ([(1, 0), (0, 2)], [1, 0]),  # a slope of just ½ is two lines
+        ([(1, 0), (0, 3)], [0, 1]),  # less is one line
+        ([(5, 5), (0, 0), (1, 6), (5, 0)], [1, 2, 3, 0]),
+    ],
+)
+def test_reading_order(places, order):
+    assert _reading_order(torch.tensor(places, dtype=torch.float64)).tolist() == order
+
+
+def test_clusters_start_at_slices_of_equal_weight_and_far_from_one_another():
+    places = torch.tensor([[0.0, 0], [0, 1], [0, 2], [4, 0], [4, 9]], dtype=torch.float64)
+    weight = torch.tensor([1.0, 1, 1, 1, 6], dtype=torch.float64)
+    by_x, by_y, far = _starts(places, weight, 2)
+    # Along x the weights sum up to 2, 3, 4, 10 of 10: a quarter lies at x = 1, three quarters at x = 9.
+    assert by_x[1].tolist() == [4, 9] and by_x[0].tolist() in ([0, 1], [0, 2])
+    assert by_y.tolist() == [[0, 2], [4, 9]]
+    assert far.tolist() == [[4, 9], [0, 0]], "the heaviest, then the one that is heavy and far away"
+
+
+def test_of_a_shared_map_what_exceeds_its_mean_counts():
+    """A broad faint side against two spots close together: by weight alone the faint side would be a cluster."""
+    p = torch.full((1, 12, 20), 0.02)
+    p[0] += blob(13, 5, sigma=1.0) + blob(17, 5, sigma=1.0)
+    area = torch.ones(12, 20, dtype=torch.bool)
+    left, right = _split(area, p[0] / p.sum(), 2)
+    assert left[5, 13] and right[5, 17] and left[5, 0] and (left ^ right).all()
+    even = _split(area, torch.full((12, 20), 1 / 240), 2)
+    assert even[0].sum() == even[1].sum() == 120, "a flat map is cut in halves"
+
+
+# --- other sizes ----------------------------------------------------------------------------------------------
+
+
+def middles(old, new):
+    """Which of `old` cells holds the middle of each of `new`."""
+    return [int((i + 0.5) * old / new) for i in range(new)]
+
+
+def test_regions_and_areas_at_sizes_that_do_not_divide():
+    region = torch.rand(2, 3, 3, 5, generator=torch.Generator().manual_seed(1)) > 0.6
+    wanted = region[..., middles(3, 4), :][..., middles(5, 7)]
+    assert torch.equal(resize_regions(region, (4, 7)), wanted)
+    assert torch.equal(resize_areas(region.float(), (4, 7)), wanted.float())
+    assert resize_regions(region, (3, 5)) is region
+
+
+def test_areas_become_shares_where_cells_join():
+    """Higher and narrower than before is neither larger nor smaller: cells are averaged."""
+    areas = torch.zeros(1, 2, 2, 6)
+    areas[0, 0, :, :2], areas[0, 1, :, 2:] = 1.0, 1.0
+    assert resize_areas(areas, (2, 6)) is areas
+    assert resize_areas(areas, (4, 2))[0, 0].tolist() == [[pytest.approx(2 / 3), 0]] * 4
+    assert resize_areas(areas, (1, 3))[0, 1].tolist() == [[0, 1, 1]]
+    assert resize_areas(areas, (1, 12))[0, 0].tolist() == [[1] * 4 + [0] * 8]

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,16 +16,6 @@ SYMMETRIC = ("jsd", "symmetric_kl", "bhattacharyya", "iou")
 def blob(x, y, sigma=2.0, side=16, power=1.0):
     g = torch.arange(side, dtype=torch.float64)
     return power * torch.exp(-((g[None] - x) ** 2 + (g[:, None] - y) ** 2) / (2 * sigma**2))
-
-
-@pytest.mark.parametrize("name", SYMMETRIC)
-def test_order_of_the_words_does_not_matter(name):
-    # Two blobs of different shape: where one-sided KL gives two different losses.
-    maps = torch.stack([blob(4, 4, 1.0), blob(9, 9, 3.0)])[None]
-    there, _ = separation_loss(maps, name, 30.0, 0.5)
-    back, _ = separation_loss(maps.flip(1), name, 30.0, 0.5)
-    torch.testing.assert_close(there, back)
-    assert (there < 30.0).all()
 
 
 def test_kl_of_the_papers_code_is_one_sided():
@@ -80,50 +72,6 @@ def test_a_divergence_of_the_whole_set_sees_all_maps_at_once():
             divergence("flat", threshold=0)
     finally:
         del DIVERGENCES["entropy_gap"]
-
-
-@pytest.mark.parametrize("side", [1, 2, 3, 9, 24])
-@pytest.mark.parametrize("sigma", [0.5, 1.5, 4.0])
-def test_blur_keeps_size_and_constants(side, sigma):
-    maps = torch.rand(2, 3, side, side + 1, dtype=torch.float64)
-    assert gaussian_blur(maps, sigma).shape == maps.shape
-    torch.testing.assert_close(gaussian_blur(torch.ones_like(maps), sigma), torch.ones_like(maps))
-
-
-def test_blur_has_the_sigma_asked_for():
-    maps = torch.zeros(1, 1, 61, 61, dtype=torch.float64)
-    maps[0, 0, 30, 30] = 1
-    out = gaussian_blur(maps, 2.5)[0, 0]
-    g = torch.arange(61, dtype=torch.float64) - 30
-    variance = (out.sum(0) * g**2).sum() / out.sum()
-    assert abs(float(variance.sqrt()) - 2.5) < 0.05
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(list(DIVERGENCES)),
-    st.sampled_from([(1, 1), (1, 5), (8, 8)]),
-    st.sampled_from(["same", "zero", "one zero", "spike", "random"]),
-    st.sampled_from([torch.float32, torch.float64]),
-    st.floats(0, 3),
-)
-def test_value_and_gradient_are_finite_for_every_input(name, size, kind, dtype, sigma):
-    maps = torch.rand(2, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    if kind == "same":
-        maps = maps[:, :1].repeat(1, 3, 1, 1)
-    elif kind == "zero":
-        maps = maps * 0
-    elif kind == "one zero":
-        maps[:, 0] = 0
-    elif kind == "spike":
-        maps = maps * 0
-        maps[..., 0, 0] = 1.0
-    maps.requires_grad_(True)
-    loss, values = separation_loss(maps, name, 5.0, sigma)
-    assert torch.isfinite(loss).all()
-    assert torch.isfinite(values).all()
-    (gradient,) = torch.autograd.grad(loss.sum(), maps)
-    assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -197,3 +145,78 @@ def test_maps_of_a_shrunken_layer_join_the_others():
     assert mean[..., 6:].sum() > 0.85
     with pytest.raises(ConceptSplitError, match="13 places"):
         aggregate([torch.ones(1, 1, 13)], (8, 8), (16, 16))
+
+
+@pytest.mark.parametrize(("sigma", "radius"), [(0.5, 2), (1.4, 4)])
+def test_blur_is_the_sampled_gaussian_with_replicated_borders(sigma, radius):
+    """Against a sum over the neighbours, each clamped to the map."""
+    maps = torch.rand(1, 2, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weights = {d: math.exp(-0.5 * (d / sigma) ** 2) for d in range(-radius, radius + 1)}
+    total = sum(weights.values())
+    wanted = torch.zeros_like(maps)
+    for y in range(4):
+        for x in range(7):
+            for dy, wy in weights.items():
+                for dx, wx in weights.items():
+                    near = maps[..., min(max(y + dy, 0), 3), min(max(x + dx, 0), 6)]
+                    wanted[..., y, x] += wy * wx / total**2 * near
+    torch.testing.assert_close(gaussian_blur(maps, sigma), wanted)
+    assert gaussian_blur(maps, 0.09) is maps and not torch.equal(gaussian_blur(maps, 0.2), maps)
+
+
+def test_single_precision_stays_single():
+    assert gaussian_blur(torch.rand(1, 1, 4, 4), 1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_order_of_the_words_does_not_matter(name):
+    # Two blobs of different shape: where one-sided KL gives two different losses.
+    maps = torch.stack([blob(4, 4, 1.0), blob(9, 9, 3.0)])[None]
+    there, _ = separation_loss(maps, name, 30.0, 0.5)
+    back, _ = separation_loss(maps.flip(1), name, 30.0, 0.5)
+    torch.testing.assert_close(there, back)
+    assert (there < 30.0).all()
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 9, 24])
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 4.0])
+def test_blur_keeps_size_and_constants(side, sigma):
+    maps = torch.rand(2, 3, side, side + 1, dtype=torch.float64)
+    assert gaussian_blur(maps, sigma).shape == maps.shape
+    torch.testing.assert_close(gaussian_blur(torch.ones_like(maps), sigma), torch.ones_like(maps))
+
+
+def test_blur_has_the_sigma_asked_for():
+    maps = torch.zeros(1, 1, 61, 61, dtype=torch.float64)
+    maps[0, 0, 30, 30] = 1
+    out = gaussian_blur(maps, 2.5)[0, 0]
+    g = torch.arange(61, dtype=torch.float64) - 30
+    variance = (out.sum(0) * g**2).sum() / out.sum()
+    assert abs(float(variance.sqrt()) - 2.5) < 0.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(list(DIVERGENCES)),
+    st.sampled_from([(1, 1), (1, 5), (8, 8)]),
+    st.sampled_from(["same", "zero", "one zero", "spike", "random"]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.floats(0, 3),
+)
+def test_value_and_gradient_are_finite_for_every_input(name, size, kind, dtype, sigma):
+    maps = torch.rand(2, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    if kind == "same":
+        maps = maps[:, :1].repeat(1, 3, 1, 1)
+    elif kind == "zero":
+        maps = maps * 0
+    elif kind == "one zero":
+        maps[:, 0] = 0
+    elif kind == "spike":
+        maps = maps * 0
+        maps[..., 0, 0] = 1.0
+    maps.requires_grad_(True)
+    loss, values = separation_loss(maps, name, 5.0, sigma)
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(values).all()
+    (gradient,) = torch.autograd.grad(loss.sum(), maps)
+    assert torch.isfinite(gradient).all()

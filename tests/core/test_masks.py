@@ -6,7 +6,7 @@ import torch
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.loda import LodaTrace
-from conceptsplit_core.method.masks import concept_masks
+from conceptsplit_core.method.masks import MASKS, concept_masks
 
 G = torch.Generator().manual_seed(4)
 
@@ -48,3 +48,34 @@ def test_what_a_run_has_not_left_is_one_sentence():
         concept_masks(None, "", "area", (4, 4), 1.0)
     with pytest.raises(ConceptSplitError, match="knows no concept <fido>; it knows <rex>, <tom>"):
         concept_masks(trace(), "fido", "area", (4, 4), 1.0)
+
+
+def test_every_kind_is_another_mask():
+    left = trace()
+    found = [concept_masks(left, "tom", kind, (3, 5), 1.0) for kind in MASKS]
+    assert len(found) == 3 and not any(torch.equal(a, b) for a, b in zip(found, [*found[1:], found[0]], strict=True))
+
+
+def test_what_a_run_has_not_left_is_made_of_what_it_has():
+    """Areas of the maps alone, the nearer concept's; of regions alone the regions themselves, whatever is asked."""
+    maps = torch.zeros(1, 2, 3, 5)
+    maps[0, 0, :, :2], maps[0, 1, :, 2:] = 3.0, 1.0
+    left = LodaTrace(("rex", "tom"), after=maps)
+    for kind in ("area", "region"):
+        assert concept_masks(left, "tom", kind, (3, 5), 0.0)[0].tolist() == [[0, 0, 1, 1, 1]] * 3
+    soft = concept_masks(left, "rex", "soft", (3, 5))
+    assert soft[0].tolist() == [[1, 1, 0, 0, 0]] * 3
+    only = LodaTrace(("rex", "tom"), regions=trace().regions)
+    for kind in MASKS:
+        np.testing.assert_array_equal(
+            concept_masks(only, "", kind, (6, 10), 1.0), larger(only.regions[:, 0].float(), 2)
+        )
+
+
+def test_sizes_that_do_not_divide_keep_the_middle_of_each_cell():
+    left = trace()
+    found = concept_masks(left, "", "area", (4, 7), 1.0)
+    rows, columns = [int((i + 0.5) * 3 / 4) for i in range(4)], [int((i + 0.5) * 5 / 7) for i in range(7)]
+    np.testing.assert_array_equal(found, left.areas[:, 0][:, rows][:, :, columns])
+    empty = LodaTrace(("rex", "tom"), after=torch.zeros(1, 2, 3, 5))
+    assert not concept_masks(empty, "", "soft", (3, 5), 1.0).any()

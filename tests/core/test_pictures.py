@@ -12,6 +12,7 @@ from conceptsplit_core.pictures import (
     loss_curve,
     overlay,
     separation_curve,
+    trace_curve,
     trace_sheets,
 )
 
@@ -82,8 +83,20 @@ def test_one_overlay_per_concept_and_names_must_match():
         concept_overlays(np.zeros((8, 8, 3), np.uint8), maps, ["a"])
 
 
-def test_separation_curve():
-    assert (separation_curve([0, 0, 1], [("image 1", [0.3, 0.2, 0.1])]) != separation_curve([], [])).any()
+def rows_of(picture, colour, columns):
+    """Mean row of a line's colour in a slice of columns; rows count downwards."""
+    return float((picture == np.array(colour, np.uint8)).all(-1)[44:330, columns].nonzero()[0].mean())
+
+
+def test_separation_curve_falls_as_the_loss_does_and_each_image_has_its_line():
+    picture = separation_curve([0, 0, 1], [("image 1", [0.4, 0.3, 0.02]), ("image 2", [0.1, float("nan"), 0.35])])
+    first, last = slice(60, 100), slice(590, 626)
+    assert rows_of(picture, COLOURS[0], first) + 50 < rows_of(picture, COLOURS[0], last)
+    assert rows_of(picture, COLOURS[1], first) > rows_of(picture, COLOURS[1], last) + 50
+    curve = LodaTrace(losses=[(0, torch.tensor([0.4, 0.1])), (0, torch.tensor([0.3, float("nan")])),
+                              (1, torch.tensor([0.02, 0.35]))])  # fmt: skip
+    assert np.array_equal(trace_curve(curve), picture)
+    assert (separation_curve([], []) != picture).any()
 
 
 def test_a_plan_without_loda_shows_its_maps_alone():
@@ -94,3 +107,26 @@ def test_a_plan_without_loda_shows_its_maps_alone():
     (sheet,) = trace_sheets(trace, np.full((1, 60, 100, 3), 0.5, np.float32))
     both = trace_sheets(LodaTrace(concepts=("rex", "tom"), before=maps, after=maps), np.full((1, 60, 100, 3), 0.5))[0]
     assert sheet.shape[0] < both.shape[0] and sheet.shape[1] == both.shape[1], "one row of tiles instead of two"
+
+
+def warm(sheet):
+    """Red beyond blue, for each quarter of a sheet of two by two tiles."""
+    difference = sheet[..., 0].astype(int) - sheet[..., 2]
+    h, w = difference.shape[0] // 2, difference.shape[1] // 2
+    return [[difference[i * h : (i + 1) * h, j * w : (j + 1) * w] for j in (0, 1)] for i in (0, 1)]
+
+
+def test_before_and_after_are_each_in_their_own_tile():
+    """Two pictures; of the second rex is above before LODA and below after it."""
+    before, after = torch.full((2, 2, 6, 6), 1e-4), torch.full((2, 2, 6, 6), 1e-4)
+    before[1, 0, :2], after[1, 0, 4:] = 1.0, 1.0
+    trace = LodaTrace(concepts=("rex", "tom"), before=before, after=after)
+    tiles = warm(trace_sheets(trace, np.full((2, 60, 60, 3), 0.5), side=96)[1])
+    for row, above in ((0, True), (1, False)):
+        tile = tiles[row][0][12:-12, 12:-12]
+        top, bottom = tile[: len(tile) // 3].mean(), tile[-len(tile) // 3 :].mean()
+        assert bool(top > bottom + 20) is above and abs(top - bottom) > 20
+    with pytest.raises(ConceptSplitError, match="1 pictures but attention maps of 2: decode the latent of the same"):
+        trace_sheets(trace, np.full((1, 60, 60, 3), 0.5))
+    with pytest.raises(ConceptSplitError, match="no attention maps to show: the run read none"):
+        trace_sheets(LodaTrace(), np.zeros((1, 6, 6, 3)))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.method.loda import LodaTrace
 from conceptsplit_core.method.timeline import Timeline
 from conceptsplit_core.settings import LodaConfig
 
@@ -190,3 +192,60 @@ def test_a_mask_of_one_picture_serves_a_batch():
     assert timeline.areas.shape == (3, 2, H, W)
     assert all(torch.equal(timeline.areas[0], one) for one in timeline.areas)
     assert timeline.areas[1, 1, :, 4:].all() and not timeline.areas[:, 1, :, :4].any()
+
+
+# --- regions of an earlier run --------------------------------------------------------------------------------
+
+
+def earlier(routed=True, names=NAMES):
+    left, _ = line(routed=routed, maps=APART[:, : len(names)], names=names, afg_smoothing=0.0)
+    left.locate(torch.zeros(1, 4, H, W), 4, 2.0)
+    return left.trace
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_second_stage_takes_the_regions_in_its_own_order(routed):
+    """And asks for no map, moves nothing and plans nothing."""
+    first, mine = earlier(), ("sue", "rex", "tom")
+    reader = Reader(APART)
+    second = Timeline(LodaConfig(), 20, mine, reader, routed, earlier=first)
+    assert second.located and (second.plan_steps, second.optimised_steps) == (0, 0) and not reader.asked
+    order = [2, 0, 1]
+    assert torch.equal(second.afg, first.regions[:, order]) and torch.equal(second.trace.after, first.after[:, order])
+    if routed:
+        assert torch.equal(second.areas, first.areas[:, order]) and not torch.equal(second.areas, first.areas)
+    else:
+        assert second.areas is None
+
+
+def test_a_second_stage_of_given_regions_has_no_maps():
+    first = line(routed=True, given={0: mask(0, 0, 20, 8), 1: mask(0, 8, 20, 4), 2: mask(0, 16, 8, 8)})[0].trace
+    second = Timeline(LodaConfig(), 20, NAMES, Reader(APART), True, earlier=first)
+    assert second.trace.after is None and torch.equal(second.areas, first.areas)
+    drawn = mask(0, 0, 10, 16)
+    own = Timeline(LodaConfig(), 20, NAMES, Reader(APART), True, {1: drawn}, first)
+    assert torch.equal(own.areas[0, 1], drawn[0]) and not (own.areas[0, 0] * drawn[0]).any(), "a mask drawn now counts"
+
+
+def test_a_second_stage_of_something_else_is_one_sentence():
+    def start(first, names, routed=True):
+        Timeline(LodaConfig(), 20, names, Reader(APART), routed, earlier=first)
+
+    with pytest.raises(ConceptSplitError, match="are of <rex>, <tom> and the prompt has <tom>, <sue>: use the same"):
+        start(earlier(names=NAMES[:2]), ("tom", "sue"))
+    unrouted = earlier(routed=False)
+    start(unrouted, NAMES, routed=False)
+    for first in (unrouted, LodaTrace(NAMES)):
+        with pytest.raises(ConceptSplitError, match="attention_maps given hold no regions"):
+            start(first, NAMES)
+
+
+def test_regions_of_maps_that_could_not_be_read_are_taken_back():
+    timeline, _ = line(routed=True)
+    timeline.locate(torch.zeros(1, 4, H, W), 4, 2.0)
+    timeline.forget()
+    assert not timeline.located and timeline.areas is timeline.trace.regions is timeline.trace.areas is None
+    assert timeline.plan_steps == 4
+    drawn, _ = line(routed=True, given={0: mask(0, 0, 20, 8), 1: mask(0, 8, 20, 4), 2: mask(0, 16, 8, 8)})
+    drawn.forget()
+    assert drawn.located and drawn.trace.regions is not None

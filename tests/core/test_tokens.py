@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.text.binding import Binding, Concept, bind, row_mask
-from conceptsplit_core.text.concepts import marked_concepts
+from conceptsplit_core.text.concepts import marked_concepts, shown, word_name
 from conceptsplit_core.text.layout import SpecialTokens, content, layout_of
 
 START, END = 1, 2
@@ -321,3 +321,98 @@ def test_rows_that_the_model_makes_of_ids_keep_their_places():
 def test_case_33_text_encoders_whose_rows_are_not_known_are_refused_by_name(classes, parts, name):
     with pytest.raises(ConceptSplitError, match=f"behind the {name} text encoder"):
         layout_of(classes, parts)
+
+
+# --- words and signs beside one another -----------------------------------------------------------------------
+
+
+def test_a_word_written_together_with_another_is_no_occurrence():
+    """On either side; a plural's end, and signs, do not count as letters."""
+    cat = Concept("tom", "cat")
+    for text in ("a bobcat", "a catty", "concatenate", "xcats"):
+        assert not bind(text, [cat], tokenize, special=SPECIAL).bindings, text
+    assert rows(bind("bobcat cat", [cat], tokenize, special=SPECIAL), "tom") == (3,)
+    star = Concept("fan", "#1")
+    assert rows(bind("x#1y", [star], tokenize, special=SPECIAL), "fan") == (2, 3)
+
+
+def test_a_plural_is_taken_where_no_other_is_left():
+    bound = bind("dogs and dog", [REX, TOM], tokenize, special=SPECIAL)
+    assert (rows(bound, "rex"), rows(bound, "tom")) == ((3,), (1,))
+    bus = Concept("red", "bus")
+    assert rows(bind("two buses", [bus], tokenize, special=SPECIAL), "red") == (2, 3)
+
+
+def test_a_binding_of_another_prompt_is_one_sentence():
+    assert row_mask([Binding("tom", (3,)), Binding("rex", (0, 4), 0.5)], ["rex"], 5).tolist() == [
+        [0.5], [0], [0], [0], [0.5]
+    ]  # fmt: skip
+    for row in (-1, 5):
+        with pytest.raises(ConceptSplitError, match=f"'rex' is bound to row {row} of a conditioning with 5 rows"):
+            row_mask([Binding("rex", (row,))], ["rex"], 5)
+
+
+def test_signs_without_letters_are_words():
+    for sign in ("☂", "★", "+"):
+        assert rows(bind(f"a {sign} here", [Concept("x", sign)], tokenize, special=SPECIAL), "x") == (2,)
+    nothing = lambda text: tokenize(text.replace("zz", ""))
+    with pytest.raises(ConceptSplitError, match="The class word 'zz' is empty for this text encoder"):
+        bind("a zz", [Concept("x", "zz")], nothing, special=SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("_x_", "x"),
+        ("\u200ca\u200cb\u200d", "a\u200cb"),
+        ("X ray", "X_ray"),
+        ("\ue000", "word"),
+        ("★☂", "black_star_umbrella"),
+    ],
+)
+def test_words_get_names_that_prompts_can_write(word, name):
+    assert word_name(word) == name
+
+
+def test_an_unknown_name_is_answered_with_those_there_are():
+    with pytest.raises(
+        ConceptSplitError, match=r"uses <rex>, which no connected loader provides \(loaded: none\): load"
+    ):
+        bind("a <rex>", [], tokenize, special=SPECIAL)
+    with pytest.raises(ConceptSplitError, match=r"\(loaded: <rex>, <tom>\): load it under that name"):
+        bind("a <zzz>", [REX, TOM], tokenize, special=SPECIAL)
+
+
+@pytest.mark.parametrize(("length", "quoted"), [(120, "x" * 120), (121, "x" * 117 + "...")])
+def test_long_prompts_are_quoted_in_part(length, quoted):
+    assert shown(" x" * 2 + "\n y") == "x x y"
+    assert shown("x" * length) == quoted
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "name", "parts", "cropped"),
+    [
+        ("FluxTokenizer", "Flux", ["l", "t5xxl"], False),
+        ("QwenImageTokenizer", "Qwen-Image", ["qwen25_7b"], True),
+        ("HunyuanImageTokenizer", "HunyuanImage", ["byt5", "qwen25_7b"], True),
+        ("Kandinsky5Tokenizer", "Kandinsky 5", ["l", "qwen25_7b"], True),
+        ("Krea2Tokenizer", "Krea 2", ["qwen3vl_4b"], True),
+        ("MageFlowTokenizer", "Mage-Flow", ["qwen3vl_4b"], True),
+        ("JoyImageTokenizer", "JoyImage", ["qwen3vl_8b"], True),
+        ("OvisTokenizer", "Ovis", ["qwen3_2b"], True),
+        ("SD1Tokenizer", "SD1", ["l"], False),
+        ("SDXLTokenizer", "SDXL", ["g", "l"], False),
+    ],
+)
+def test_layouts_of_text_encoders(tokenizer, name, parts, cropped):
+    """By the host's classes; each makes rows of one of its parts, which are cut off at the beginning or not."""
+    layout = layout_of([tokenizer], parts)
+    assert layout.name == name and set(layout.parts) <= set(parts)
+    if cropped:
+        assert layout.rows((9,), 30, 21) == (0,)
+        with pytest.raises(ConceptSplitError, match=f"The {name} text encoder makes 20 rows"):
+            layout.rows((9,), 30, 20)
+    else:
+        assert layout.rows((0, 9), 30, 30) == (0, 9)
+        with pytest.raises(ConceptSplitError, match=f"The {name} text encoder makes 29 rows"):
+            layout.rows((9,), 30, 29)

@@ -5,11 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
 from conceptsplit_core.settings import TrainConfig
+from conceptsplit_core.text.concepts import Concept
+from conceptsplit_core.train.adapter import new_adapter as start_adapter
+from conceptsplit_core.train.adapter import training_facts
 from conceptsplit_core.train.data import Process, TrainData, image_order, make_batch
-from conceptsplit_core.train.loop import batch_loss, train
-from conceptsplit_core.train.prompts import Prompt, expand_templates
+from conceptsplit_core.train.loop import TrainEvent, batch_loss, train
+from conceptsplit_core.train.progress import ProgressBar
+from conceptsplit_core.train.prompts import DEFAULT_TEMPLATES, MAX_TEMPLATE_BYTES, Prompt, expand_templates
 
 # Helper modules of this folder, whatever import mode pytest runs in.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,14 +41,6 @@ def test_every_batch_row_has_the_rows_of_its_own_prompt():
     train(adapter, data(), ALPHAS, toy_denoise(adapter, seen), TrainConfig(steps=6, batch_size=8))
     kinds = {tuple(row.nonzero().flatten().tolist()) for batch in seen for row in batch.mask[..., 0]}
     assert kinds == {(2,), (3, 4)}
-
-
-def test_prompts_of_unequal_length_are_tiled_with_their_binding():
-    g = torch.Generator().manual_seed(0)
-    prompts = [Prompt("a", torch.randn(4, 6, generator=g), (1,)), Prompt("b", torch.randn(8, 6, generator=g), (6,))]
-    batch = make_batch(TrainData(torch.randn(3, 4, 5, 5), prompts), ALPHAS, TrainConfig(batch_size=16), 0, Process())
-    assert batch.context.shape[1] == 8
-    assert {tuple(r.nonzero().flatten().tolist()) for r in batch.mask[..., 0]} == {(1, 5), (6,)}
 
 
 def test_every_image_is_seen_once_per_epoch():
@@ -270,3 +268,89 @@ def test_b5_nan_latents_are_the_vaes_fault():
     latents[2, 1, 2, 3] = math.nan
     with pytest.raises(ConceptSplitError, match="The VAE gave NaN or infinite values for training image 3.*--fp32-vae"):
         TrainData(latents, data().prompts)
+
+
+def test_tiling_binds_the_word_in_every_copy_and_masks_are_clipped():
+    """Contexts of 2 and 6 rows: three copies of the shorter."""
+    g = torch.Generator().manual_seed(0)
+    prompts = [Prompt("a", torch.randn(2, 6, generator=g), (1,)), Prompt("b", torch.randn(6, 6, generator=g), (0, 4))]
+    masks = torch.rand(3, 1, 5, 5, generator=g) * 4 - 1
+    made = TrainData(torch.randn(3, 4, 5, 5), prompts, masks)
+    batch = make_batch(made, ALPHAS, TrainConfig(batch_size=9, background_weight=0.5), 2, Process())
+    assert {tuple(r.nonzero().flatten().tolist()) for r in batch.mask[..., 0]} == {(1, 3, 5), (0, 4)}
+    for row, context in zip(batch.mask[..., 0], batch.context, strict=True):
+        if row[1]:
+            assert torch.equal(context, prompts[0].context.repeat(3, 1))
+    order = image_order(3, 9, 18, 0)
+    torch.testing.assert_close(batch.weight, 0.5 + 0.5 * masks[order].clamp(0, 1))
+
+
+def test_what_no_gradient_reaches_stays_as_it_was():
+    """A layer of the adapter that this model never calls; the other learns."""
+    other = LAYER.replace("mid_block", "up_blocks.1")
+    info = new_adapter().info
+    adapter = LowRankAdapter.create({LAYER: (6, 4), other: (6, 4)}, info, 0)
+    before = adapter.down[other].clone()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=3, batch_size=2, weight_decay=0.0))
+    assert torch.equal(adapter.down[other], before) and not adapter.up[other].any() and adapter.up[LAYER].any()
+
+
+def test_a_step_is_timed_and_said_once(tmp_path):
+    adapter, events = new_adapter(), []
+    result = train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=3, batch_size=2), events.append)
+    assert [(e.step, e.steps, e.loss) for e in events] == [(i + 1, 3, result.losses[i]) for i in range(3)]
+    assert all(e.seconds >= 0 for e in events) and sum(e.seconds for e in events) <= result.seconds < 60
+    assert all(e.adapter is adapter for e in events)
+
+
+def test_the_bar_shows_the_steps_and_the_mean_of_the_last_losses(capsys):
+    bar = ProgressBar(60, "rex")
+    for step in range(1, 53):
+        bar(TrainEvent(step, 60, 100.0 if step == 2 else 0.25, 0.1, new_adapter()))
+    bar(TrainEvent(54, 60, 0.75, 0.1, new_adapter()))
+    assert bar._bar.n == 54 and bar._bar.unit == "step" and bar._bar.postfix == "loss 0.2600"
+    bar.close()
+    assert "training <rex>" in capsys.readouterr().err
+
+
+def test_templates_may_be_long_and_are_quoted_in_part():
+    most = "{}" + "x" * (MAX_TEMPLATE_BYTES - 2)
+    assert len(expand_templates([most, " "], "dog")[0]) == MAX_TEMPLATE_BYTES + 1
+    with pytest.raises(ConceptSplitError, match=f"are {MAX_TEMPLATE_BYTES + 1} bytes of text: use at most"):
+        expand_templates([most, "x"], "dog")
+    with pytest.raises(ConceptSplitError, match='Template "' + "y" * 120 + '" needs exactly one {}'):
+        expand_templates(["y" * 130], "dog")
+    assert len(DEFAULT_TEMPLATES) == 10 and all("photo of" in t or "rendering" in t for t in DEFAULT_TEMPLATES)
+    assert expand_templates(DEFAULT_TEMPLATES, "dog")[2] == "a cropped photo of the dog"
+
+
+def test_what_a_file_says_about_its_training():
+    config = TrainConfig(steps=7, batch_size=3, seed=5)
+    facts = training_facts(config, 4, ("a {}",), (48, 64))
+    assert {k: facts[k] for k in ("steps", "images", "templates", "width", "height", "batch_size", "seed")} == {
+        "steps": 7, "images": 4, "templates": ["a {}"], "width": 64, "height": 48, "batch_size": 3, "seed": 5,
+    }  # fmt: skip
+    assert "width" not in training_facts(config, 4, ("a {}",))
+    layer = torch.nn.Linear(6, 4)
+    sites = {name: Site(name, "layer", "text") for name in (LAYER, LAYER.replace("to_v", "to_k"))}
+    attention = AttentionSite(LAYER.removesuffix(".to_v"), "", 4, False)
+    network = NetworkMap("sd15", sites, (attention,), lambda: Root(layer))
+    concept = Concept("rex", "dog")
+    adapter = start_adapter(network, concept, "v_prediction", 2, 0.0, 3, facts)
+    info = adapter.info
+    assert (info.concept, info.class_word, info.base, info.context_dim) == ("rex", "dog", "sd15", 6)
+    assert (info.rank, info.alpha, info.prediction_type, info.kind) == (2, 2.0, "v_prediction", "value")
+    assert info.training == facts and info.training is not facts and adapter.sites == (LAYER,)
+    wide = start_adapter(network, concept, "epsilon", 3, 1.5, 3, kind="key_value")
+    assert (wide.info.alpha, wide.info.kind, wide.info.training) == (1.5, "key_value", {})
+    assert set(wide.sites) == set(sites)
+    again = start_adapter(network, concept, "epsilon", 2, 0.0, 3)
+    assert torch.equal(again.down[LAYER], adapter.down[LAYER])
+
+
+class Root(torch.nn.Module):
+    """A network whose every path is one layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer

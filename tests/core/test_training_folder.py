@@ -113,3 +113,68 @@ def test_masks_may_lie_beside_their_pictures(tmp_path):
 def test_no_such_folder(tmp_path):
     with pytest.raises(ConceptSplitError, match="no folder .*nowhere"):
         picture_folder(tmp_path / "nowhere")
+
+
+def test_every_mask_goes_with_its_picture_and_other_endings_are_known(tmp_path):
+    for name in ("a.png", "a_mask.png", "b.jpg", "b-masklabel.png"):
+        draw(tmp_path / name)
+    for ending in ("arw", "nef", "cr2", "cr3", "dng", "raw", "exr", "tga", "jp2", "psd", "svg"):
+        (tmp_path / f"x.{ending}").write_bytes(b"x")
+    found = picture_folder(tmp_path)
+    assert {of.name: mask.name for of, mask in found.masks.items()} == {
+        "a.png": "a_mask.png",
+        "b.jpg": "b-masklabel.png",
+    }
+    for ending in ("ARW", "NEF", "CR2", "CR3", "DNG", "RAW", "EXR", "TGA", "JP2", "PSD", "SVG"):
+        assert f"1 {ending} file (save them as PNG or JPEG)" in found.left_out
+
+
+@pytest.mark.parametrize("ending", [".heic", ".heif", ".avif", ".jxl"])
+def test_formats_of_plugins_are_pictures_where_they_open(tmp_path, monkeypatch, ending):
+    (tmp_path / f"a{ending}").write_bytes(b"x")
+    draw(tmp_path / "b.png")
+    monkeypatch.setattr(module, "_opens", lambda ending: True)
+    assert names(picture_folder(tmp_path).pictures) == [f"a{ending}", "b.png"]
+
+
+def test_a_damaged_png_is_not_ours(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG damaged")
+    assert not written_by_us(tmp_path / "x.png")
+
+
+# --- public reports, see docs/robustness/reports.md ------------------------------------------------------------
+
+
+def test_captions_of_any_encoding_are_left_out(tmp_path):
+    """fluxgym issue 142: an empty caption, and one that is not UTF-8, stop that trainer."""
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.caption").write_bytes("café".encode("latin-1"))
+    assert picture_folder(tmp_path).left_out == "2 captions"
+
+
+def test_pictures_in_kohyas_subfolders_are_pointed_at(tmp_path):
+    """kohya_ss issue 2148: `img/40_rex dog/` given one level too high."""
+    (tmp_path / "40_rex dog").mkdir()
+    draw(tmp_path / "40_rex dog" / "a.png")
+    with pytest.raises(ConceptSplitError, match=r"holds no training picture: .*\(it holds 1 subfolder\)"):
+        picture_folder(tmp_path)
+    assert names(picture_folder(tmp_path / "40_rex dog").pictures) == ["a.png"]
+
+
+def test_masks_in_a_folder_of_their_own_named_like_the_pictures(tmp_path):
+    """kohya_ss issue 2493, LoRA_Easy_Training_Scripts issue 331: a mask of the same name, of another format."""
+    (tmp_path / "mask-img").mkdir()
+    pictures = [draw(tmp_path / name) for name in ("a.png", "b.jpg")]
+    for name in ("b.webp", "a.bmp", "c.png"):
+        draw(tmp_path / "mask-img" / name)
+    assert names(mask_files(tmp_path / "mask-img", pictures)) == ["a.bmp", "b.webp"]
+
+
+def test_a_picture_without_its_mask_is_named(tmp_path):
+    """OneTrainer issues 10 and 322: masked training over pictures of which one has no mask."""
+    (tmp_path / "masks").mkdir()
+    pictures = [draw(tmp_path / name) for name in ("a.png", "b.jpg")]
+    draw(tmp_path / "masks" / "a.png")
+    with pytest.raises(ConceptSplitError, match=r"There is no mask for 'b.jpg' in '.*masks': name it like the picture"):
+        mask_files(tmp_path / "masks", pictures)

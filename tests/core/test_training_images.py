@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.train.images import check_images, check_masks, fit, one_size, same_shape
+from conceptsplit_core.train.images import NATIVE_SIZES, check_images, check_masks, fit, one_size, same_shape
 
 
 def picture(height, width, seed=0, count=1):
@@ -94,3 +94,88 @@ def test_grey_and_alpha_become_colour():
     assert torch.equal(check_images(grey), grey.expand(-1, -1, -1, 3))
     alpha = torch.rand(1, 16, 24, 4)
     assert torch.equal(check_images(alpha), alpha[..., :3])
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(16, 24, 3),
+        torch.rand(1, 16, 24, 5),
+        torch.zeros(1, 16, 24, 3, dtype=torch.uint8),
+        torch.zeros(1, 16, 24, 3, dtype=torch.complex64),
+    ],
+    ids=["no batch", "five channels", "whole numbers", "complex"],
+)
+def test_what_is_no_batch_of_pictures_is_refused(images):
+    kind = str(images.dtype).removeprefix("torch.")
+    with pytest.raises(ConceptSplitError, match=rf"are \[.*\] values of type {kind}, not pictures \[count"):
+        check_images(images)
+
+
+@pytest.mark.parametrize("size", [(15, 64), (64, 15), (16, 2049), (2049, 16)])
+def test_sizes_that_cannot_train_are_refused(size):
+    with pytest.raises(
+        ConceptSplitError, match=rf"are {size[1]} x {size[0]} pixels: resize them to between 16 and 2048"
+    ):
+        check_images(torch.zeros(1, *size, 3))
+    assert check_images(torch.zeros(1, 16, 2048, 3)).shape == (1, 16, 2048, 3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_names_its_picture_or_mask(bad):
+    images, masks = picture(16, 24, count=3), left_half(16, 24).repeat(3, 1, 1)
+    images[1, 3, 4, 0] = masks[1, 3, 4] = bad
+    with pytest.raises(ConceptSplitError, match="Training image 6 holds values that are not finite"):
+        check_images(images, 5)
+    with pytest.raises(ConceptSplitError, match="Mask 2 holds values that are not finite"):
+        check_masks(masks, 3, (2, 3), (16, 24))
+
+
+def test_a_little_beyond_the_range_is_clipped_and_more_is_refused():
+    overshot = torch.full((1, 16, 24, 3), 0.5)
+    overshot[0, 0, 0, 0], overshot[0, 0, 1, 1] = -0.5, 1.5
+    found = check_images(overshot)
+    assert (float(found.min()), float(found.max())) == (0.0, 1.0)
+    for far in (-0.51, 1.51):
+        with pytest.raises(ConceptSplitError, match="where 0 to 1 is needed"):
+            check_images(torch.cat([overshot, torch.full_like(overshot, far)]))
+    high = check_masks(left_half(16, 24) * 1.4, 1, (2, 3), (16, 24))
+    assert high.flatten().tolist() == [1, 0.5, 0, 1, 0.5, 0]
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (1, 16, 24), (1, 1, 16, 24), (1, 16, 24, 1)])
+def test_masks_with_and_without_a_batch_and_channels(shape):
+    found = check_masks(left_half(16, 24).view(shape), 2, (2, 3), (16, 24))
+    assert found.shape == (2, 1, 2, 3) and found[1, 0, 1].tolist() == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize("shape", [(16,), (2, 3, 16, 24), (0, 16, 24), (1, 1, 1, 16, 24)])
+def test_what_is_no_mask_is_refused(shape):
+    with pytest.raises(ConceptSplitError, match=r"The mask has shape \[.*\], which is not \[count, height, width\]"):
+        check_masks(torch.zeros(shape), 1, (2, 3))
+    with pytest.raises(ConceptSplitError, match="not .count, height, width"):
+        check_masks(torch.zeros(1, 16, 24, dtype=torch.complex64), 1, (2, 3))
+
+
+def test_masks_must_have_their_pictures_shape_and_number():
+    assert check_masks(None, 2, (2, 3)) is None
+    with pytest.raises(ConceptSplitError, match="The mask is 24 x 16 pixels, the images 24 x 24: give it the shape"):
+        check_masks(left_half(16, 24), 1, (3, 3), (24, 24))
+    with pytest.raises(ConceptSplitError, match="There are 2 masks for 3 images"):
+        check_masks(left_half(16, 24).repeat(2, 1, 1), 3, (2, 3), (16, 24))
+    assert check_masks(left_half(16, 24), 1, (3, 3)).shape == (1, 1, 3, 3), "nobody says what shape"
+
+
+def test_one_mask_serves_pictures_of_several_batches():
+    images = [picture(48, 64, 1), picture(48, 64, 2)]
+    batch, masks, _ = one_size(images, [left_half(48, 64)], 32)
+    assert len(batch) == 2 and torch.equal(masks, left_half(48, 64))
+    alone = one_size(images[:1], [left_half(48, 64)], 32)
+    assert alone[0] is images[0] and torch.equal(alone[1], left_half(48, 64))
+    assert NATIVE_SIZES == {"sd15": 512, "sd21": 768, "sdxl": 1024, "demo": 128}
+
+
+def test_the_aspect_is_compared_along_both_sides():
+    """Far off in one of the two products only."""
+    assert not same_shape((300, 100), (100, 300)) and not same_shape((100, 300), (300, 100))
+    assert same_shape((1000, 300), (10, 3)) and not same_shape((1000, 330), (1000, 300))

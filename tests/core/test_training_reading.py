@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.train import reading
 from conceptsplit_core.train.reading import open_mask, open_picture, read_masks
 
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -231,3 +232,58 @@ def test_masks_are_cropped_as_their_pictures_and_must_have_their_shape(tmp_path)
     Image.new("L", (30, 24), 255).save(tmp_path / "n.png")
     with pytest.raises(ConceptSplitError, match=r"mask 'n\.png' is 30 × 24, its picture 60 × 40: make it"):
         read_masks([tmp_path / "n.png"], [tmp_path / "a.png"], (40, 40))
+
+
+@pytest.mark.parametrize(("mode", "shown"), [("RGBa", (128, 228, 255)), ("La", (228, 228, 228))])
+def test_colours_that_are_multiplied_by_their_alpha_lie_on_white(tmp_path, monkeypatch, mode, shown):
+    """No format stores them; decoders may give them."""
+    half = Image.new("RGBA" if mode == "RGBa" else "LA", (4, 3), (1, 201, 255, 128) if mode == "RGBa" else (201, 128))
+    monkeypatch.setattr(reading, "_open", lambda path: half.convert(mode))
+    assert np.abs(opened(tmp_path)[1, 2] - shown).max() <= 2
+
+
+def test_a_file_that_is_no_picture_says_why_without_two_full_stops(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"text")
+    with pytest.raises(
+        ConceptSplitError, match=r"'x.png' cannot be read as a picture \(it is not a picture\): replace"
+    ):
+        open_picture(path)
+    whole = tmp_path / "y.png"
+    Image.fromarray(ramp()).save(whole)
+    whole.write_bytes(whole.read_bytes()[:60])
+    with pytest.raises(
+        ConceptSplitError, match=r"'y.png' cannot be read as a picture \(.*[^.]\): replace or remove it\.$"
+    ):
+        open_picture(whole)
+
+
+def test_sixteen_bits_and_labels_of_a_deep_mask(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(np.array([[0, 1], [1, 0]], np.uint16)).save(path)
+    assert np.asarray(open_mask(path)).tolist() == [[0, 255], [255, 0]]
+    Image.fromarray(np.array([[0, 65535], [32768, 256]], np.uint16)).save(path)
+    assert np.asarray(open_mask(path)).tolist() == [[0, 255], [128, 1]]
+    assert opened(path)[..., 0].tolist() == [[0, 255], [128, 1]]
+    Image.fromarray(np.array([[0, 200], [128, 2]], np.int32)).save(tmp_path / "x.tif")
+    assert opened(tmp_path / "x.tif")[..., 1].tolist() == [[0, 200], [128, 2]]
+
+
+@pytest.mark.parametrize(
+    ("colours", "ground"),
+    [([(200, 0, 0), (0, 0, 0)], 1), ([(200, 0, 0), (0, 90, 0)], 0), ([(0, 0, 0), (0, 90, 0)], 0)],
+    ids=["black is index 1", "nothing is black", "black is index 0"],
+)
+def test_the_ground_of_a_palette_is_black_or_its_first_colour(tmp_path, colours, ground):
+    picture = Image.fromarray(np.array([[0, 1, 1], [0, 0, 1]], np.uint8), "P")
+    picture.putpalette([value for colour in colours for value in colour])
+    picture.save(tmp_path / "x.png")
+    wanted = np.array([[0, 1, 1], [0, 0, 1]]) != ground
+    assert np.array_equal(np.asarray(open_mask(tmp_path / "x.png")), wanted * 255)
+
+
+def test_a_palette_of_greys_is_brightness(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([0, 0, 0, 128, 128, 128, 255, 255, 255])
+    picture.save(tmp_path / "x.png")
+    assert np.asarray(open_mask(tmp_path / "x.png")).tolist() == [[0, 128, 255]]

@@ -9,8 +9,9 @@ import torch
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.settings import TrainConfig
-from conceptsplit_core.train.checkpoint import training_files
+from conceptsplit_core.train.checkpoint import differences, training_files
 from conceptsplit_core.train.data import TrainData
+from conceptsplit_core.train.identity import digest, weights_digest
 from conceptsplit_core.train.loop import train
 from conceptsplit_core.train.prompts import Prompt
 
@@ -315,3 +316,79 @@ def test_a_damaged_checkpoint_is_refused_whole_and_left_as_it_is(tmp_path):
         assert "\n" not in str(told.value), name
         assert path.read_bytes() == content, name
         assert all(torch.equal(x, y) for x, y in zip(before, adapter.parameters(), strict=True)), name
+
+
+def test_the_state_is_written_every_so_many_steps_and_leaves_nothing_beside_it(tmp_path):
+    path, there = tmp_path / "x.checkpoint", []
+    adapter = new_adapter()
+    config = TrainConfig(steps=5, batch_size=2, save_every=3)
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), config, lambda event: there.append(path.exists()), path)
+    assert there == [False, False, True, True, True]
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_without_resume_a_state_that_is_there_is_not_read(tmp_path):
+    path = tmp_path / "x.checkpoint"
+    losses = []
+    for resume in (False, False, True):
+        adapter = new_adapter()
+        config = TrainConfig(steps=4, batch_size=2, resume=resume)
+        result = train(adapter, data(), ALPHAS, toy_denoise(adapter), config, checkpoint=path)
+        losses.append((len(result.losses), result.losses[0]))
+    assert losses[0] == losses[1] == losses[2]
+    adapter, seen = new_adapter(), []
+    train(
+        adapter,
+        data(),
+        ALPHAS,
+        toy_denoise(adapter),
+        TrainConfig(steps=6, batch_size=2, resume=False),
+        seen.append,
+        path,
+    )
+    assert [event.step for event in seen] == [1, 2, 3, 4, 5, 6]
+    adapter = new_adapter()
+    result = train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, batch_size=2, resume=True))
+    assert len(result.losses) == 2, "without a place for a state there is none to resume"
+
+
+def test_many_differences_are_counted():
+    now = {"settings": {f"option{n}": 1 for n in range(7)}, "layers": "x"}
+    assert differences({"settings": {}}, now)[:2] == ["a model of another architecture", "option0 None then and 1 now"]
+    assert len(differences({}, now)) == 8 and differences(now, now) == []
+
+
+def test_a_refusal_names_four_differences_and_counts_the_others(tmp_path):
+    path, adapter = tmp_path / "x.checkpoint", new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, batch_size=2), checkpoint=path)
+    other = TrainConfig(steps=4, batch_size=3, seed=9, learning_rate=0.5, weight_decay=0.3, warmup=5, max_grad_norm=9.0,
+                        background_weight=0.7, resume=True)  # fmt: skip
+    with pytest.raises(ConceptSplitError, match=r"training with .* and (\d+) settings more: make") as raised:
+        train(new_adapter(), data(), ALPHAS, toy_denoise(adapter), other, checkpoint=path)
+    assert str(raised.value).count(" then and ") == 4
+    assert raised.match(r"and 3 settings more")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((torch.zeros(2, 3),), (torch.zeros(3, 2),)),
+        ((torch.zeros(1), torch.zeros(1)), (torch.zeros(2),)),
+        (("a", "b"), ("ab",)),
+        ((None,), ("",)),
+        ((b"x",), ("x",)),
+    ],
+)
+def test_digests_tell_shapes_and_parts_apart(one, other):
+    assert digest(*one) != digest(*other) and digest(*one) == digest(*one) and len(digest(*one)) == 32
+
+
+def test_weights_are_told_by_name_shape_and_values_but_not_by_precision():
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 50, generator=g).half()
+    own = weights_digest([("a", weight)])
+    assert own == weights_digest([("a", weight.float())]) and len(own) == 32
+    assert own != weights_digest([("b", weight)]) and own != weights_digest([("a", weight.t())])
+    late = weight.clone()
+    late.view(-1)[31 * 60] += 1  # every 31st of 2,000 values is looked at
+    assert own != weights_digest([("a", late)])

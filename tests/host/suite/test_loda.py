@@ -520,3 +520,54 @@ def test_placeholders_with_loda(sd):
     (clip,) = run("ConceptSplitMarkWords", clip=clip, words="cat")
     _, maps = sample_loda(model, encode(clip, PROMPT), encode(clip, ""))
     assert maps.trace.concepts == ("rex", "cat")
+
+
+def gligen(model, path):
+    """A GLIGEN of random weights for the small UNet, written and loaded as the host loads one."""
+    import comfy.gligen
+    import comfy.sd
+    from comfy.ldm.modules.attention import BasicTransformerBlock
+    from safetensors.torch import save_file
+
+    generator, state = torch.Generator().manual_seed(4), {}
+    parts = {"position_net.": comfy.gligen.PositionNet(768, 768)}
+    for name, module in model.model.diffusion_model.named_modules():
+        if isinstance(module, BasicTransformerBlock):
+            width = module.attn2.to_q.weight.shape[1]
+            parts[f"{name}.fuser."] = comfy.gligen.GatedSelfAttentionDense(width, 768, 8, width // 8)
+    for prefix, part in parts.items():
+        for name, tensor in part.state_dict().items():
+            size = tensor[0].numel() ** 0.5 if tensor.ndim > 1 else 2.0
+            state[prefix + name] = torch.randn(tensor.shape, generator=generator) / size
+    save_file(state, path)
+    with torch.inference_mode():
+        return comfy.sd.load_gligen(str(path))
+
+
+def test_a_gligen_box_stays_while_loda_moves_the_latent(marked, tmp_path):
+    model, clip = marked
+    positive, negative = two(clip)
+    box = {"clip": clip, "text": "a dog", "width": 24, "height": 64, "x": 8, "y": 0}
+    (boxed,) = run(
+        "GLIGENTextBoxApply",
+        conditioning_to=positive,
+        gligen_textbox_model=gligen(model, tmp_path / "g.safetensors"),
+        **box,
+    )
+    options = {"steps": 2, "cfg": 3.0}
+    plain = sample(model, boxed, negative, **options)
+    assert not torch.allclose(plain, sample(model, positive, negative, **options), atol=1e-3), "the box acts"
+    off, _ = sample_loda(model, boxed, negative, loda_steps=0, afg=False, **options)
+    assert torch.equal(off, plain)
+    moved, maps = sample_loda(
+        model, boxed, negative, loda_steps=1, loda_iterations=3, loda_strength=0.3, threshold=9.0, afg=False, **options
+    )
+    trace = maps.trace
+    assert (trace.forwards, trace.backwards, trace.skipped) == (3, 3, 0)
+    assert float(trace.losses[-1][1]) < float(trace.losses[0][1]) and torch.isfinite(moved).all()
+    assert not torch.allclose(moved, plain, atol=1e-3)
+    _, without = sample_loda(
+        model, positive, negative, loda_steps=1, loda_iterations=3, threshold=9.0, afg=False, **options
+    )
+    assert not torch.allclose(trace.before, without.trace.before, rtol=1e-2), "the maps are of the model with the box"
+    assert torch.equal(sample(model, boxed, negative, **options), plain)
