@@ -106,11 +106,12 @@ def ray_workers(address: str, device: str, asked: int | None, most: int) -> list
     else:
         paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        options |= {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, asked or 1)}
+        # "local": not the last cluster that somebody started on this machine, which Ray would look for.
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, asked or 1)}
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as problem:
-        where = f"at {address or os.environ.get('RAY_ADDRESS')}" if "address" in options else "on this machine"
+        where = f"at {address or os.environ.get('RAY_ADDRESS')}" if "runtime_env" in options else "on this machine"
         raise ConceptSplitError(f"There is no Ray cluster {where}: {problem}") from None
     gpus = int(ray.cluster_resources().get("GPU", 0))
     count = min(asked or gpus or 1, most)
