@@ -115,7 +115,7 @@ def ray_workers(address: str, device: str, asked: int | None, most: int) -> list
         raise ConceptSplitError(f"There is no Ray cluster {where}: {problem}") from None
     gpus = int(ray.cluster_resources().get("GPU", 0))
     count = min(asked or gpus or 1, most)
-    kind = ray.remote(max_restarts=-1, num_cpus=1, num_gpus=1 if gpus else 0)(RayActor)
+    kind: Any = ray.remote(max_restarts=-1, num_cpus=1, num_gpus=1 if gpus else 0)(RayActor)
     actors = [kind.remote(device, os.getcwd()) for _ in range(count)]
     started = {actor.process.remote(): actor for actor in actors}
     ready, late = ray.wait(list(started), num_returns=count, timeout=START_SECONDS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import REX
+from tiny import REX, every_family
 
 from conceptsplit_core.adapters import load_adapter
 from conceptsplit_core.adapters.file import save_trained
@@ -21,9 +21,10 @@ from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers.lora import read_lora
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
+from conceptsplit_core.train import subject
 from conceptsplit_core.train.data import Process, make_batch
 from conceptsplit_core.train.loop import train
-from conceptsplit_core.train.subject import separating, with_masks
+from conceptsplit_core.train.subject import LEVEL, NOISES, separating, with_masks
 
 TEMPLATES = ("a photo of a {}", "the bright {} on a table")
 needs_demo = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
@@ -38,6 +39,59 @@ def found(model, data, adapter=None, **options):
     adapter = adapter or host.new_adapter(model, REX, 2, 0.0, 0)
     with host.training_denoiser(model, adapter) as denoise:
         return with_masks(data, host.network_map(model), model.alphas_cumprod, denoise, config)
+
+
+def attention_of(model, data, index, things):
+    """What the finest layers look at, from their own inputs by numpy: words' maps [n, P], and among pixels [P, P]."""
+    sites = host.network_map(model).attention
+    finest = [site.name for site in sites if site.downscale == min(one.downscale for one in sites)]
+    seen, hooks = {}, []
+    for name in [*finest, *(name.replace("attn2", "attn1") for name in finest)]:
+        keep = lambda m, args, kwargs, name=name: seen.__setitem__(name, (args[0], kwargs["encoder_hidden_states"]))
+        hooks.append(model.unet.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
+    place = int(LEVEL * len(model.alphas_cumprod))
+    alpha, x0, prompt = float(model.alphas_cumprod[place]), data.latents[index], data.prompts[0]
+    noise = torch.randn(NOISES, *x0.shape, generator=torch.Generator().manual_seed(index))
+    pooled = prompt.extra["pooled"].expand(NOISES, -1) if "pooled" in prompt.extra else None
+    x = alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
+    with torch.no_grad():
+        host.call_unet(model, x, place, prompt.context.expand(NOISES, -1, -1), pooled)
+    for hook in hooks:
+        hook.remove()
+    cross, own = [], []
+    for name, (hidden, context) in seen.items():
+        module = model.unet.get_submodule(name)
+        with torch.no_grad():
+            q, k = (
+                side.unflatten(-1, (module.heads, -1)).double().numpy()
+                for side in (module.to_q(hidden), module.to_k(hidden if context is None else context))
+            )
+        share = np.exp(np.einsum("bqhd,blhd->bhql", q, k) / np.sqrt(q.shape[-1]))
+        share = (share / share.sum(-1, keepdims=True)).mean((0, 1))
+        if "attn1" in name:
+            own.append(share)
+        else:
+            cross.append(np.stack([share[:, list(rows)].mean(-1) for rows in things]))
+    return np.mean(cross, 0), np.mean(own, 0)
+
+
+@every_family
+def test_masks_are_made_of_what_the_finest_layers_look_at(load, family, monkeypatch):
+    """The equation itself is a test of the core; on random weights its fourth power would be noise."""
+    model, given = load(family), []
+    real = subject.attention_masks
+    monkeypatch.setattr(subject, "attention_masks", lambda *maps: given.append(maps) or real(*maps))
+    data = host.training_data(model, pictures(), REX, TEMPLATES, beside="cat" if family == "sd15" else "")
+    made = found(model, data)
+    assert data.masks is None and made.masks.shape == (2, 1, 16, 12) and len(given) == 2
+    prompt = data.prompts[0]
+    assert len(prompt.others) == (family == "sd15")
+    for index, maps in enumerate(given):
+        for one, other in zip(maps, attention_of(model, data, index, [prompt.rows, *prompt.others]), strict=True):
+            wanted = torch.tensor(other).float()
+            torch.testing.assert_close(one, wanted, atol=1e-7, rtol=1e-4)
+            assert float(wanted.max() / wanted.min()) > 1.2, "not flat"
+    assert not any(module._forward_hooks for module in model.unet.modules())
 
 
 def test_masks_do_not_see_an_adapter_that_has_learned(load, adapter_for):
