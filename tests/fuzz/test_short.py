@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import files, images, watch
+from tests.fuzz import files, images, kinds, watch
 
 SEED = 4711
 
@@ -38,6 +38,15 @@ def test_whole_and_damaged_pictures():
     tally, _ = images.fuzz(600, SEED)
     assert not tally.bad, tally.bad[:5]
     assert tally.table["whole"]["picture"] == len(images.whole_files())
+
+
+def test_inputs_of_the_kinds_that_went_wrong_elsewhere():
+    tally, _ = kinds.fuzz(150, SEED)
+    assert not tally.bad, tally.bad[:5]
+    for kind in ("masks, whole", "names", "seeds", "folders"):
+        assert tally.table[kind]["right"] > 20, kind
+    assert sum(row["used"] for row in tally.table.values()) > 20
+    assert sum(row["sentence"] for row in tally.table.values()) > 100
 
 
 def test_whatever_a_decoder_raises_is_a_sentence(tmp_path, monkeypatch):
@@ -77,7 +86,7 @@ def test_the_watch_sees_what_it_is_there_for(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["files", "images"])
+@pytest.mark.parametrize("name", ["files", "images", "kinds"])
 def test_the_committed_runs_are_of_these_kinds_and_nothing_went_wrong(name):
     result = json.loads((Path(__file__).parent / "results" / f"{name}.json").read_text())
     runs = [value for value in result.values() if isinstance(value, dict) and "inputs" in value]

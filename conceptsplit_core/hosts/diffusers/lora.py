@@ -18,7 +18,7 @@ from ...adapters.lora import LoraAdapter, LoraReport, lora_adapter, lora_factor,
 from ...errors import ConceptSplitError
 from ...files import MAX_TAGS_BYTES, read_header
 from ...method.tova import Pair
-from ...text.concepts import Concept
+from ...text.concepts import Concept, shown
 from .model import DiffusersModel
 from .network import network_map
 
@@ -52,7 +52,9 @@ def read_lora(model: DiffusersModel, path: Path, concept: Concept) -> tuple[Lora
         metadata = read_header(data, path.name, MAX_TAGS_BYTES).get("__metadata__") or {}
         state = load_tensors(data)
     except (OSError, SafetensorError) as error:
-        raise ConceptSplitError(f"{path.name} cannot be read ({error}): it is damaged; download it again.") from error
+        raise ConceptSplitError(
+            f"{path.name} cannot be read ({shown(str(error))}): it is damaged; download it again."
+        ) from error
     other = {key[: found.start()]: _FORMS[found[1]] for key in state if (found := _OTHER_FORM.search(key))}
     text = {_END.split(key)[0] for key in state if key.startswith(_TEXT)}
     state = {
@@ -109,7 +111,7 @@ def _factors(
     found: dict[str, Pair | Factor] = {}
     for site, part in parts.items():
         if "down" not in part or "up" not in part:
-            raise ConceptSplitError(f"the layer {site} lacks one of its two matrices, so the file is damaged.")
+            raise ConceptSplitError(f"the layer {shown(site)} lacks one of its two matrices, so the file is damaged.")
         alpha = part["alpha"] if "alpha" in part else peft_alpha(said, site, part["down"].shape[0])
         module: Any = network.module(site) if site in network.sites else None
         found[site] = lora_factor(
