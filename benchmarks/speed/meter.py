@@ -34,8 +34,14 @@ def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *ar
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-# The fused attention of CPUs, which torch's own table leaves out; counted by torch's formulas for the GPU's.
+def _added_product(out: Tensor, left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * left.numel() * right.shape[-1]
+
+
+# What torch's own table leaves out: the fused attention of CPUs, counted by its formulas for the GPU's, and a product
+# that is added in place.
 EXTRA_OPERATORS: Mapping[Any, Callable[..., int]] = {
+    aten.baddbmm_: _added_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
 }
@@ -124,14 +130,16 @@ class Answers(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.concepts = 2
-        self._places: set[int] = set()  # the storages of what was looked up
+        self._places: set[int] = set()  # the storages of what was looked up, until each is freed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.nonzero.default:
             # 1-D: which text rows any concept uses, or which guidance branch; 2-D: the places of one concept.
             several = args[0].ndim == 1 and len(args[0]) > 2
             found = torch.empty(self.concepts if several else 1, args[0].ndim, dtype=torch.int64)
-            self._places.add(found.untyped_storage()._cdata)
+            storage = found.untyped_storage()
+            self._places.add(storage._cdata)
+            weakref.finalize(storage, self._places.discard, storage._cdata)
             return found
         if func is aten.equal.default:
             return args[0].shape == args[1].shape

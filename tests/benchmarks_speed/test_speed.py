@@ -36,6 +36,13 @@ def test_flops_of_known_layers():
         assert cost.flops == 2 * 4 * 8 * 16 + 2 * 2 * 7 * 7 * 5 * 3 * 9
 
 
+def test_a_product_that_is_added_in_place_counts_as_one():
+    out = torch.zeros(2, 5, 7)
+    with measured() as cost:
+        out.baddbmm_(torch.ones(2, 5, 3), torch.ones(2, 3, 7))
+    assert cost.flops == 2 * 2 * 5 * 3 * 7
+
+
 def test_fused_attention_counts_both_products_and_its_backward():
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (10, 7, 7))
     with measured() as cost:
