@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.tova import Product, Rows, TokenMask, add_at
-from .site import NetworkMap, Site
+from .site import NetworkMap, Site, exchanged
 
 # (places, what is added there): tokens [p] with [p, d], or batch rows [b] with [b, T, d] or [b, d, h, w].
 Added = tuple[Rows, Tensor | Product]
@@ -104,7 +104,7 @@ class PassPlan:
     def writes(self, site: Site, layer: nn.Module) -> bool:
         """Whether a layer's output is written into. Pixels are many; of a text other packs may keep what a layer gave,
         and what comes from an exchanged `forward` may be kept too."""
-        return self.in_place or not (site.reads == "text" or torch.is_grad_enabled() or "forward" in vars(layer))
+        return self.in_place or not (site.reads == "text" or torch.is_grad_enabled() or exchanged(layer))
 
     def _kept(self, x: Tensor, mask: TokenMask) -> KeptText | None:
         if self.kept is None or x.requires_grad or torch.compiler.is_compiling():

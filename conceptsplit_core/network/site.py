@@ -63,6 +63,13 @@ class AttentionSite:
         return self.values or f"{self.name}.to_v"
 
 
+def exchanged(module: nn.Module) -> bool:
+    """Whether something has put another `forward` on this very module. One that only stands there again, as hosts leave
+    it behind, is the module's own."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", own) is not type(module).forward
+
+
 def find_module(root: nn.Module, path: str) -> nn.Module:
     """The module at `path`, also where another pack has put a part of it into a module of its own.
 

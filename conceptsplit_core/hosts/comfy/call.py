@@ -20,7 +20,7 @@ from ...method.tova import TokenMask
 from ...network.features import EncoderFeatures
 from ...network.hooks import PassPlan
 from ...network.probe import Probe
-from ...network.site import AttentionSite, TokenSequence, find_module
+from ...network.site import AttentionSite, TokenSequence, exchanged, find_module
 from ...network.tokens import CallTokens
 from ...settings import LodaConfig
 from .afg import Guidance, override
@@ -167,7 +167,7 @@ def _features(run: Run, x: Tensor, t: Tensor, options: Mapping[str, Any]) -> Abs
         run.features = unet, EncoderFeatures([list(block) for block in blocks if block is not None])
     features = run.features[1]
     exchanged = options.get("patches", {}).get("forward_timestep_embed_patch")
-    if exchanged or not features.stages or any("forward" in vars(layer) for one in features.stages for layer in one):
+    if exchanged or not features.stages or any(exchanged(layer) for one in features.stages for layer in one):
         run.notes.not_reused = True
         return nullcontext()
     sigma = float(t.flatten()[0])
@@ -189,7 +189,7 @@ def _alone(run: Run, executor: Any, options: Mapping[str, Any]) -> bool:
         for parts in [site.path.split(".")]
         for depth in range(1, len(parts) + 1)
     }
-    return not any("forward" in vars(module) for module in (unet, *(find_module(unet, path) for path in above)))
+    return not any(exchanged(module) for module in (unet, *(find_module(unet, path) for path in above)))
 
 
 @contextmanager

@@ -177,11 +177,11 @@ def test_train_then_apply_in_one_graph(executor, base):
 
 
 def test_errors_are_one_sentence(executor):
-    graph = demo_graph(prompt="a <rex>")
+    graph = demo_graph(prompt="a <nobody>")
     with pytest.raises(RuntimeError) as told:
         execute(executor, graph)
     text = str(told.value).strip()
-    assert text.startswith("CLIPTextEncode: ") and "<rex>" in text and "\n" not in text
+    assert text.startswith("CLIPTextEncode: ") and "<nobody>" in text and "\n" not in text
 
 
 def test_two_prompts_and_an_unload_between(executor, base):

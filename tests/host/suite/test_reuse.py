@@ -24,6 +24,12 @@ def prompts(clip):
     return encode(clip, "a photo of a <rex>"), encode(clip, "a cat")
 
 
+def changed(model):
+    """Modules with another `forward` than their class's, which the host leaves on a module when it puts it back."""
+    own = lambda m: getattr(vars(m).get("forward", m.forward), "__func__", None) is type(m).forward
+    return [m for m in model.model.modules() if not own(m)]
+
+
 @contextmanager
 def counted(model):
     """How often the first layer of the way down and the last of the way up have run."""
@@ -94,7 +100,7 @@ def test_full_steps_are_counted_and_off_is_bit_equal(sd):
         out, _ = sample_loda(model, *conds, steps=10, encoder_reuse=0.4, **OFF)
     assert runs == {"down": 6, "up": 10}
     assert not torch.equal(out, plain) and bool(out.isfinite().all())
-    assert hooks_on(model) == 0 and not any("forward" in vars(m) for m in model.model.modules())
+    assert hooks_on(model) == 0 and not changed(model)
     assert torch.equal(sample(model, *conds, steps=10), plain)
 
 
@@ -153,7 +159,7 @@ def test_nothing_is_left_after_an_error(sd):
             sample_loda(model, *conds, steps=4, encoder_reuse=1.0, **OFF)
     finally:
         handle.remove()
-    assert not any("forward" in vars(m) for m in model.model.modules()) and hooks_on(model) == 0
+    assert not changed(model) and hooks_on(model) == 0
     assert torch.equal(sample(model, *conds, steps=4), plain)
 
 

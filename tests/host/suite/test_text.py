@@ -145,8 +145,8 @@ def test_our_own_faults_are_not_taken_for_odd_prompts(sd, monkeypatch):
 
 def test_unknown_placeholder_is_one_sentence(sd):
     errors = pack("conceptsplit_core.errors")
-    with pytest.raises(errors.ConceptSplitError, match="<fido>.*<rex>"):
-        encode(mark(sd.clip, "rex:dog"), "a <fido>")
+    with pytest.raises(errors.ConceptSplitError, match="<nobody>.*<rex>"):
+        encode(mark(sd.clip, "rex:dog"), "a <nobody>")
 
 
 def test_a_bypassed_concept_becomes_its_files_words_and_is_said(sd, write, caplog):
