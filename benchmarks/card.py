@@ -206,10 +206,10 @@ def rows_of(
             try:
                 cost = measured(lambda steps, patched=patched: drawn(patched, steps), model.steps, rounds)
             except torch.cuda.OutOfMemoryError as error:
-                yield {"model": model.name, "precision": precision, "arm": arm, "failed": str(error).split(".")[0]}
+                yield {"model": model.name, "precision": precision, "what": arm, "failed": str(error).split(".")[0]}
                 continue
             yield {
-                "model": model.name, "precision": precision, "arm": arm, "steps": model.steps,
+                "model": model.name, "precision": precision, "what": arm, "steps": model.steps,
                 "merged_s": round(merged["seconds"], 3), "s": round(cost["seconds"], 3),
                 "ratio": round(cost["seconds"] / merged["seconds"], 3),
                 "merged_peak_mib": merged["peak_mib"], "peak_mib": cost["peak_mib"],

@@ -166,8 +166,8 @@ def _features(run: Run, x: Tensor, t: Tensor, options: Mapping[str, Any]) -> Abs
         # The host runs the layers of a block one by one, not the block.
         run.features = unet, EncoderFeatures([list(block) for block in blocks if block is not None])
     features = run.features[1]
-    exchanged = options.get("patches", {}).get("forward_timestep_embed_patch")
-    if exchanged or not features.stages or any(exchanged(layer) for one in features.stages for layer in one):
+    patched = options.get("patches", {}).get("forward_timestep_embed_patch")
+    if patched or not features.stages or any(exchanged(layer) for one in features.stages for layer in one):
         run.notes.not_reused = True
         return nullcontext()
     sigma = float(t.flatten()[0])
