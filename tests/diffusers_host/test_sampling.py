@@ -240,7 +240,8 @@ def biases(model, conds, regions, config, guidance, size):
     batch = host_sample._batch(model, conds, NAMES, conds[0].context.shape[1])
     guided = batch.guided(host.encode_text(model, ""), NAMES, len(conds)) if guidance != 1.0 else None
     with host.patched(model) as patch:
-        drawing = host_sample._Drawing(model, patch, batch, guided, guidance, "ddim", 2, size, config)
+        stages = [host_sample._Stage(0.0, batch, guided)]
+        drawing = host_sample._Drawing(model, patch, stages, guidance, "ddim", 2, size, config)
         return drawing.bias(regions), batch.mask
 
 
