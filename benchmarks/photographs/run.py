@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from conceptsplit_core import pictures
-from conceptsplit_core.adapters import KINDS, load_adapter, save_adapter
+from conceptsplit_core.adapters import load_adapter, save_adapter
 from conceptsplit_core.cli.common import bar, silent, to_tensor, write_picture
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers.training import model_identity
 from conceptsplit_core.method.maps import distributions
 from conceptsplit_core.method.regions import regions
-from conceptsplit_core.network import hooks
+from conceptsplit_core.network.hooks import Scope
 from conceptsplit_core.settings import LodaConfig, TrainConfig, seeds
 from conceptsplit_core.train.adapter import training_facts
-from conceptsplit_core.train.data import TrainBatch
 from conceptsplit_core.train.identity import digest
 from conceptsplit_core.train.loop import train
 from conceptsplit_core.train.progress import ProgressBar
@@ -127,22 +126,13 @@ class Bench:
         adapter = host.new_adapter(model, taught.concept, config.rank, config.alpha, config.seed, facts, kind)
         state = path.with_suffix(".checkpoint")
         progress = ProgressBar(config.steps, f"{taught.name} ({kind})", silent())
-        if config.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
+        # A LoRA learns as any trainer teaches it: everywhere, knowing neither words nor places.
+        scope: Scope | None = "everywhere" if kind == "lora" else None
         try:
-            # A LoRA learns as any trainer teaches it: everywhere, knowing neither words nor places.
-            scope = "everywhere" if kind == "lora" else None
-            with hooks.learning(host.network_map(model), KINDS[kind], adapter, scope) as publish:
-
-                def denoise(batch: TrainBatch) -> Tensor:
-                    publish(batch.mask)
-                    return host.call_unet(model, batch.x_t, batch.timesteps, batch.context, batch.extra.get("pooled"))
-
+            with host.training_denoiser(model, adapter, config.gradient_checkpointing, scope) as denoise:
                 result = train(adapter, data, model.alphas_cumprod, denoise, config, progress, state)
         finally:
             progress.close()
-            if config.gradient_checkpointing:
-                model.unet.disable_gradient_checkpointing()
         made = result.trained()
         facts = {**made.info.training, "seconds": round(result.seconds, 1), "loss": _last(result.losses)}
         curve = pictures.loss_curve(result.losses, title=f"training loss of <{taught.name}>, {kind}")

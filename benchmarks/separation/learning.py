@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conceptsplit_core.adapters import KINDS, load_adapter, save_adapter
+from conceptsplit_core.adapters import load_adapter, save_adapter
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.scenes import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.network import hooks
 from conceptsplit_core.network.hooks import Scope
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
@@ -94,18 +93,6 @@ class Learning:
         return torch.cat([every, low + every * (high - low) // count])
 
 
-class _WithLoss(torch.autograd.Function):
-    """A prediction that carries a second loss: its gradient is added when the first one's arrives."""
-
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, extra: Tensor) -> Tensor:
-        return prediction.view_as(prediction)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], gradients[0].new_ones(())
-
-
 def key_change(adapter: Any, batch: TrainBatch) -> Tensor:
     """TARA's token alignment loss where the concept's token is the class word: mean |new key − old key| there."""
     rows = batch.context[batch.mask[..., 0] > 0]
@@ -136,7 +123,7 @@ def learn(
     path = cache / f"{recipe_name}-{name}-{key}.safetensors"
     if path.exists():
         return load_adapter(path)
-    network, concept = host.network_map(model), Concept(name, CONCEPTS[name].class_word)
+    concept = Concept(name, CONCEPTS[name].class_word)
     adapter: Any = host.new_adapter(model, concept, learning.rank, learning.rank, learning.seed, kind=recipe.kind)
     images, masks = pictures_of(name, learning)
     given = masks if recipe.masks in ("given", "region") else None
@@ -149,15 +136,11 @@ def learn(
         background_weight=1.0 if recipe.masks == "region" else 0.1,
     )  # fmt: skip
     levels = learning.timesteps(len(model.alphas_cumprod))
-    with hooks.learning(network, KINDS[recipe.kind], adapter, recipe.scope) as publish:
-
-        def denoise(batch: TrainBatch) -> Tensor:
-            publish(batch.mask, batch.pixels())
-            out = host.call_unet(model, batch.x_t, levels[batch.timesteps], batch.context)
-            return _WithLoss.apply(out, recipe.align * key_change(adapter, batch)) if recipe.align else out
-
-        data = with_masks(data, network, model.alphas_cumprod[levels], denoise, config)
-        train(adapter, data, model.alphas_cumprod[levels], denoise, config, on_event=on_event)
+    align = (lambda batch: recipe.align * key_change(adapter, batch)) if recipe.align else None
+    with host.training_denoiser(model, adapter, scope=recipe.scope) as unet:
+        denoise = lambda batch: unet(replace(batch, timesteps=levels[batch.timesteps]))
+        data = with_masks(data, host.network_map(model), model.alphas_cumprod[levels], denoise, config)
+        train(adapter, data, model.alphas_cumprod[levels], denoise, config, on_event=on_event, penalty=align)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(adapter, path, dtype=None)
     return adapter

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import train
 from ...adapters.base import TrainedAdapter, kind_of
-from ...network.hooks import learning
+from ...network.hooks import Scope, learning
 from ...text.concepts import Concept
 from ...train.data import TrainBatch, TrainData
 from ...train.identity import weights_digest
@@ -91,12 +91,13 @@ def begin(model: DiffusersModel, adapter: TrainedAdapter, data: TrainData, capti
 
 @contextmanager
 def training_denoiser(
-    model: DiffusersModel, adapter: TrainedAdapter, checkpointing: bool = False
+    model: DiffusersModel, adapter: TrainedAdapter, checkpointing: bool = False, scope: Scope | None = None
 ) -> Iterator[Callable[[TrainBatch], Tensor]]:
     """The `denoise` callable that core training wants, on a model whose own parameters stay frozen.
 
     Args:
         checkpointing: recompute activations in the backward pass: about a third slower, far less memory.
+        scope: where the adapter acts while it learns; its kind's place by default.
 
     Raises:
         ConceptSplitError: an adapter of another model.
@@ -104,7 +105,7 @@ def training_denoiser(
     network = network_map(model)
     adapter.check_fits(network.shapes(adapter.sites), network.family)
     was = bool(getattr(model.unet, "is_gradient_checkpointing", False))
-    with learning(network, kind_of(adapter), adapter) as publish:
+    with learning(network, kind_of(adapter), adapter, scope) as publish:
         if checkpointing and not was:
             model.unet.enable_gradient_checkpointing()
         try:
