@@ -118,26 +118,29 @@ class Stacks:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[list[Tensor], tuple[Tensor, Tensor]]] = {}
 
-    def of(self, site: str, pairs: Sequence[Pair], keep: Sequence[Callable[[Tensor, Tensor], None]]) -> Any:
+    def of(self, site: str, pairs: Sequence[Pair], adapters: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """(A [R, d_in], B [d_out, R]) as `method.tova.stacked` makes them, without a copy in each step.
 
         Args:
-            keep: of each pair, what takes its parts of the stack in the place of its own copies, so that nothing is
-                held twice.
+            adapters: whose pairs these are; they take their parts of the stack in the place of their own copies
+                (`keep`), so that nothing is held twice.
         """
+        if len(pairs) == 1:
+            return stacked(pairs)
         mine = [one for pair in pairs for one in pair[:2]]
-        parts, both = self._kept.get(site, ([], None))
-        if len(parts) != len(mine) or not all(map(is_, parts, mine)):
-            if any(one.requires_grad for one in mine):
-                return stacked(pairs)
-            with torch.inference_mode(False):  # one that is made while sampling can also serve a gradient pass
-                both = stacked(pairs)
-                ranks = [pair[0].shape[0] for pair in pairs]
-                parts = []
-                for own, down, up in zip(keep, both[0].split(ranks), both[1].split(ranks, dim=1), strict=True):
-                    own(down, up)
-                    parts += [down, up]
-            self._kept[site] = (parts, both)
+        known = self._kept.get(site)
+        if known is not None and len(known[0]) == len(mine) and all(map(is_, known[0], mine)):
+            return known[1]
+        if any(one.requires_grad for one in mine):
+            return stacked(pairs)
+        parts: list[Tensor] = []
+        with torch.inference_mode(False):  # one that is made while sampling can also serve a gradient pass
+            both = stacked(pairs)
+            ranks = [pair[0].shape[0] for pair in pairs]
+            for adapter, down, up in zip(adapters, both[0].split(ranks), both[1].split(ranks, dim=1), strict=True):
+                adapter.keep(site, down, up)
+                parts += [down, up]
+        self._kept[site] = (parts, both)
         return both
 
 

@@ -30,7 +30,7 @@ from ..network.hooks import Member, Scope
 from ..network.site import Site
 from ..settings import GateConfig
 from .base import AdapterInfo, Added, register
-from .table import TableAdapter, TableKind, at_work
+from .table import TableAdapter, TableKind
 
 RIDGE = 1e-3
 """Share of its mean diagonal that is added to C, so that a few hundred captions can be inverted."""
@@ -146,7 +146,7 @@ class Gated(TableKind):
         beta, tau = (
             targets.new_tensor([getattr(a.gate, name) for a in adapters]) for name in ("gate_bias", "gate_temperature")
         )
-        places, e = at_work(mask, x)
+        places, e = mask.work(x)
         weights = mask.worked[..., [i for i, _, _ in acting]] * targets.new_tensor([s for _, _, s in acting])
         with torch.no_grad():
             sim = e.float() @ directions.t()  # (2), [..., n]

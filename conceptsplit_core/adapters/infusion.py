@@ -19,7 +19,7 @@ from ..method.tova import TokenMask
 from ..network.hooks import Member, Scope
 from ..network.site import Site
 from .base import AdapterInfo, Added, compute_dtype, register
-from .table import TableAdapter, TableKind, at_work
+from .table import TableAdapter, TableKind
 
 
 class Infusion(TableKind):
@@ -48,7 +48,7 @@ class Infusion(TableKind):
             return None
         dtype = compute_dtype(out.dtype)
         residuals = torch.stack([adapter.ready(site.name, out.device, dtype) * s for _, adapter, s in acting])
-        places, _ = at_work(mask, out)
+        places, _ = mask.work(out)
         return places, mask.worked[..., [i for i, _, _ in acting]].to(dtype) @ residuals
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConceptSplitError
-from ..method.tova import Pair, TokenMask, taken
+from ..method.tova import Pair, TokenMask
 from ..network.site import Site
 from .base import AdapterInfo, Added, Member, Scope, check_family, compute_dtype, register
 from .factors import Factor, Stacks, weighted_change
@@ -239,18 +238,10 @@ class LowRank:
         if not factors:
             return None
 
-        def stack(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-            if len(pairs) == 1:
-                return pairs[0][:2]
-            both: tuple[Tensor, Tensor] = paired[0].stacks.of(
-                site.name, pairs, [partial(adapter.keep, site.name) for adapter in paired]
-            )
-            return both
-
-        if mask.rows is not None:
-            return mask.rows, weighted_change(factors, layer, taken(x, mask.rows), mask, stack)
-        # Only the tokens with an owner are multiplied: a handful of 77 rows of a prompt.
-        return mask.places, weighted_change(factors, layer, x.flatten(0, 1)[mask.places], mask, stack)
+        # Of a text only the tokens with an owner are multiplied: a handful of 77 rows of a prompt.
+        places, tokens = mask.work(x)
+        stack = lambda pairs: paired[0].stacks.of(site.name, pairs, paired)
+        return places, weighted_change(factors, layer, tokens, mask, stack)
 
     def tensors(self, adapter: LowRankAdapter) -> dict[str, Tensor]:
         sides = (("lora_A", adapter.down), ("lora_B", adapter.up))

@@ -20,7 +20,7 @@ from ..network.hooks import Member, Scope
 from ..network.site import Site
 from .base import AdapterInfo, Added, compute_dtype, register
 from .factors import weighted_change
-from .table import TableAdapter, TableKind, at_work
+from .table import TableAdapter, TableKind
 
 
 class ReducedAdapter(TableAdapter):
@@ -63,7 +63,7 @@ class RankReduction(TableKind):
         if not acting:
             return None
         bases = [(i, s, adapter.ready(site.name, out.device, compute_dtype(out.dtype))) for i, adapter, s in acting]
-        places, given = at_work(mask, out)
+        places, given = mask.work(out)
         return places, weighted_change([(i, s, (q, q.t(), -1.0)) for i, s, q in bases], layer, given, mask)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConceptSplitError
-from ..method.tova import Rows, TokenMask, taken
+from ..method.tova import TokenMask
 from ..network.hooks import Member, Scope
 from ..network.site import Site
 from .base import AdapterInfo, check_family
@@ -169,14 +169,3 @@ class TableKind:
             for i, member in enumerate(members)
             if member.strength != 0.0 and mask.bound[i] and site.name in member.adapter.sites
         ]
-
-
-def at_work(mask: TokenMask, tokens: Tensor) -> tuple[Rows, Tensor]:
-    """Where an addition goes, as `method.tova.add_at` takes it, and the tokens [p, d] or [b, T, d] there.
-
-    Args:
-        tokens: [B, T, d], what a layer reads or gives.
-    """
-    if mask.rows is not None:
-        return mask.rows, taken(tokens, mask.rows)
-    return mask.places, tokens.flatten(0, 1)[mask.places]

@@ -85,6 +85,12 @@ class TokenMask:
         """The weights of the tokens that are worked on: at `places` [p, n], or of the batch rows `rows` [b, T, n]."""
         return self.weights if self.rows is not None else self.weights.flatten(0, 1)[self.places]
 
+    def work(self, tokens: Tensor) -> tuple[Rows, Tensor]:
+        """Where an addition goes, as `add_at` takes it, and the tokens [p, d] or [b, T, d] of [B, T, d] there."""
+        if self.rows is not None:
+            return self.rows, taken(tokens, self.rows)
+        return self.places, tokens.flatten(0, 1)[self.places]
+
     def spread(self, channels: Sequence[int], pairs: Sequence[Pair]) -> Spread:
         """For every inner value of the concepts `channels`. Neither the number of concepts nor that of the layers whose
         pairs are alike adds an operation to it."""
@@ -145,11 +151,6 @@ def low_rank_product(x: Tensor, down: Tensor, up: Tensor, factor: Spread) -> Pro
     else:
         inner.mul_(factor.factor).masked_fill_(factor.unowned, 0.0)
     return Product(inner, up.t())
-
-
-def low_rank_sum(x: Tensor, pairs: Sequence[Pair], *, factor: Spread) -> Tensor:
-    """`low_rank_product` of these pairs (A [r_i, d_in], B [d_out, r_i], s_i), multiplied out: [..., d_out]."""
-    return low_rank_product(x, *stacked(pairs), factor).formed()
 
 
 def add_at(out: Tensor, places: Rows, added: Tensor | Product, in_place: bool = False) -> Tensor:

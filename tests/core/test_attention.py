@@ -9,7 +9,7 @@ from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
 from conceptsplit_core.adapters.lora import LoraAdapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.method.attention import attend, bound_attention, member_attention, with_logits
-from conceptsplit_core.method.tova import Product, TokenMask, add_at, low_rank_sum
+from conceptsplit_core.method.tova import Product, TokenMask, add_at, low_rank_product, stacked
 from conceptsplit_core.network.hooks import Group, Hooks, Member, PassPlan, learning
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
 
@@ -138,7 +138,8 @@ def test_a_token_gets_exactly_nothing_of_a_concept_that_it_is_not_of():
     pair = (torch.full((1, 2), 1e30), torch.ones(3, 1), 1.0)
     tokens, weights = torch.tensor([[1e30, 1.0], [1.0, 2.0]]), torch.tensor([[[0.0, 1.0], [0.5, 0.0]]])
     for pairs in ([pair], [pair, (torch.ones(2, 2), torch.full((3, 2), 1e-30), 0.5)]):
-        added = low_rank_sum(tokens, pairs, factor=TokenMask(weights).spread(range(len(pairs)), pairs))
+        spread = TokenMask(weights).spread(range(len(pairs)), pairs)
+        added = low_rank_product(tokens, *stacked(pairs), spread).formed()
         assert added[0].tolist() == pytest.approx([0.0 if len(pairs) == 1 else 1.0] * 3)
         assert added[1].tolist() == pytest.approx([1.5e30] * 3)
 
@@ -506,4 +507,4 @@ def test_pairs_of_two_precisions_are_computed_in_the_wider(order):
     pairs = [(torch.ones(1, 2, dtype=d), torch.ones(3, 1, dtype=d), 0.1) for d in order]
     spread = TokenMask(torch.ones(1, 1, 2)).spread((0, 1), pairs)
     assert spread.factor.dtype == torch.float64 and spread.factor.tolist() == [[0.1, 0.1]]
-    assert low_rank_sum(torch.ones(1, 2), pairs, factor=spread).dtype == torch.float64
+    assert low_rank_product(torch.ones(1, 2), *stacked(pairs), spread).formed().dtype == torch.float64

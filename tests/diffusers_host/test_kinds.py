@@ -9,7 +9,7 @@ from tiny import REX, TOM, attentions, bound, every_family, guided, inputs
 from conceptsplit_core.adapters.base import KINDS
 from conceptsplit_core.adapters.file import load_adapter, save_adapter
 from conceptsplit_core.adapters.gated import with_gate
-from conceptsplit_core.adapters.table import TableAdapter, TableKind, at_work
+from conceptsplit_core.adapters.table import TableAdapter, TableKind
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.kinds import FILES
 from conceptsplit_core.settings import GateConfig, TrainConfig
@@ -190,7 +190,7 @@ class Shift(TableKind):
 
     def change(self, members, site, layer, x, out, mask):
         (one,) = members
-        return at_work(mask, out)[0], mask.worked * one.strength * one.adapter.ready(site.name, out.device, out.dtype)
+        return mask.work(out)[0], mask.worked * one.strength * one.adapter.ready(site.name, out.device, out.dtype)
 
 
 def test_a_kind_of_ones_own_is_trained_by_the_same_trainer(load, tmp_path):
