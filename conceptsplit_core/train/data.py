@@ -140,15 +140,11 @@ def make_batch(data: TrainData, levels: Tensor, config: TrainConfig, step: int, 
     # Prompts of one and of two chunks can meet in a batch; tiling a context changes no attention output, and the
     # class word is then bound in every copy.
     length = math.lcm(*(prompt.context.shape[0] for prompt in chosen))
-    things = 1 + len(chosen[0].others)
-    context, mask = [], torch.zeros(len(chosen), length, things, device=device)
-    for i, prompt in enumerate(chosen):
-        rows = prompt.context.shape[0]
-        context.append(prompt.context.to(device).repeat(length // rows, 1))
-        for copy in range(length // rows):
-            for thing, own in enumerate((prompt.rows, *prompt.others)):
-                mask[i, [row + copy * rows for row in own], thing] = 1.0
-    mask, others = mask[..., :1], mask[..., 1:] if things > 1 else None
+    context, mask = (
+        torch.stack([rows.to(device).repeat(length // len(rows), 1) for rows in side])
+        for side in ([prompt.context for prompt in chosen], [prompt.owners() for prompt in chosen])
+    )
+    mask, others = mask[..., :1], mask[..., 1:] if chosen[0].others else None
     extra = {key: torch.stack([prompt.extra[key].to(device) for prompt in chosen]) for key in chosen[0].extra}
     weight = area = None
     if data.masks is not None:
@@ -158,4 +154,4 @@ def make_batch(data: TrainData, levels: Tensor, config: TrainConfig, step: int, 
             # From a generator of its own: the noise of a step is the same with and without an area.
             draws = torch.rand(size, 3, generator=_generator(config.seed, 3, step))
             area = acting_areas(inside, draws[mine].to(device))
-    return TrainBatch(x_t, timesteps[mine].to(device), torch.stack(context), mask, extra, target, weight, area, others)
+    return TrainBatch(x_t, timesteps[mine].to(device), context, mask, extra, target, weight, area, others)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..errors import ConceptSplitError
@@ -39,6 +40,14 @@ class Prompt:
     rows: tuple[int, ...]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     others: tuple[tuple[int, ...], ...] = ()
+
+    def owners(self) -> Tensor:
+        """Which rows are the class word's and each other thing's, [L, 1 + m] of 0 and 1."""
+        things = (self.rows, *self.others)
+        found = torch.zeros(len(self.context), len(things))
+        for thing, own in enumerate(things):
+            found[list(own), thing] = 1.0
+        return found
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,7 @@ def _mask(
     level = levels[place].to(device, torch.float32).expand(NOISES)
     x_t, _ = PARAMETERISATIONS[config.prediction_type].noised(latent.expand_as(noise), noise, level)
     many = lambda tensor: tensor.to(device).expand(NOISES, *tensor.shape)
-    things = (prompt.rows, *prompt.others)
-    rows = torch.zeros(NOISES, len(prompt.context), len(things), device=device)
-    for thing, bound in enumerate(things):
-        rows[:, list(bound), thing] = 1.0
+    rows = many(prompt.owners())
     batch = TrainBatch(
         x_t,
         torch.full((NOISES,), place, device=device),

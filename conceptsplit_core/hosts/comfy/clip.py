@@ -86,11 +86,8 @@ class BoundChunks(list):
         other = more.prompt if isinstance(more, BoundChunks) else None
         if self.prompt is not None and other is not None and other.bindings:
             offset = _length(self)
-            owned = {(binding.concept, binding.weight): binding.rows for binding in self.prompt.bindings}
-            for binding in other.bindings:
-                key = binding.concept, binding.weight
-                owned[key] = owned.get(key, ()) + tuple(offset + row for row in binding.rows)
-            bindings = tuple(Binding(name, rows, weight) for (name, weight), rows in owned.items())
+            moved = [replace(one, rows=tuple(offset + row for row in one.rows)) for one in other.bindings]
+            bindings = _joined([*self.prompt.bindings, *moved])
             self.prompt = replace(self.prompt, text=f"{self.prompt.text} {other.text}", bindings=bindings)
         super().extend(more)
 

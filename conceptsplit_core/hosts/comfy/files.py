@@ -143,15 +143,16 @@ def words_of(concept: str) -> str | None:
     """The words of a concept that no node has loaded, from the header of the one file that is named after it: a value
     adapter of that concept or name, or a LoRA with that name in its own (`demo_pixa_lora`). None if nothing says."""
     name, found = concept.casefold(), set()
-    for file in [*adapter_names(), *lora_names()]:
-        stem = Path(file).stem.casefold()
-        if name != stem and name not in re.split(r"[\W_]+", stem):
-            continue
-        try:
-            facts = metadata_of(Path(folder_paths.get_full_path(FOLDER if file in adapter_names() else "loras", file)))
-        except (ConceptSplitError, OSError, TypeError):
-            continue
-        found |= {facts.get("class_word") or next(iter(trained_words(facts)), "")} - {""}
+    for names, path_of in ((adapter_names(), adapter_path), (lora_names(), lora_path)):
+        for file in names:
+            stem = Path(file).stem.casefold()
+            if name != stem and name not in re.split(r"[\W_]+", stem):
+                continue
+            try:
+                facts = metadata_of(path_of(file))
+            except (ConceptSplitError, OSError):
+                continue
+            found |= {facts.get("class_word") or next(iter(trained_words(facts)), "")} - {""}
     return found.pop() if len(found) == 1 else None
 
 
