@@ -18,11 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SIDE, RANK = 1024, 32
+from . import transformers
+from .transformers import RANK, SIDE
+
+SIZES = {model.name: model for model in transformers.MODELS}
 NAMES = ("anna", "bert")
 ARMS = ("routed", "routed, masks given", "routed, LODA in the plan")
 
@@ -45,7 +48,6 @@ class Model:
     steps: int
     cfg: float
     precisions: tuple[str, ...] = ("bfloat16", "float8_e4m3fn")
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 MODELS = (
@@ -60,21 +62,12 @@ MODELS = (
         77, 2048, 1280, 4, 30, 7.0, ("float16",),
     ),
     Model(
-        "Flux.1 dev", "Flux",
-        {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
-         "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38,
-         "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
-         "txt_ids_dims": []},
-        512, 4096, 768, 16, 20, 1.0,
+        "Flux.1 dev", "Flux", {"image_model": "flux", **SIZES["Flux.1 dev"].options},
+        SIZES["Flux.1 dev"].rows, 4096, 768, 16, SIZES["Flux.1 dev"].steps, 1.0,
     ),
     Model(
-        "Z-Image-Turbo", "ZImage",
-        {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 3840, "cap_feat_dim": 2560,
-         "n_layers": 30, "n_refiner_layers": 2, "qk_norm": True, "n_heads": 30, "n_kv_heads": 30,
-         "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
-         "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
-         "pad_tokens_multiple": 32},
-        96, 2560, 0, 16, 8, 1.0,
+        "Z-Image-Turbo", "ZImage", {"image_model": "lumina2", **SIZES["Z-Image-Turbo"].options},
+        SIZES["Z-Image-Turbo"].rows, 2560, 0, 16, SIZES["Z-Image-Turbo"].steps, 1.0,
     ),
 )  # fmt: skip
 

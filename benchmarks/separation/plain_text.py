@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from conceptsplit_core.demo import checkpoint
-from tools.demo_model.autoencoder import build_vae
+from tools.demo_model.autoencoder import start_from_demo
 from tools.demo_model.export import export
 from tools.demo_model.latents import draw_latents
 from tools.demo_model.pretraining import train_unet
@@ -49,14 +49,10 @@ class PlainModel(Model):
 
 def start(out: Path, mixing: bool) -> None:
     """Writes the first training state and the autoencoder from the demo checkpoint, where they are not there yet."""
-    parts = checkpoint.load()
-    trained = parts.config["training"]["vae"]
-    if not (out / "vae.safetensors").exists():
-        vae = {k: v.float() for k, v in parts.vae.items() if k in build_vae().state_dict()}
-        state = {"model": vae, "step": trained["steps"], "decoder_steps": trained["decoder_steps"]}
-        save(state, out / "vae.safetensors")
+    start_from_demo(out)
     if (out / f"{NAME}.safetensors").exists():
         return
+    parts = checkpoint.load()
     model = (Model if mixing else PlainModel)(Words().vocabulary)
     prefix = "text_model." if hasattr(model.text_encoder, "text_model") else ""
     model.unet.load_state_dict(parts.unet)

@@ -9,9 +9,7 @@ out, or with two files mixed. Watched as in tests/fuzz/files.py.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import random
 import shutil
 import sys
@@ -214,19 +212,5 @@ def fuzz(count: int, seed: int) -> tuple[watch.Tally, dict[str, Any]]:
     return tally, {"seed": seed, "whole_files": len(names)}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the outcome here as JSON")
-    args = parser.parse_args()
-    tally, facts = fuzz(args.count, args.seed)
-    result = {"machine": watch.machine(), "pictures": tally.result(**facts)}
-    print(json.dumps(result, indent=1))
-    if args.out:
-        watch.write(args.out, result)
-    return 1 if tally.bad else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(watch.run(__doc__, "pictures", 100_000, fuzz))

@@ -9,8 +9,6 @@ it was made. Watched as in tests/fuzz/files.py.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import shutil
@@ -303,21 +301,7 @@ def _shape(sentence: str) -> str:
     return " ".join(words[:8])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=3000, help="inputs of each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the outcome here as JSON")
-    args = parser.parse_args()
+if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    tally, facts = fuzz(args.count, args.seed)
-    result = {"machine": watch.machine(), "kinds": tally.result(**facts)}
-    print(json.dumps(result, indent=1))
-    if args.out:
-        watch.write(args.out, result)
-    return 1 if tally.bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(watch.run(__doc__, "kinds", 3000, fuzz))

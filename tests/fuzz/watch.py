@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import faulthandler
 import json
@@ -150,3 +151,21 @@ def machine() -> dict[str, Any]:
 def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(about: str | None, part: str, count: int, fuzz: Callable[[int, int], tuple[Tally, dict[str, Any]]]) -> int:
+    """A fuzzer as a command: `fuzz` is given how many inputs and the seed; 1 when an input went wrong.
+
+    part: how the outcome is called in the JSON.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the outcome here as JSON")
+    args = parser.parse_args()
+    tally, facts = fuzz(args.count, args.seed)
+    result = {"machine": machine(), part: tally.result(**facts)}
+    print(json.dumps(result, indent=1))
+    if args.out:
+        write(args.out, result)
+    return 1 if tally.bad else 0

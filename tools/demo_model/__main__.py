@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         case "unet":
             pretraining.train_unet(args.out, args.name, args.steps, device=args.device, **training)
         case "start":
-            transformer.start(args.out)
+            autoencoder.start_from_demo(args.out)
         case "transformer":
             transformer.train_transformer(args.out, args.name, args.steps, args.device, **training)
         case "transformer_samples":

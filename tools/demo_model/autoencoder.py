@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import checkpoint, scenes
 
 from .states import optimiser_state, read, restore_optimiser, save, save_grid, to_images, to_tensor
 
@@ -59,6 +59,24 @@ def build_vae() -> torch.nn.Module:
     from_latent.weight.data[:3] /= 3.0
     from_latent.bias.data[:3] = 0.5
     return model
+
+
+def start_from_demo(out: Path) -> None:
+    """Writes the demo checkpoint's autoencoder as OUT/vae.safetensors, where there is none yet."""
+    path = out / "vae.safetensors"
+    if not path.exists():
+        parts = checkpoint.load()
+        trained = parts.config["training"]["vae"]
+        vae = {k: v.float() for k, v in parts.vae.items() if k in build_vae().state_dict()}
+        save({"model": vae, "step": trained["steps"], "decoder_steps": trained["decoder_steps"]}, path)
+
+
+@torch.no_grad()
+def decoded(out: Path, latents: torch.Tensor) -> np.ndarray:
+    """Pictures uint8 [n, H, W, 3] of latents [n, 8, h, w] in the autoencoder's scale."""
+    vae = build_vae()
+    vae.load_state_dict(read(out / "vae.safetensors")["model"])
+    return to_images(torch.cat([vae.decoder(z) for z in latents.split(8)]))
 
 
 def _crops(rng: np.random.Generator, drawn: list[scenes.Scene], n: int, side: int) -> np.ndarray:

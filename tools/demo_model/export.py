@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -58,7 +59,14 @@ def export(out: Path, name: str, target: Path, note: str) -> None:
             "note": note,
         },
     }
-    metadata = {"format": checkpoint.FORMAT, "version": str(checkpoint.VERSION), "config": json.dumps(config)}
+    write_checkpoint(target, tensors, checkpoint.FORMAT, checkpoint.VERSION, config)
+
+
+def write_checkpoint(
+    target: Path, tensors: dict[str, torch.Tensor], format: str, version: int, config: dict[str, Any]
+) -> None:
+    """One safetensors file, whole or not at all, with its configuration as metadata."""
+    metadata = {"format": format, "version": str(version), "config": json.dumps(config)}
     part = target.with_suffix(".part")
     save_file(tensors, str(part), metadata)
     part.replace(target)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.method.divergence import jsd
 
-from .autoencoder import build_vae
-from .states import read, save_grid, to_images, to_tensor
+from .autoencoder import build_vae, decoded
+from .states import read, save_grid, to_tensor
 from .unet import LATENT_SIDE, Model, Words, alphas_cumprod
 
 PROMPTS = (
@@ -83,13 +83,9 @@ def write_samples(
 ) -> None:
     """A sheet of `per` pictures for each prompt, two prompts per line."""
     model, words, state = load_model(out, name)
-    vae = build_vae()
-    vae.load_state_dict(read(out / "vae.safetensors")["model"])
     repeated = [p for p in prompts for _ in range(per)]
     latents, _ = sample(model, words, repeated, seed, guidance=guidance)
-    with torch.no_grad():
-        pictures = torch.cat([vae.decoder(z) for z in (latents / state["scale"]).split(8)])
-    save_grid(to_images(pictures), 2 * per, out / f"{name}-{state['step']:06d}-cfg{guidance:g}.png")
+    save_grid(decoded(out, latents / state["scale"]), 2 * per, out / f"{name}-{state['step']:06d}-cfg{guidance:g}.png")
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ No trained one is in the repository yet. A step of batch 256 took 75 ms on an H2
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from conceptsplit_core.demo import checkpoint
+from conceptsplit_core.hosts import diffusers as host
 
-from .autoencoder import build_vae
+from .autoencoder import decoded
+from .export import write_checkpoint
 from .latents import LATENT_SIDE
 from .pretraining import grounding_loss, on_objects, train
 from .report import PROMPTS
-from .states import read, save, save_grid, to_images
+from .states import read, save_grid
 from .unet import CrossMaps, Words
 
 FORMAT = "conceptsplit-demo-transformer"
@@ -101,15 +100,9 @@ class Transformer(torch.nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         from diffusers import FluxTransformer2DModel
-        from transformers import CLIPTextConfig, CLIPTextModel
 
-        parts = checkpoint.load()
         self.denoiser: Any = FluxTransformer2DModel(**CONFIG)
-        text = CLIPTextModel(CLIPTextConfig(**parts.config["text_encoder"]))
-        # transformers before 5.6 keeps the encoder one level down, under `text_model`.
-        prefix = "text_model." if hasattr(text, "text_model") else ""
-        text.load_state_dict({prefix + k: v.float() for k, v in parts.text_encoder.items()})
-        self.text_encoder = [text.eval().requires_grad_(False)]  # in a list: no part of the state
+        self.text_encoder = [host.load_model("demo").encoders[0].model]  # in a list: no part of the state
         self.cross = CrossMaps()
         for name in GROUNDED:
             self.denoiser.get_submodule(f"{name}.attn").set_processor(_JointMaps(self.cross, name))
@@ -163,16 +156,6 @@ def losses(
     return error.mean(), on_objects(error, b["mask"]).mean(), ground
 
 
-def start(out: Path) -> None:
-    """The demo checkpoint's autoencoder as the state that scenes are encoded with."""
-    if not (out / "vae.safetensors").exists():
-        parts = checkpoint.load()
-        trained = parts.config["training"]["vae"]
-        vae = {k: v.float() for k, v in parts.vae.items() if k in build_vae().state_dict()}
-        state = {"model": vae, "step": trained["steps"], "decoder_steps": trained["decoder_steps"]}
-        save(state, out / "vae.safetensors")
-
-
 def train_transformer(out: Path, name: str, steps: int, device: str, **options: Any) -> None:
     """Flow matching from seeded noise levels and noise."""
 
@@ -203,12 +186,8 @@ def write_samples(out: Path, name: str, seed: int, per: int, guidance: float, de
     words, state = Words(), read(out / f"{name}.safetensors")
     model = Transformer(words.vocabulary).to(device).eval()
     model.load_state_dict(state["ema"])
-    vae = build_vae()
-    vae.load_state_dict(read(out / "vae.safetensors")["model"])
     latents = sample(model, words, [p for p in PROMPTS for _ in range(per)], seed, 20, guidance).cpu()
-    with torch.no_grad():
-        pictures = torch.cat([vae.decoder(z) for z in (latents / state["scale"]).split(8)])
-    save_grid(to_images(pictures), 2 * per, out / f"{name}-{state['step']:06d}-cfg{guidance:g}.png")
+    save_grid(decoded(out, latents / state["scale"]), 2 * per, out / f"{name}-{state['step']:06d}-cfg{guidance:g}.png")
 
 
 def export(out: Path, name: str, target: Path, machine: str, note: str) -> None:
@@ -226,8 +205,4 @@ def export(out: Path, name: str, target: Path, machine: str, note: str) -> None:
         "training": {k: state["step" if k == "steps" else k] for k in facts}
         | {"seconds": round(state["seconds"]), "machine": machine, "note": note},
     }
-    metadata = {"format": FORMAT, "version": "1", "config": json.dumps(config)}
-    part = target.with_suffix(".part")
-    save_file(tensors, str(part), metadata)
-    part.replace(target)
-    print(f"{target} {target.stat().st_size / 1e6:.2f} MB, {sum(v.numel() for v in tensors.values())} numbers")
+    write_checkpoint(target, tensors, FORMAT, 1, config)
