@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..conceptsplit_core.demo.scenes import CONCEPTS, draw_concept
+from ..conceptsplit_core.demo.looks import CONCEPTS
+from ..conceptsplit_core.demo.scenes import draw_concept
 from ..conceptsplit_core.hosts.comfy.demo import load_demo
 from .types import field, out, schema
 

@@ -26,7 +26,7 @@ import torch
 from benchmarks.separation import learning, methods, report, run
 from benchmarks.separation.methods import REPORT_FROM
 from conceptsplit_core.adapters.file import lora_bytes
-from conceptsplit_core.demo.scenes import CONCEPTS
+from conceptsplit_core.demo.looks import CONCEPTS
 from tests.host.run import find_hosts, host_python, tools, version
 
 ROOT = Path(__file__).resolve().parents[2]

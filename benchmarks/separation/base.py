@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import captions, looks, scenes
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import jsd
 from conceptsplit_core.method.maps import distributions
@@ -36,7 +36,7 @@ def known_scenes(pictures: int, count: int, plain: bool = False) -> list[tuple[s
         patterned = [thing for thing in objects if thing.look.pattern != "plain"]
         if len({thing.class_word for thing in objects}) < count or (patterned if plain else len(patterned) < count):
             continue
-        caption, _ = scenes.describe(np.random.default_rng(seed), objects, background, "full")
+        caption, _ = captions.describe(np.random.default_rng(seed), objects, background, "full")
         found.append((caption, [Wanted(thing.class_word, thing.look) for thing in objects]))
     return found
 
@@ -67,7 +67,7 @@ def errors(bench: Bench, pictures: int, counts: Sequence[int] = (1, 2, 3, 4)) ->
 
 
 def pairs_of_classes(pictures: int) -> list[tuple[str, str]]:
-    words = scenes.CLASSES
+    words = looks.CLASSES
     return [(words[i % len(words)], words[(i + 1 + i // len(words)) % len(words)]) for i in range(pictures)]
 
 

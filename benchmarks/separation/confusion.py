@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from conceptsplit_core.demo import scenes
-from conceptsplit_core.demo.scenes import BACKGROUNDS, COLOURS, CONCEPTS, Look, SceneObject
+from conceptsplit_core.demo import rendering, scenes
+from conceptsplit_core.demo.looks import BACKGROUNDS, COLOURS, CONCEPTS, Look, SceneObject
 
 from .detector import UNKNOWN, Found, detect
 
@@ -86,8 +86,8 @@ def chimeras(count: int, seed: int) -> list[Truth]:
                 thing, look=two.look,
                 rgb=tuple(tuple(float(v) for v in COLOURS[c]) for c in two.colours),  # type: ignore[arg-type]
             )  # fmt: skip
-        image, _ = scenes.render(ground, [thing])
-        second, _ = scenes.render(ground, [other])
+        image, _ = rendering.render(ground, [thing])
+        second, _ = rendering.render(ground, [other])
         image[:, 64:] = second[:, 64:]
         truth = (UNKNOWN, one.look) if mixed_shape else (one.class_word, None)
         out.append(Truth(image, ((*truth, (64.0, 64.0)),)))

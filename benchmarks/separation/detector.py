@@ -14,8 +14,8 @@ from itertools import product
 import numpy as np
 from scipy import ndimage
 
-from conceptsplit_core.demo import scenes
-from conceptsplit_core.demo.scenes import COLOURS, Look, SceneObject
+from conceptsplit_core.demo import looks, rendering
+from conceptsplit_core.demo.looks import COLOURS, Look, SceneObject
 
 UNKNOWN = "unknown"
 
@@ -97,13 +97,13 @@ def _shape_bank() -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[str, fl
     """Class words, normalised masks [n, side²], outline lengths over the root of the area [n], and per class word the
     root of the area of a shape of diameter 1."""
     words, masks, outlines, sides = [], [], [], {}
-    for word in scenes.CLASSES:
+    for word in looks.CLASSES:
         for tilt in _TILTS:
             thing = SceneObject(
                 class_word=word, look=Look("plain", ("red",)), centre=(64.0, 64.0), diameter=88.0,
                 tilt=tilt, rgb=((255.0, 0.0, 0.0),),
             )  # fmt: skip
-            _, mask = scenes.render((0.0, 0.0, 0.0), [thing])
+            _, mask = rendering.render((0.0, 0.0, 0.0), [thing])
             words.append(word)
             masks.append(_normalised(mask[0]))
             outlines.append(float(np.hypot(*np.gradient(mask[0])).sum() / mask[0].sum() ** 0.5))
@@ -137,20 +137,20 @@ def _paint(pattern: str, angle: np.ndarray, phase: np.ndarray, x: np.ndarray, y:
         return np.clip((0.25 - np.abs((at / period) % 1.0 - 0.75)) * (period / soft) + 0.5, 0, 1)
 
     if pattern == "striped":
-        return wave(across + 1, 2 * scenes.BAND)
+        return wave(across + 1, 2 * rendering.BAND)
     if pattern == "checked":
-        a, b = wave(across + 1, 2 * scenes.CHECK), wave(along + 1, 2 * scenes.CHECK)
+        a, b = wave(across + 1, 2 * rendering.CHECK), wave(along + 1, 2 * rendering.CHECK)
         return a + b - 2 * a * b
-    step, half = scenes.DOT_STEP, scenes.DOT_STEP / 2
+    step, half = rendering.DOT_STEP, rendering.DOT_STEP / 2
     distance = np.hypot((across + half) % step - half, (along + half) % step - half)
-    return np.clip((scenes.DOT_RADIUS - distance) / soft + 0.5, 0, 1)
+    return np.clip((rendering.DOT_RADIUS - distance) / soft + 0.5, 0, 1)
 
 
 _ANGLES = tuple(base + off for base in (0.0, 45.0, 90.0, 135.0) for off in (-4.0, 0.0, 4.0))
 """Scenes draws patterns level; a model may not."""
 _SIZES = (0.86, 0.93, 1.0, 1.08, 1.16)
 """Diameters tried, in units of what the object's area says: an area is easily off by a frayed edge."""
-_PERIODS = {"striped": 2 * scenes.BAND, "checked": 2 * scenes.CHECK, "dotted": scenes.DOT_STEP}
+_PERIODS = {"striped": 2 * rendering.BAND, "checked": 2 * rendering.CHECK, "dotted": rendering.DOT_STEP}
 
 
 @lru_cache(maxsize=1)
@@ -422,8 +422,8 @@ def _colour_distance(samples: _Samples, look: Look) -> float:
 
 def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
     """All objects of a picture, uint8 [SIZE, SIZE, 3], largest first; `looks` are those to measure fidelity to."""
-    if image.shape != (scenes.SIZE, scenes.SIZE, 3) or image.dtype != np.uint8:
-        raise ValueError(f"a uint8 picture of {scenes.SIZE} pixels square is needed, got {image.dtype} {image.shape}")
+    if image.shape != (looks.SIZE, looks.SIZE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"a uint8 picture of {looks.SIZE} pixels square is needed, got {image.dtype} {image.shape}")
     found = []
     for mask in _components(image):
         nearest_shape, edge_error = _shape(mask)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from conceptsplit_core.adapters.gated import with_gate
-from conceptsplit_core.demo.scenes import CLASSES, CONCEPTS
+from conceptsplit_core.demo.looks import CLASSES, CONCEPTS
 from conceptsplit_core.pictures import COLOURS, GRID, INK, PAPER, SOFT, _font
 from conceptsplit_core.settings import GateConfig
 

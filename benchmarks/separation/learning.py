@@ -23,7 +23,7 @@ from torch import Tensor
 
 from conceptsplit_core.adapters import load_adapter, save_adapter
 from conceptsplit_core.demo import scenes
-from conceptsplit_core.demo.scenes import CONCEPTS
+from conceptsplit_core.demo.looks import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.network.hooks import Scope
 from conceptsplit_core.settings import TrainConfig

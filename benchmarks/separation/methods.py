@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from conceptsplit_core.demo.scenes import CONCEPTS
+from conceptsplit_core.demo.looks import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import DIVERGENCES, harmonic_mean, pairwise
 from conceptsplit_core.method.maps import distributions

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from conceptsplit_core.demo.scenes import Look
+from conceptsplit_core.demo.looks import Look
 
 from .detector import UNKNOWN, Found, Texture
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from conceptsplit_core.demo.scenes import CLASSES, CONCEPTS
+from conceptsplit_core.demo.looks import CLASSES, CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
 
 from . import methods

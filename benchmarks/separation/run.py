@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conceptsplit_core.demo.scenes import BACKGROUNDS
+from conceptsplit_core.demo.looks import BACKGROUNDS
 from conceptsplit_core.hosts import diffusers as host
 
 from . import learning, methods

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .. import __version__, pictures
 from ..adapters.base import TrainedAdapter
 from ..adapters.file import save_adapter
-from ..demo import scenes
+from ..demo import looks, scenes
 from ..demo.checkpoint import DEMO_FILE
 from ..errors import ConceptSplitError
 from ..files import write_whole
@@ -75,7 +75,7 @@ def learn(
     model: host.DiffusersModel, name: str, settings: Settings, progress: Any = None
 ) -> tuple[TrainedAdapter, list[float], list[NDArray[np.uint8]]]:
     """Trains one built-in concept; gives the adapter, its losses and the pictures it learned from."""
-    concept = Concept(name, scenes.CONCEPTS[name].class_word)
+    concept = Concept(name, looks.CONCEPTS[name].class_word)
     drawn = scenes.draw_concept(name, settings.pictures, settings.picture_seed)
     templates = model.templates or ("a {}",)
     data = host.training_data(model, to_tensor(np.stack(drawn)), concept, templates)
@@ -104,7 +104,7 @@ def article(word: str) -> str:
 
 def joint_prompt(names: tuple[str, ...], end: str = "") -> str:
     """'a <bobo> and a <lumo>': one phrase per concept."""
-    parts = [f"{article(scenes.CONCEPTS[name].class_word)} <{name}>" for name in names]
+    parts = [f"{article(looks.CONCEPTS[name].class_word)} <{name}>" for name in names]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return f"{listed} {end}".strip()
 
@@ -119,7 +119,7 @@ def compose(
     progress: Any = None,
 ) -> host.SampleResult:
     """Pictures of all `names` together, one per seed; maps are noted at the first step after LODA's."""
-    concepts = [Concept(name, scenes.CONCEPTS[name].class_word) for name in names]
+    concepts = [Concept(name, looks.CONCEPTS[name].class_word) for name in names]
     conditioning = host.encode_text(model, joint_prompt(names, settings.prompt_end), concepts)
     at = settings.after_loda
     return host.sample(
@@ -140,7 +140,7 @@ def two_loras(
     model: host.DiffusersModel, seeds: list[int], settings: Settings, progress: Any = None
 ) -> tuple[host.SampleResult, host.SampleResult]:
     """The shipped LoRAs in one prompt, merged (they act everywhere, without a plan) and each on its own concept."""
-    concepts = [Concept(name, scenes.CONCEPTS[name].class_word) for name in LORA_NAMES]
+    concepts = [Concept(name, looks.CONCEPTS[name].class_word) for name in LORA_NAMES]
     conditioning = host.encode_text(model, joint_prompt(LORA_NAMES, settings.prompt_end), concepts)
     files = [(concept, LORAS / f"demo_{concept.name}_lora.safetensors") for concept in concepts]
 
@@ -219,8 +219,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     """What was asked for, checked."""
     names = tuple(part.strip() for part in arguments.concepts.split(",") if part.strip()) or SETTINGS.concepts
     for name in names:
-        if name not in scenes.CONCEPTS:
-            raise ConceptSplitError(f"There is no built-in concept '{name}': use {', '.join(scenes.CONCEPTS)}.")
+        if name not in looks.CONCEPTS:
+            raise ConceptSplitError(f"There is no built-in concept '{name}': use {', '.join(looks.CONCEPTS)}.")
     if not 2 <= len(set(names)) == len(names) <= 4:
         raise ConceptSplitError("The demo composes two to four different concepts: give them as --concepts A,B.")
     return Settings(**{**vars(SETTINGS), "concepts": names, "steps": arguments.steps or SETTINGS.steps})
@@ -248,14 +248,14 @@ def _train(
     tiles: list[NDArray[np.uint8]] = []
     labels: list[str] = []
     for name in settings.concepts:
-        progress = bar(settings.steps, f"learning <{name}>, {looks(name)}")
+        progress = bar(settings.steps, f"learning <{name}>, {look_words(name)}")
         with _timed(seconds, f"train {name}"):
             adapters[name], losses[name], drawn = learn(model, name, settings, progress)
         progress.close()
         save_adapter(adapters[name], out / f"{name}.safetensors")
         write_picture(pictures.loss_curve(losses[name], title=f"training loss of <{name}>"), out / f"{name}.loss.png")
         tiles += drawn
-        labels += [f"<{name}>, a {scenes.CONCEPTS[name].class_word}"] * len(drawn)
+        labels += [f"<{name}>, a {looks.CONCEPTS[name].class_word}"] * len(drawn)
     write_picture(
         pictures.contact_sheet(tiles, labels, settings.pictures, 128, "What the model learned from"),
         out / "training-pictures.png",
@@ -271,7 +271,7 @@ def _draw_alone(
         with_it = compose(model, adapters, (name,), seeds[:2], settings, None)
         without = compose(model, {}, (name,), seeds[:2], settings, None)
         tiles += [*without.images, *with_it.images]
-        word = scenes.CONCEPTS[name].class_word
+        word = looks.CONCEPTS[name].class_word
         labels += [f"{word}, seed {s}" for s in seeds[:2]] + [f"<{name}>, seed {s}" for s in seeds[:2]]
     write_picture(
         pictures.contact_sheet(tiles, labels, 4, 128, "Class word without and with the adapter, same seeds"),
@@ -328,7 +328,7 @@ def _report(
         "machine": machine(),
         "seconds": seconds,
         "prompt": joint_prompt(names, settings.prompt_end),
-        "concepts": {name: asdict(scenes.CONCEPTS[name]) for name in names},
+        "concepts": {name: asdict(looks.CONCEPTS[name]) for name in names},
         "settings": asdict(settings),
         "losses": {
             name: {"first 50": mean(values[:50]), "last 50": mean(values[-50:])} for name, values in losses.items()
@@ -348,9 +348,9 @@ def _report(
     }
 
 
-def looks(name: str) -> str:
+def look_words(name: str) -> str:
     """'orange and cyan striped circle'."""
-    concept = scenes.CONCEPTS[name]
+    concept = looks.CONCEPTS[name]
     return f"{' and '.join(concept.colours)} {concept.pattern} {concept.class_word}"
 
 

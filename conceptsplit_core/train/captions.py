@@ -41,12 +41,12 @@ def neutral_captions(family: str, count: int = COUNT) -> list[str]:
 def _demo_captions(count: int) -> list[str]:
     import numpy as np
 
-    from ..demo import scenes
+    from ..demo import captions, scenes
 
     found = []
     for seed in range(count):
         objects, background = scenes.scene_layout(40_000_000 + seed)
-        found.append(scenes.describe(np.random.default_rng(seed), objects, background)[0])
+        found.append(captions.describe(np.random.default_rng(seed), objects, background)[0])
     return found
 
 

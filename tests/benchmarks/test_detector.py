@@ -5,8 +5,8 @@ import pytest
 
 from benchmarks.separation import confusion
 from benchmarks.separation.detector import UNKNOWN, _paint, detect
-from conceptsplit_core.demo import scenes
-from conceptsplit_core.demo.scenes import CONCEPTS, Look
+from conceptsplit_core.demo import rendering, scenes
+from conceptsplit_core.demo.looks import CONCEPTS, Look
 
 
 def test_right_on_clean_drawings():
@@ -44,7 +44,7 @@ def test_bank_paints_what_scenes_paints(pattern):
         turn = np.deg2rad(np.float32(angle))
         along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
         mine = _paint(pattern, np.array([angle]), np.array([phase]), x, y, 0.05)[0]
-        theirs = scenes._second_colour(pattern, along + np.float32(phase[1]), across + np.float32(phase[0]))
+        theirs = rendering._second_colour(pattern, along + np.float32(phase[1]), across + np.float32(phase[0]))
         sure = (mine == 0) | (mine == 1)
         assert sure.mean() > 0.5
         assert np.array_equal(mine[sure] == 1, theirs[sure])

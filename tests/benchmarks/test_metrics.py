@@ -5,8 +5,8 @@ import pytest
 
 from benchmarks.separation.detector import detect
 from benchmarks.separation.metrics import METRICS, Wanted, binomial_p, difference, interval, judge, mcnemar
-from conceptsplit_core.demo import scenes
-from conceptsplit_core.demo.scenes import CONCEPTS, Look, SceneObject
+from conceptsplit_core.demo import looks, rendering, scenes
+from conceptsplit_core.demo.looks import CONCEPTS, Look, SceneObject
 
 BOBO, LUMO = CONCEPTS["bobo"], CONCEPTS["lumo"]
 WANTED = (Wanted("circle", BOBO.look), Wanted("square", LUMO.look))
@@ -73,11 +73,11 @@ def test_surplus_object_in_anothers_look_is_a_leak():
 
 
 def test_blend_of_two_looks_on_one_object():
-    rgb = lambda look: tuple(tuple(map(float, scenes.COLOURS[c])) for c in look.colours)
+    rgb = lambda look: tuple(tuple(map(float, looks.COLOURS[c])) for c in look.colours)
     make = lambda word, look, at: SceneObject(word, look, at, 56.0, 0.0, rgb(look))
     square = make("square", LUMO.look, (94.0, 94.0))
-    image, _ = scenes.render((18.0, 18.0, 20.0), [make("circle", BOBO.look, (34.0, 40.0)), square])
-    other, _ = scenes.render((18.0, 18.0, 20.0), [make("circle", LUMO.look, (34.0, 40.0)), square])
+    image, _ = rendering.render((18.0, 18.0, 20.0), [make("circle", BOBO.look, (34.0, 40.0)), square])
+    other, _ = rendering.render((18.0, 18.0, 20.0), [make("circle", LUMO.look, (34.0, 40.0)), square])
     image[:, :34] = other[:, :34]
     out = judge(detect(image, LOOKS), WANTED)
     assert out.values["blend"] == 0.5 and out.values["success"] == 0.0

@@ -15,9 +15,9 @@ from PIL import Image
 from benchmarks.separation import learning, methods, plan, report, run, tune
 from benchmarks.separation.confusion import backgrounds_for
 from benchmarks.separation.metrics import METRICS
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import captions, scenes
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
-from conceptsplit_core.demo.scenes import CONCEPTS
+from conceptsplit_core.demo.looks import CONCEPTS
 from conceptsplit_core.settings import LodaConfig
 
 
@@ -46,9 +46,9 @@ def test_prompts():
     assert methods.prompt_for(("bobo", "lumo", "pixa"), 0, "plain").startswith("a circle, a square and a star on a ")
     text = methods.prompt_for(names, 0, "described")
     assert text.startswith("an orange and cyan striped circle and a pink and green checked square on a ")
-    lexicon = set(scenes.lexicon())
+    lexicon = set(captions.lexicon())
     for style in ("plain", "described"):
-        assert set(scenes.caption_words(methods.prompt_for(names, 3, style))) <= lexicon
+        assert set(captions.caption_words(methods.prompt_for(names, 3, style))) <= lexicon
     assert methods.background_for(names, 4) in methods.prompt_for(names, 4, "plain")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from conceptsplit_core.adapters.file import load_adapter
 from conceptsplit_core.cli import demo
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import looks
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = (
@@ -45,7 +45,7 @@ def test_demo_writes_what_it_promises(call, tmp_path):
     assert str(tmp_path) not in text and "/home" not in text
     for name in ("bobo", "dax"):
         info = load_adapter(out / f"{name}.safetensors").info
-        assert (info.concept, info.class_word, info.base) == (name, scenes.CONCEPTS[name].class_word, "demo")
+        assert (info.concept, info.class_word, info.base) == (name, looks.CONCEPTS[name].class_word, "demo")
 
 
 def test_case_38_the_demo_computes_on_one_thread_whatever_the_environment_says(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from conceptsplit_core.adapters.file import load_adapter
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import looks, scenes
 from conceptsplit_core.kinds import FILES
 
 
@@ -22,7 +22,7 @@ def pictures(tmp_path_factory):
 def train(call, pictures, out, kind, **options):
     given = {"steps": 2, "batch-size": 1, "rank": 4, "learning-rate": 0.01, "warmup": 0, **options}
     flat = [part for name, value in given.items() for part in (f"--{name}", value)]
-    word = scenes.CONCEPTS["kiku"].class_word
+    word = looks.CONCEPTS["kiku"].class_word
     line = ["train", "--images", pictures, "--class-word", word, "--name", "kiku", "--kind", kind, "--out", out]
     return call(*line, *flat)
 

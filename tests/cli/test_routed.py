@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import looks, scenes
 
 
 def test_demo_a_routed_lora_is_trained_and_drawn(call, tmp_path):
-    both = [(scenes.CONCEPTS[name].class_word, scenes.CONCEPTS[name].look) for name in ("kiku", "dax")]
+    both = [(looks.CONCEPTS[name].class_word, looks.CONCEPTS[name].look) for name in ("kiku", "dax")]
     (tmp_path / "pictures").mkdir()
     Image.fromarray(scenes.compose_scene(both, 2).image).save(tmp_path / "pictures" / "both.png")
     out = tmp_path / "kiku.safetensors"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conceptsplit_core.demo import checkpoint, scenes
+from conceptsplit_core.demo import captions, checkpoint, scenes
 from tools.demo_model import lexicon
 
 
@@ -19,7 +19,7 @@ def demo() -> checkpoint.DemoCheckpoint:
 def test_every_lexicon_word_is_one_token_and_other_words_survive_as_pieces():
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(str(checkpoint.TOKENIZER_DIR))
-    for word in scenes.lexicon():
+    for word in captions.lexicon():
         assert len(tokenizer(word)["input_ids"]) == 3, word
     assert len(tokenizer("catfish")["input_ids"]) > 3
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == len(tokenizer) - 1
@@ -57,7 +57,7 @@ def test_the_file_loads_into_diffusers_and_transformers(demo):
         context = text(input_ids=torch.zeros(1, 77, dtype=torch.long)).last_hidden_state
         noise = unet(torch.randn(1, demo.config["unet"]["in_channels"], side, side), 500, context).sample
     assert noise.shape == (1, 8, 16, 16) and torch.isfinite(noise).all()
-    assert demo.config["lexicon"] == list(scenes.lexicon())
+    assert demo.config["lexicon"] == list(captions.lexicon())
 
 
 def _conv(sd: dict[str, torch.Tensor], name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:

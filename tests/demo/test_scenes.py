@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import captions, looks, rendering, scenes
 
 
 def test_the_same_seed_draws_the_same_scene_and_another_seed_another():
@@ -23,7 +23,7 @@ def test_masks_cover_exactly_what_differs_from_the_background():
     for seed in range(20):
         scene = scenes.draw_scene(seed)
         covered = scene.masks.sum(0)
-        assert scene.masks.shape == (len(scene.objects), scenes.SIZE, scenes.SIZE)
+        assert scene.masks.shape == (len(scene.objects), looks.SIZE, looks.SIZE)
         assert covered.max() <= 1.001
         corner_colour = scene.image[covered == 0]
         assert (corner_colour == corner_colour[0]).all()
@@ -46,26 +46,26 @@ def test_held_out_looks_never_appear_in_pretraining_scenes():
     seen = set()
     for seed in range(3000):
         for thing in scenes.scene_layout(seed)[0]:
-            assert not scenes.is_held_out(thing.look)
+            assert not looks.is_held_out(thing.look)
             seen.add((thing.look.pattern, frozenset(thing.look.colours)))
-    for concept in scenes.CONCEPTS.values():
-        assert scenes.is_held_out(concept.look)
+    for concept in looks.CONCEPTS.values():
+        assert looks.is_held_out(concept.look)
         # The parts are known: the pattern, both colours, and the colours under some other pattern.
         assert any(p == concept.pattern for p, _ in seen)
         assert all(any(c in colours for _, colours in seen) for c in concept.colours)
 
 
 def test_concepts_cover_many_classes_and_some_twice():
-    classes = [c.class_word for c in scenes.CONCEPTS.values()]
-    assert len(classes) >= 8 and len(set(classes)) == len(scenes.CLASSES) and len(classes) > len(set(classes))
+    classes = [c.class_word for c in looks.CONCEPTS.values()]
+    assert len(classes) >= 8 and len(set(classes)) == len(looks.CLASSES) and len(classes) > len(set(classes))
 
 
 def test_concept_pictures_are_one_object_of_that_look():
-    for name, concept in scenes.CONCEPTS.items():
+    for name, concept in looks.CONCEPTS.items():
         for scene in scenes.draw_concept_scenes(name, 4, seed=1):
             assert len(scene.objects) == 1
             assert scene.objects[0].look == concept.look and scene.objects[0].class_word == concept.class_word
-            assert not set(scenes.caption_words(scene.caption)) & {*concept.colours, concept.pattern}
+            assert not set(captions.caption_words(scene.caption)) & {*concept.colours, concept.pattern}
     a, b = scenes.draw_concept("bobo", 3, 1), scenes.draw_concept("bobo", 3, 2)
     assert len(a) == 3 and a[0].shape == (128, 128, 3) and a[0].dtype == np.uint8
     assert not np.array_equal(a[0], a[1]) and not np.array_equal(a[0], b[0])
@@ -78,11 +78,11 @@ def test_an_unknown_concept_is_refused_by_name():
 
 
 def test_word_positions_point_at_the_right_words_and_all_words_are_in_the_lexicon():
-    lexicon = set(scenes.lexicon())
+    lexicon = set(captions.lexicon())
     for seed in range(300):
         objects, background = scenes.scene_layout(seed)
-        caption, at = scenes.describe(np.random.default_rng(seed), objects, background)
-        words = scenes.caption_words(caption)
+        caption, at = captions.describe(np.random.default_rng(seed), objects, background)
+        words = captions.caption_words(caption)
         assert set(words) <= lexicon and len(words) <= 75
         for thing, own in zip(objects, at, strict=True):
             assert words[own.class_word] == thing.class_word
@@ -91,8 +91,8 @@ def test_word_positions_point_at_the_right_words_and_all_words_are_in_the_lexico
 
 
 def test_composed_scenes_hold_what_was_asked():
-    concept = scenes.CONCEPTS["pixa"]
-    things = [(concept.class_word, concept.look), ("circle", scenes.Look("plain", ("green",)))]
+    concept = looks.CONCEPTS["pixa"]
+    things = [(concept.class_word, concept.look), ("circle", looks.Look("plain", ("green",)))]
     scene = scenes.compose_scene(things, seed=3)
     assert [(o.class_word, o.look) for o in scene.objects] == things
 
@@ -101,15 +101,15 @@ def test_composed_scenes_hold_what_was_asked():
 def test_a_pattern_lies_at_the_same_place_on_every_object(pattern):
     def drawn(place: tuple[float, float], diameter: float, pattern: str = pattern) -> np.ndarray:
         """The object's square, half a diameter around its centre, at 24 by 24."""
-        look = scenes.Look(pattern, ("red", "white"))
-        thing = scenes.SceneObject("square", look, place, diameter, 0.0, ((214.0, 40.0, 40.0), (245.0, 245.0, 245.0)))
-        image, _ = scenes.render((18.0, 18.0, 20.0), [thing])
+        look = looks.Look(pattern, ("red", "white"))
+        thing = looks.SceneObject("square", look, place, diameter, 0.0, ((214.0, 40.0, 40.0), (245.0, 245.0, 245.0)))
+        image, _ = rendering.render((18.0, 18.0, 20.0), [thing])
         at = (np.arange(24) + 0.5) / 24 - 0.5
         return image[np.ix_(*((place[i] + at * diameter).astype(int) for i in (1, 0)))].astype(float)
 
     one, moved, larger = drawn((48.0, 64.0), 48.0), drawn((80.0, 32.0), 48.0), drawn((64.0, 64.0), 72.0)
     assert np.array_equal(one, moved)
-    others = [drawn((64.0, 64.0), 72.0, other) for other in scenes.PATTERNS[1:] if other != pattern]
+    others = [drawn((64.0, 64.0), 72.0, other) for other in looks.PATTERNS[1:] if other != pattern]
     assert np.abs(one - larger).mean() < 0.5 * min(np.abs(one - other).mean() for other in others)
 
 

@@ -13,7 +13,7 @@ from tiny import REX, every_family
 from conceptsplit_core.adapters import load_adapter
 from conceptsplit_core.adapters.file import save_trained
 from conceptsplit_core.adapters.lora import trained_words
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import looks, scenes
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.files import read_header
@@ -215,7 +215,7 @@ def tensors(drawn):
 def test_masks_of_the_demo_model_lie_on_the_subject():
     model = host.load_model("demo")
     images, given = tensors(scenes.draw_concept_scenes("lumo", 3, 5))
-    concept = Concept("lumo", scenes.CONCEPTS["lumo"].class_word)
+    concept = Concept("lumo", looks.CONCEPTS["lumo"].class_word)
     made = found(model, host.training_data(model, images, concept, model.templates), None)
     assert (overlap(made.masks, given[:, :1]) > 0.6).all()
 
@@ -223,13 +223,13 @@ def test_masks_of_the_demo_model_lie_on_the_subject():
 @pytest.fixture(scope="module")
 def scene():
     """One picture of two things whose looks the demo model has never seen, and where they are in it."""
-    both = [(scenes.CONCEPTS[name].class_word, scenes.CONCEPTS[name].look) for name in ("bobo", "lumo")]
+    both = [(looks.CONCEPTS[name].class_word, looks.CONCEPTS[name].look) for name in ("bobo", "lumo")]
     return tensors([scenes.compose_scene(both, 4)])
 
 
 def learned_beside(model, images, name, other, kind, **options):
     """(adapter, data): one concept of a picture that shows another beside it; the masks are found."""
-    concept, word = (Concept(name, scenes.CONCEPTS[name].class_word), scenes.CONCEPTS[other].class_word)
+    concept, word = (Concept(name, looks.CONCEPTS[name].class_word), looks.CONCEPTS[other].class_word)
     data = host.training_data(model, images, concept, model.templates, beside=word)
     adapter = host.new_adapter(model, concept, 8, 8.0, 0, kind=kind)
     config = TrainConfig(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conceptsplit_core.demo import checkpoint, scenes
+from conceptsplit_core.demo import checkpoint, looks, scenes
 
 from .states import optimiser_state, read, restore_optimiser, save, save_grid, to_images, to_tensor
 
@@ -84,11 +84,11 @@ def _crops(rng: np.random.Generator, drawn: list[scenes.Scene], n: int, side: in
     out = np.empty((n, side, side, 3), np.uint8)
     for i in range(n):
         scene = drawn[rng.integers(len(drawn))]
-        corner = rng.integers(0, scenes.SIZE - side + 1, 2)
+        corner = rng.integers(0, looks.SIZE - side + 1, 2)
         if rng.random() < 0.75:
             thing = scene.objects[rng.integers(len(scene.objects))]
             middle = np.asarray(thing.centre) + rng.uniform(-16, 16, 2) - side / 2
-            corner = np.clip(middle, 0, scenes.SIZE - side).astype(int)
+            corner = np.clip(middle, 0, looks.SIZE - side).astype(int)
         out[i] = scene.image[corner[1] : corner[1] + side, corner[0] : corner[0] + side]
     return out
 

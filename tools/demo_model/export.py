@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from conceptsplit_core.demo import checkpoint, scenes
+from conceptsplit_core.demo import captions, checkpoint, looks
 
 from .autoencoder import VAE_CONFIG
 from .states import read
@@ -36,9 +36,9 @@ def export(out: Path, name: str, target: Path, note: str) -> None:
         "vae": {**VAE_CONFIG, "scaling_factor": state["scale"]},
         "scheduler": SCHEDULER,
         "scaling_factor": state["scale"],
-        "image_size": scenes.SIZE,
+        "image_size": looks.SIZE,
         "latent_size": LATENT_SIDE,
-        "lexicon": list(scenes.lexicon()),
+        "lexicon": list(captions.lexicon()),
         "training": {
             "vae": {
                 "steps": int(vae["step"]),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import captions, looks, scenes
 
 from .autoencoder import build_vae
 from .states import read, save, to_tensor
@@ -35,12 +35,12 @@ def draw_latents(out: Path, part: int, parts: int, count: int, seed: int) -> Non
             x = to_tensor(np.stack([s.image for s in drawn])).contiguous(memory_format=torch.channels_last)
             latents[at : at + len(drawn)] = vae.encoder(x).half()
         for i, scene in enumerate(drawn):
-            small = F.avg_pool2d(torch.from_numpy(scene.masks)[None], scenes.SIZE // LATENT_SIDE)[0]
+            small = F.avg_pool2d(torch.from_numpy(scene.masks)[None], looks.SIZE // LATENT_SIDE)[0]
             masks[at + i, : len(small)] = small.half()
     save({"latents": latents, "masks": masks, "seeds": torch.tensor(seeds)}, out / f"latents-{part}.safetensors")
 
 
-Layout = tuple[tuple[scenes.SceneObject, ...], str]
+Layout = tuple[tuple[looks.SceneObject, ...], str]
 
 
 class Data:
@@ -84,7 +84,7 @@ class Data:
                 continue
             # One caption in ten names nothing but class words, as prompts of users and of concepts do.
             detail = "class" if rng.random() < 0.1 else None
-            caption, words = scenes.describe(rng, objects, background, detail)
+            caption, words = captions.describe(rng, objects, background, detail)
             ids[i] = self.words.ids(caption)
             bound = [(w.class_word + 1, 1.0, k) for k, w in enumerate(words)]
             bound += [(a + 1, 0.5, k) for k, w in enumerate(words) for a in w.adjectives]

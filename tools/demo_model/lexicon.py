@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import captions
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
@@ -44,7 +44,7 @@ def merges_for(words: tuple[str, ...]) -> list[tuple[str, str]]:
 def write_tokenizer(folder: Path) -> int:
     """Write the four files that CLIPTokenizer reads; gives the vocabulary size."""
     alphabet = byte_alphabet()
-    merges = merges_for(scenes.lexicon())
+    merges = merges_for(captions.lexicon())
     vocabulary = [*alphabet, *(c + "</w>" for c in alphabet)]
     seen = set(vocabulary)
     for a, b in merges:

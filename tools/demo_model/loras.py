@@ -12,7 +12,7 @@ import torch
 
 from conceptsplit_core.adapters import LowRankAdapter
 from conceptsplit_core.adapters.file import lora_bytes
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import looks, scenes
 from conceptsplit_core.files import write_whole
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.settings import TrainConfig
@@ -27,7 +27,7 @@ CONFIG = TrainConfig(steps=250, batch_size=4, learning_rate=3e-3, seed=0)
 
 def train_lora(model: host.DiffusersModel, name: str) -> LowRankAdapter:
     """A LoRA of one built-in concept, trained on its class word."""
-    concept = Concept(name, scenes.CONCEPTS[name].class_word)
+    concept = Concept(name, looks.CONCEPTS[name].class_word)
     drawn = scenes.draw_concept(name, PICTURES, PICTURE_SEED)
     images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     data = host.training_data(model, images, concept, model.templates or ("a {}",))

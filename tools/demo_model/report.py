@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import looks, scenes
 from conceptsplit_core.method.divergence import jsd
 
 from .autoencoder import build_vae, decoded
@@ -133,7 +133,7 @@ def _shares(out: Path, model: Model, words: Words, scale: float, drawn: list[sce
     vae = build_vae()
     vae.load_state_dict(read(out / "vae.safetensors")["model"])
     x = torch.cat([vae.encoder(to_tensor(s.image[None])) for s in drawn]) * scale
-    mask = F.avg_pool2d(torch.from_numpy(np.stack([s.masks for s in drawn])), scenes.SIZE // LATENT_SIDE)
+    mask = F.avg_pool2d(torch.from_numpy(np.stack([s.masks for s in drawn])), looks.SIZE // LATENT_SIDE)
     context = model.encode(torch.from_numpy(np.stack([words.ids(s.caption) for s in drawn])))
     rows = torch.tensor(
         [[w.class_word + 1 for w in s.words[:2]] + [w.adjectives[0] + 1 for w in s.words[:2]] for s in drawn]

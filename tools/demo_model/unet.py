@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo import captions
 from conceptsplit_core.demo.checkpoint import TOKENIZER_DIR
 
 UNET_CONFIG: dict[str, Any] = {
@@ -149,7 +149,7 @@ class Words:
         self.vocabulary = len(tokenizer)
         self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.id_of = {}
-        for word in scenes.lexicon():
+        for word in captions.lexicon():
             ids = tokenizer(word)["input_ids"]
             if len(ids) != 3:
                 raise ValueError(f"{word!r} is not one token")
@@ -159,6 +159,6 @@ class Words:
         """int64 [77]: start, words, end, padded with end."""
         out = np.full(ROWS, self.end, np.int64)
         out[0] = self.start
-        words = scenes.caption_words(caption)
+        words = captions.caption_words(caption)
         out[1 : 1 + len(words)] = [self.id_of[w] for w in words]
         return out
