@@ -1,4 +1,4 @@
-"""Writes the tables of settings in the help pages and the README from conceptsplit_core/settings.py.
+"""Writes the tables of settings in the help pages and the README from conceptsplit_core/settings.
 
 python tools/write_tables.py
 
