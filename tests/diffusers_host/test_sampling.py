@@ -11,7 +11,7 @@ from tiny import REX, TOM, bound, every_family, inputs, layers_at, stock_pipelin
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import sampling as host_sample
+from conceptsplit_core.hosts.diffusers import drawing as drawing_of
 from conceptsplit_core.method.loda import LodaTrace, separate
 from conceptsplit_core.method.maps import separation_loss
 from conceptsplit_core.method.updates import UPDATE_RULES
@@ -237,11 +237,11 @@ def test_words_are_separated_without_any_adapter(load):
 
 def biases(model, conds, regions, config, guidance, size):
     """AFG's biases as a run of that size makes them."""
-    batch = host_sample._batch(model, conds, NAMES, conds[0].context.shape[1])
+    batch = drawing_of.batched(model, conds, NAMES, conds[0].context.shape[1])
     guided = batch.guided(host.encode_text(model, ""), NAMES, len(conds)) if guidance != 1.0 else None
     with host.patched(model) as patch:
-        stages = [host_sample._Stage(0.0, batch, guided)]
-        drawing = host_sample._Drawing(model, patch, stages, guidance, "ddim", 2, size, config)
+        stages = [drawing_of.Stage(0.0, batch, guided)]
+        drawing = drawing_of.Drawing(model, patch, stages, guidance, "ddim", 2, size, config)
         return drawing.bias(regions), batch.mask
 
 
@@ -342,7 +342,7 @@ def test_watched_maps_are_those_of_the_steps_own_call(load, adapter_for):
         for name in wanted
         for part in ("to_q", "to_k")
     ]
-    mask = host_sample._batch(model, conds, NAMES, 77).mask
+    mask = drawing_of.batched(model, conds, NAMES, 77).mask
 
     def step_is_done(done, steps):
         maps = [

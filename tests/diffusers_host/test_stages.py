@@ -9,7 +9,7 @@ import torch
 from tiny import TOM
 
 from conceptsplit_core.hosts import diffusers as host
-from conceptsplit_core.hosts.diffusers import sampling
+from conceptsplit_core.hosts.diffusers import drawing
 from conceptsplit_core.settings import CorrectionConfig, LodaConfig
 from conceptsplit_core.text.concepts import Concept
 
@@ -21,13 +21,13 @@ TEXT = "a photo of a <rex> and a <tom>"
 def told(monkeypatch):
     """What the UNet is told in each call: text and timestep."""
     calls = []
-    real = sampling.call_unet
+    real = drawing.call_unet
 
     def call(model, x, t, context, *rest):
         calls.append((context.clone(), int(t)))
         return real(model, x, t, context, *rest)
 
-    monkeypatch.setattr(sampling, "call_unet", call)
+    monkeypatch.setattr(drawing, "call_unet", call)
     return calls
 
 
@@ -72,14 +72,14 @@ def test_a_late_stage_is_the_run_of_its_words_from_there(load, adapter_for):
 def test_afg_guides_the_rows_of_the_stage(load, monkeypatch):
     model = load("sd15")
     seen = []
-    real = sampling._Drawing.bias
+    real = drawing.Drawing.bias
 
     def bias(self, regions):
         made = real(self, regions)
         seen.append({row for one in made.values() for row in one.abs().sum(dim=(0, 1)).nonzero().flatten().tolist()})
         return made
 
-    monkeypatch.setattr(sampling._Drawing, "bias", bias)
+    monkeypatch.setattr(drawing.Drawing, "bias", bias)
     cond = host.encode_text(model, TEXT, [REX, TOM])
     host.sample(model, [cond], seeds=[5], steps=4, concepts=["rex", "tom"], loda=LodaConfig(loda_steps=1, afg_end=1.0))
     bound = [{row for one in part.bindings for row in one.rows} for part in (cond, cond.at(0.5))]
