@@ -13,7 +13,7 @@ from PIL import Image
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.facts import concept_line
 from ..conceptsplit_core.hosts.comfy.messages import collected
-from ..conceptsplit_core.hosts.comfy.training import lists_of, train_adapter
+from ..conceptsplit_core.hosts.comfy.training import train_adapter
 from ..conceptsplit_core.options import from_values
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
 from ..conceptsplit_core.settings import TrainConfig
@@ -21,7 +21,7 @@ from ..conceptsplit_core.text.concepts import Concept
 from ..conceptsplit_core.train.captions import given_captions
 from ..conceptsplit_core.train.loop import TrainEvent
 from ..conceptsplit_core.train.prompts import DEFAULT_TEMPLATES
-from .types import TrainOptionsType, ValueAdapterType, field, out, schema, setting_fields, to_image, told
+from .types import TrainOptionsType, ValueAdapterType, field, lists_of, out, schema, setting_fields, to_image, told
 
 _PREVIEW_EVERY = 10  # steps between two pictures of the loss while training
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.options import defaults, options
 
 CATEGORY = "ConceptSplit"
@@ -120,3 +122,27 @@ def mask_of(mask: Any) -> torch.Tensor | None:
 def to_image(picture: np.ndarray) -> torch.Tensor:
     """uint8 [h, w, 3] as the host's IMAGE [1, h, w, 3] in 0…1."""
     return torch.from_numpy(picture.astype(np.float32) / 255.0).unsqueeze(0)
+
+
+def lists_of(*names: str) -> Callable[[Callable], Callable]:
+    """For a node that takes lists: `execute` gets lists for these inputs, and the one value of each other input.
+
+    Raises:
+        ConceptSplitError: several values for an input that takes one.
+    """
+
+    def single(name: str, value: Any) -> Any:
+        if name in names or not isinstance(value, list):
+            return value
+        if len(value) != 1:
+            raise ConceptSplitError(f"{name} has {len(value)} values: training takes one of everything but pictures.")
+        return value[0]
+
+    def wrap(execute: Callable) -> Callable:
+        @functools.wraps(execute)
+        def unwrapped(cls: Any, **given: Any) -> Any:
+            return execute(cls, **{name: single(name, value) for name, value in given.items()})
+
+        return unwrapped
+
+    return wrap

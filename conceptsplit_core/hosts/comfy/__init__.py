@@ -12,7 +12,8 @@ sampler   the stages of a timeline around the host's samplers
 autograd  what a gradient through the host's UNet needs
 patch     all of it on a MODEL
 lora      LoRA files as the host reads them
-training  the host's UNet as a training objective
+training  a training, from pictures to a file
+encoding  what it encodes once    identity  what it was trained on    objective  the UNet as a function of a batch
 files     adapter and LoRA files where the host keeps models
 demo      the built-in demo checkpoint as MODEL, CLIP, VAE
 """

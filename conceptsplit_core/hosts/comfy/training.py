@@ -1,144 +1,61 @@
-"""The host's UNet as a training objective, and everything that is encoded once before it."""
+"""A training on the host's models, from a few pictures to a file."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
 import comfy.sd
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ...adapters.base import TrainedAdapter, kind_of
+from ...adapters.base import TrainedAdapter
 from ...adapters.file import save_trained
 from ...errors import ConceptSplitError
 from ...method.diffusion import Parameterisation
-from ...network.hooks import learning
 from ...settings import TrainConfig
 from ...text.concepts import Concept
 from ...train.adapter import begin, new_adapter, training_facts
 from ...train.checkpoint import training_files
-from ...train.data import TrainBatch, TrainData
-from ...train.identity import digest, weights_digest
-from ...train.images import NATIVE_SIZES, check_images, check_masks, one_size
+from ...train.data import TrainData
+from ...train.identity import digest
+from ...train.images import NATIVE_SIZES, check_images, one_size
 from ...train.loop import TrainEvent, TrainResult, train
 from ...train.progress import ProgressBar
-from ...train.prompts import EncodedText, Prompt, encode_templates, others_beside
 from ...train.subject import separating, with_masks
 from .clip import with_concepts
 from .denoiser import parameterisation_of, schedule_of
-from .model import KEY, adopt_parameters, compute_dtype, network_map, transformer_of, whole
+from .encoding import encode_prompts, in_model_space, own, without_concepts
+from .identity import model_identity
+from .model import adopt_parameters, compute_dtype, network_map, transformer_of, whole
+from .objective import objective
 from .patch import LoadedAdapter, with_adapter
 
 log = logging.getLogger("ConceptSplit")
 
 
-def encode_prompts(
-    clip: comfy.sd.CLIP,
-    model: Any,
-    concept: Concept,
-    templates: Sequence[str],
-    size: tuple[int, int],
-    beside: str = "",
-) -> list[Prompt]:
-    """Each template with the class word, encoded once by the host's text encoder.
-
-    Args:
-        model: the BaseModel, which knows what SDXL wants besides the text.
-        size: (height, width) of the pictures in pixels.
-        beside: class words of other things in the pictures, with commas between them.
-    """
-    if clip is None:
-        raise ConceptSplitError("There is no CLIP: connect the CLIP of the checkpoint loader.")
-    others = others_beside(concept, beside)
-    clip = with_concepts(_without_concepts(clip), [concept, *others])
-
-    def encode(text: str) -> EncodedText:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        encoded = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True, return_dict=True)
-        carried = encoded[KEY]
-        extra = {}
-        if model.adm_channels:
-            adm = model.encode_adm(
-                pooled_output=encoded.get("pooled_output"), width=size[1], height=size[0], device=torch.device("cpu")
-            )
-            if adm is not None:
-                extra["y"] = _own(adm[0])
-        return EncodedText(carried.text, _own(encoded["cond"][0]), carried.bindings, extra)
-
-    return encode_templates(encode, concept, templates, others)
-
-
-def encode_images(vae: comfy.sd.VAE, images: Tensor) -> Tensor:
-    """Latents [N, C, h, w] of pictures [N, H, W, 3], one after the other, so that the stop button is heard between."""
-    latents = []
-    for image in images:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        latents.append(vae.encode(image[None]))
-    return torch.cat(latents)
-
-
-def _without_concepts(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
-    plain = clip.clone()
-    plain.conceptsplit_concepts = ()
-    return plain
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A plain fp32 CPU copy that autograd may save; the host's tensors are inference tensors."""
-    with torch.inference_mode(False):
-        return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def model_identity(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, str]:
-    """Digests of the MODEL, CLIP and VAE with their patches, by which a training is not continued on another."""
-    parts = {"model": model, "text encoder": clip.patcher, "vae": getattr(vae, "patcher", None)}
-    return {name: _patched_digest(patcher) for name, patcher in parts.items() if patcher is not None}
-
-
-def _patched_digest(patcher: comfy.model_patcher.ModelPatcher) -> str:
-    """Weights as they are without patches, whether or not the patches are in them just now, and the patches."""
-
-    def tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, (tuple, list)):
-            for i, inner in enumerate(value):
-                yield from tensors(f"{name}.{i}", inner)
-        elif hasattr(value, "weights"):  # the host's LoRA and its kin
-            yield from tensors(f"{name}.{type(value).__name__}", value.weights)
-        else:
-            yield f"{name}={value!r}" if isinstance(value, (int, float, str)) else name, torch.zeros(0)
-
-    def everything() -> Iterator[tuple[str, Tensor]]:
-        state = patcher.model.state_dict()
-        for name in sorted(state):
-            kept = patcher.backup.get(name)
-            yield name, state[name] if kept is None else kept.weight
-        for name in sorted(patcher.patches):
-            for i, patch in enumerate(patcher.patches[name]):
-                yield from tensors(f"{name} patch {i}", patch)
-
-    return weights_digest(everything())
-
-
-def check_trainable(model: comfy.model_patcher.ModelPatcher) -> Parameterisation:
+def check_trainable(model: comfy.model_patcher.ModelPatcher | None, vae: comfy.sd.VAE | None) -> Parameterisation:
     """What `model` predicts.
 
     Raises:
-        ConceptSplitError: an inpainting, pix2pix or other UNet that reads more than a latent, or a denoiser that
-            cannot be trained on.
+        ConceptSplitError: something is not connected, a transformer, an inpainting, pix2pix or other UNet that reads
+            more than a latent, or a denoiser that cannot be trained on.
     """
+    if model is None or vae is None:
+        raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
+    if transformer_of(model.model) is not None:
+        raise ConceptSplitError(
+            f"Value adapters can be trained on SD1.5, SD2.x and SDXL, not on {type(model.model).__name__}: train a "
+            "LoRA with a trainer for this model, and load it with LoRA Concept Loader."
+        )
+    network_map(model.model)  # refuses what is not known
     channels = model.model.model_config.unet_config.get("in_channels", 4)
     if channels != (latent := model.model.latent_format.latent_channels):
         raise ConceptSplitError(
@@ -179,16 +96,9 @@ def train_adapter(
         ConceptSplitError: bad input, in one sentence.
         comfy.model_management.InterruptProcessingException: the stop button; adapter and state are written.
     """
-    if model is None or vae is None:
-        raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
-    if transformer_of(model.model) is not None:
-        raise ConceptSplitError(
-            f"Value adapters can be trained on SD1.5, SD2.x and SDXL, not on {type(model.model).__name__}: train a "
-            "LoRA with a trainer for this model, and load it with LoRA Concept Loader."
-        )
+    kind = check_trainable(model, vae)
     model = whole(model)
     network = network_map(model.model)
-    kind = check_trainable(model)
     batch, covers, note = one_size(_list(images), _list(masks), NATIVE_SIZES.get(network.family, 512))
     batch = check_images(batch)
     size = (batch.shape[1], batch.shape[2])
@@ -204,9 +114,9 @@ def train_adapter(
     given = {"images": digest(batch), "masks": digest(covers), **model_identity(model, clip, vae)}
     if captions:
         given["captions"] = digest(*captions)
-    latents, covers = _in_model_space(model, vae, batch, covers)
+    latents, covers = in_model_space(model, vae, batch, covers)
     with torch.inference_mode(False):
-        levels, timesteps = (_own(t) for t in schedule_of(model.get_model_object("model_sampling"), kind))
+        levels, timesteps = (own(t) for t in schedule_of(model.get_model_object("model_sampling"), kind))
         made = new_adapter(network, concept, kind.name, config.rank, config.alpha, config.seed, facts, config.kind)
         # Before the model is loaded: captions need the text encoder, which would take its place again.
         encode = torch.inference_mode()(functools.partial(encode_prompts, clip, model.model, size=size))
@@ -221,22 +131,18 @@ def train_adapter(
 
     progress = ProgressBar(config.steps, concept.name)
 
-    def watched(event: TrainEvent) -> None:
-        progress(event)
-        if on_event is not None:
-            on_event(event)
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        every = config.sample_every
-        if on_sample is not None and every and (event.step % every == 0 or event.step == event.steps):
-            with pause():
-                on_sample(event.step, draw(model, clip, vae, adapter.detached(), concept, templates[0], latents))
-            adopt_parameters(model.model)  # sampling may have loaded the model anew
+    def sample(step: int) -> None:
+        assert on_sample is not None
+        with pause():
+            on_sample(step, draw(model, clip, vae, adapter.detached(), concept, templates[0], latents))
+        adopt_parameters(model.model)  # sampling may have loaded the model anew
 
     def write(result: TrainResult) -> None:
         if written is not None:
             save_trained(result.trained(), written.adapter)
             log.info("[ConceptSplit] wrote %s after %d steps", written.adapter.name, len(result.losses))
 
+    watched = _watcher([progress, *([on_event] if on_event else [])], config.sample_every if on_sample else 0, sample)
     state = None if written is None else written.state
     stops = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
     try:
@@ -254,16 +160,19 @@ def train_adapter(
     return TrainResult(result.trained(), result.losses, result.seconds)
 
 
-def _in_model_space(
-    model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE, batch: Tensor, covers: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Latents [N, C, h, w] of pictures [N, H, W, 3], and their masks [N, 1, h, w], as autograd may use them."""
-    latents = encode_images(vae, batch)
-    with torch.inference_mode(False):
-        latents = _own(model.model.process_latent_in(latents))
-        count, _, *side = latents.shape
-        covers = check_masks(covers, count, (side[0], side[1]), (batch.shape[1], batch.shape[2]))
-        return latents, None if covers is None else _own(covers)
+def _watcher(
+    told: Sequence[Callable[[TrainEvent], None]], every: int, sample: Callable[[int], None]
+) -> Callable[[TrainEvent], None]:
+    """What follows each step: who is told, the stop button, and after every so many steps and the last a sample."""
+
+    def watched(event: TrainEvent) -> None:
+        for tell in told:
+            tell(event)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if every and (event.step % every == 0 or event.step == event.steps):
+            sample(event.step)
+
+    return watched
 
 
 def _loaded_whole(
@@ -276,30 +185,6 @@ def _loaded_whole(
     comfy.model_management.load_models_gpu([model], memory_required=need, force_full_load=True)
     adopt_parameters(model.model)
     return model
-
-
-def lists_of(*names: str) -> Callable[[Callable], Callable]:
-    """For a node that takes lists: `execute` gets lists for these inputs, and the one value of each other input.
-
-    Raises:
-        ConceptSplitError: several values for an input that takes one.
-    """
-
-    def single(name: str, value: Any) -> Any:
-        if name in names or not isinstance(value, list):
-            return value
-        if len(value) != 1:
-            raise ConceptSplitError(f"{name} has {len(value)} values: training takes one of everything but pictures.")
-        return value[0]
-
-    def wrap(execute: Callable) -> Callable:
-        @functools.wraps(execute)
-        def unwrapped(cls: Any, **given: Any) -> Any:
-            return execute(cls, **{name: single(name, value) for name, value in given.items()})
-
-        return unwrapped
-
-    return wrap
 
 
 def _list(value: Any) -> list[Any]:
@@ -322,7 +207,7 @@ def draw(
     """One picture [1, H, W, 3] of the concept, of the size of the training pictures `like`, always from one noise."""
     with torch.inference_mode():
         patched = with_adapter(model, LoadedAdapter(concept.name, adapter))
-        knowing = with_concepts(_without_concepts(clip), [concept])
+        knowing = with_concepts(without_concepts(clip), [concept])
         positive, negative = (
             knowing.encode_from_tokens_scheduled(knowing.tokenize(text))
             for text in (template.replace("{}", f"<{concept.name}>"), "")
@@ -343,63 +228,3 @@ def draw(
             seed=SAMPLE_SEED,
         )
         return vae.decode(latent)
-
-
-@contextmanager
-def objective(
-    model: Any, adapter: TrainedAdapter, gradient_checkpointing: bool = False, timesteps: Tensor | None = None
-) -> Iterator[tuple[Callable[[TrainBatch], Tensor], Callable[[], AbstractContextManager[None]]]]:
-    """The UNet of a loaded BaseModel as a function of a TrainBatch, with `adapter` on its value projections.
-
-    Args:
-        timesteps: what the UNet is told for each place of the schedule [T]; the place itself when None.
-
-    Hooks and checkpointing live inside the `with` only. The second thing given is a context in which the adapter is
-    silent, for sampling between two steps.
-    """
-    unet = model.diffusion_model
-    dtype = compute_dtype(model)
-    table = None if timesteps is None else timesteps.to(next(unet.parameters()).device)
-    wrapped: list[Any] = []
-
-    def attention(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        # The host's faster kernels (sage, flash, sub-quadratic) do not all differentiate.
-        return host_attention.attention_pytorch(*args, **kwargs)
-
-    try:
-        with learning(network_map(model), kind_of(adapter), adapter) as publish:
-            if gradient_checkpointing:
-                for module in unet.modules():
-                    if isinstance(module, host_attention.BasicTransformerBlock):
-                        module.forward = _checkpointed(module.forward)
-                        wrapped.append(module)
-
-            def denoise(batch: TrainBatch) -> Tensor:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                publish(batch.mask, batch.pixels())
-                return unet(
-                    batch.x_t.to(dtype),
-                    batch.timesteps.float() if table is None else table[batch.timesteps],
-                    context=batch.context.to(dtype),
-                    y=batch.extra["y"].to(dtype) if "y" in batch.extra else None,
-                    transformer_options={"optimized_attention_override": attention},
-                ).float()
-
-            @contextmanager
-            def pause() -> Iterator[None]:
-                publish(None)
-                yield
-
-            yield denoise, pause
-    finally:
-        for module in wrapped:
-            del module.forward
-
-
-def _checkpointed(forward: Callable) -> Callable:
-    def run(x: Tensor, context: Tensor | None = None, transformer_options: dict[str, Any] | None = None) -> Tensor:
-        # A copy of the options per block: the host writes the block's name into one shared dict, and the
-        # recomputation would see the last block's everywhere.
-        return checkpoint(forward, x, context, dict(transformer_options or {}), use_reentrant=False)
-
-    return run

@@ -140,7 +140,7 @@ def one_sentence(error):
 
 
 def test_random_images_and_masks_are_read_right_or_refused():
-    training = pack("conceptsplit_core.hosts.comfy.training")
+    training = pack("conceptsplit_core.train.images")
     refuse = pack("conceptsplit_core.errors").ConceptSplitError
     table = Counter()
     began = time.perf_counter()
