@@ -126,7 +126,7 @@ def conditioning(model: Model, bound: bool, seed: int) -> Any:
     """Random text rows; two concepts own rows of a bound one."""
     import torch
 
-    from conceptsplit_core.hosts.comfy.clip import BoundText
+    from conceptsplit_core.hosts.comfy.carried import BoundText
     from conceptsplit_core.text.binding import Binding
 
     generator = torch.Generator().manual_seed(seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..conceptsplit_core.hosts.comfy.clip import with_correction
+from ..conceptsplit_core.hosts.comfy.carried import with_correction
 from ..conceptsplit_core.options import from_values
 from ..conceptsplit_core.settings import CorrectionConfig
 from .types import field, out, schema, setting_fields

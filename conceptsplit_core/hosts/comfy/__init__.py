@@ -1,7 +1,8 @@
 """ComfyUI as a host. Only the modules of this package import `comfy`.
 
 model     a MODEL as a network map; tensors that autograd may use
-clip      a CLIP that knows its concepts; bindings carried in conditionings
+clip      a CLIP that knows its concepts
+carried   what its tokens and conditionings carry    tokenizers  how it lays out a text
 texts     encoded texts, recognised by their rows where another pack has moved them
 run       the state of one sampling run
 call      one call of the UNet: row masks, regions, maps

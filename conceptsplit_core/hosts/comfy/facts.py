@@ -17,7 +17,7 @@ from ...errors import ConceptSplitError
 from ...method.loda import LodaTrace
 from ...text.concepts import Concept
 from . import files
-from .clip import BoundText
+from .carried import BoundText
 from .model import KEY
 
 ROUTE = "/conceptsplit/file"

@@ -27,7 +27,7 @@ from ...errors import ConceptSplitError
 from ...settings import LodaConfig
 from ...text.binding import Binding
 from . import call, sampler
-from .clip import BoundText
+from .carried import BoundText
 from .model import KEY, compute_dtype, network_map, whole
 from .run import AttentionMaps, Concepts, LoadedAdapter, Patch, Run, RunTexts, bindings_mask, optimised, patch_of
 

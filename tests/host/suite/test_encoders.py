@@ -165,7 +165,7 @@ def test_words_of_several_tokens(encoder):
             crop = len(ids) - _rows(bound).shape[1]
             rows = [row + crop for row in bound[0][1]["conceptsplit"].bindings[0].rows]
             for key in {ids[row][0] for row in rows}:
-                inner = pack("conceptsplit_core.hosts.comfy.clip")._tokenizer(clip, key).tokenizer
+                inner = pack("conceptsplit_core.hosts.comfy.tokenizers").tokenizer_of(clip, key).tokenizer
                 decode = getattr(inner, "decode", None) or inner.tokenizer.decode
                 found = decode([ids[row][1] for row in rows if ids[row][0] == key]).strip().lower()
                 # Qwen's tokenizer has '"s' and '(s' as one token: the row is the word's too.

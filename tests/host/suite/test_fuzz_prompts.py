@@ -106,7 +106,8 @@ def test_random_prompts_bind_the_class_word_or_say_why_not(loaded, family, embed
     words = {}
     for concept in concepts:
         for part, chunks in stock.tokenize(concept.class_word).items():
-            special = host._special_tokens(host._tokenizer(stock, part))
+            tokenizers = pack("conceptsplit_core.hosts.comfy.tokenizers")
+            special = tokenizers.special_tokens(tokenizers.tokenizer_of(stock, part))
             ids = [[t[0] for t in chunk] for chunk in chunks]
             words[part, concept.name] = pack("conceptsplit_core.text.layout").content(ids, special)[0]
 

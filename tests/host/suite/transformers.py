@@ -345,13 +345,13 @@ def latent(name: str, width: int, height: int, batch: int = 1) -> dict[str, Tens
 
 def prompt(bound: dict[str, tuple[int, ...]], seed: int, name: str, rows: int = ROWS) -> Any:
     """A CONDITIONING of random rows that binds concepts, as our CLIP gives it."""
-    clip = pack("conceptsplit_core.hosts.comfy.clip")
+    carried = pack("conceptsplit_core.hosts.comfy.carried")
     binding = pack("conceptsplit_core.text.binding").Binding
     generator = torch.Generator().manual_seed(seed)
     bindings = tuple(binding(concept, places, 1.0) for concept, places in bound.items())
     options: dict[str, Any] = {
         "pooled_output": torch.randn(1, 32, generator=generator),
-        "conceptsplit": clip.BoundText("a test", bindings, rows),
+        "conceptsplit": carried.BoundText("a test", bindings, rows),
     }
     if name == "lumina2":
         options["attention_mask"] = torch.ones(1, rows, dtype=torch.long)
