@@ -14,8 +14,8 @@ from itertools import product
 import numpy as np
 from scipy import ndimage
 
-from conceptsplit_core.demo import looks, rendering
-from conceptsplit_core.demo.looks import COLOURS, Look, SceneObject
+from conceptsplit_core.demo import rendering
+from conceptsplit_core.demo.looks import CLASSES, COLOURS, SIZE, Look, SceneObject
 
 UNKNOWN = "unknown"
 
@@ -97,7 +97,7 @@ def _shape_bank() -> tuple[tuple[str, ...], np.ndarray, np.ndarray, dict[str, fl
     """Class words, normalised masks [n, side²], outline lengths over the root of the area [n], and per class word the
     root of the area of a shape of diameter 1."""
     words, masks, outlines, sides = [], [], [], {}
-    for word in looks.CLASSES:
+    for word in CLASSES:
         for tilt in _TILTS:
             thing = SceneObject(
                 class_word=word, look=Look("plain", ("red",)), centre=(64.0, 64.0), diameter=88.0,
@@ -422,8 +422,8 @@ def _colour_distance(samples: _Samples, look: Look) -> float:
 
 def detect(image: np.ndarray, looks: tuple[Look, ...] = ()) -> list[Found]:
     """All objects of a picture, uint8 [SIZE, SIZE, 3], largest first; `looks` are those to measure fidelity to."""
-    if image.shape != (looks.SIZE, looks.SIZE, 3) or image.dtype != np.uint8:
-        raise ValueError(f"a uint8 picture of {looks.SIZE} pixels square is needed, got {image.dtype} {image.shape}")
+    if image.shape != (SIZE, SIZE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"a uint8 picture of {SIZE} pixels square is needed, got {image.dtype} {image.shape}")
     found = []
     for mask in _components(image):
         nearest_shape, edge_error = _shape(mask)
