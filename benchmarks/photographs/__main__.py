@@ -12,7 +12,9 @@ from typing import Any
 from PIL import Image
 
 from conceptsplit_core import __version__
-from conceptsplit_core.cli import options as shared
+from conceptsplit_core.cli.arguments import Parser, add_model, add_settings, count, number
+from conceptsplit_core.cli.arguments import size as size_of
+from conceptsplit_core.cli.options import SAMPLERS
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.settings import LodaConfig, SampleConfig, TrainConfig
 
@@ -34,7 +36,7 @@ TRAINED = ("rank", "batch_size", "learning_rate", "gradient_checkpointing")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = shared.Parser(
+    made = Parser(
         prog="python -m benchmarks.photographs", description=DESCRIPTION, epilog=END,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -46,24 +48,24 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     what.add_argument("--clip", type=Path, required=True, metavar="FOLDER", help="CLIP in transformers' format")
     what.add_argument("--dino", type=Path, required=True, metavar="FOLDER", help="DINO (ViT) or DINOv2, likewise")
-    what.add_argument("--together", type=shared._count, default=2, metavar="N", help="concepts a picture (default: 2)")
+    what.add_argument("--together", type=count, default=2, metavar="N", help="concepts a picture (default: 2)")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line, {} where the concepts go")
-    what.add_argument("--pictures", type=shared._count, default=8, metavar="N", help="pictures a prompt (default: 8)")
+    what.add_argument("--pictures", type=count, default=8, metavar="N", help="pictures a prompt (default: 8)")
     what.add_argument("--arms", default="", metavar="A,B", help="only these: plain, lora_merged, lora_routed, value, "
                       "value_loda (default: all)")  # fmt: skip
     what.add_argument("--out", type=Path, default=Path("out/photographs"), help="(default: out/photographs)")
-    shared._model_options(made, None)
+    add_model(made, None)
     learn = made.add_argument_group("how concepts are learned")
-    learn.add_argument("--train-steps", type=shared._count, default=TrainConfig.steps, metavar="N",
+    learn.add_argument("--train-steps", type=count, default=TrainConfig.steps, metavar="N",
                        help=f"of every adapter (default: {TrainConfig.steps})")  # fmt: skip
-    learn.add_argument("--lora-learning-rate", type=shared._number, default=1e-4, metavar="X",
+    learn.add_argument("--lora-learning-rate", type=number, default=1e-4, metavar="X",
                        help="of the LoRAs (default: 0.0001)")  # fmt: skip
-    shared._settings(learn, TrainConfig, TRAINED)
+    add_settings(learn, TrainConfig, TRAINED)
     draw = made.add_argument_group("how pictures are drawn")
-    shared._settings(draw, SampleConfig, ("seed", "steps", "cfg"))
-    draw.add_argument("--sampler", choices=shared.SAMPLERS, default="ddim", help="(default: ddim)")
-    draw.add_argument("--size", type=shared._size, metavar="N|WxH", help="in pixels (default: the model's own)")
-    draw.add_argument("--batch", type=shared._count, default=4, help="pictures at once (default: 4)")
+    add_settings(draw, SampleConfig, ("seed", "steps", "cfg"))
+    draw.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
+    draw.add_argument("--size", type=size_of, metavar="N|WxH", help="in pixels (default: the model's own)")
+    draw.add_argument("--batch", type=count, default=4, help="pictures at once (default: 4)")
     return made
 
 
@@ -144,7 +146,7 @@ def measured(
         for at, template in enumerate(templates):
             for name, arm in arms.items():
                 kept = bench.draw(name, arm, group, template, seeds)
-                for number, seed in enumerate(seeds):
+                for index, seed in enumerate(seeds):
                     made = kept.values[template, seed]
                     path = bench.folder(name, arm, group) / made["file"]
                     place = (path.relative_to(bench.out).as_posix(),)
@@ -153,8 +155,8 @@ def measured(
                             text = prompt(template, group, False)
                             known.add(place, scorer.score(picture.convert("RGB"), text, names, made["boxes"]))
                     values = {**known.values[place], "seconds": made["seconds"]}
-                    found[name].setdefault(key, {})[at * len(seeds) + number] = values
-                    if number == 0:
+                    found[name].setdefault(key, {})[at * len(seeds) + index] = values
+                    if index == 0:
                         rows.setdefault(f"{key}: {template}", []).append(path)
     return found, rows
 

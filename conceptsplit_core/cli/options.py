@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
-from ..errors import ConceptSplitError
-from ..options import Option, defaults, options, shown
-from ..settings import SEEDS, CorrectionConfig, GateConfig, LodaConfig, SampleConfig, TrainConfig
+from ..options import options
+from ..settings import CorrectionConfig, GateConfig, LodaConfig, SampleConfig, TrainConfig
+from .arguments import Parser, RowParser, add_model, add_settings, count, seed, size
 
 SAMPLERS = ("ddim", "euler")
-PRECISIONS = ("fp32", "bf16", "fp16")
-PREDICTIONS = ("epsilon", "v_prediction")  # what the terminal samples
 NO_SAMPLES = {"sample_every"}  # the terminal draws no pictures while it trains
 
 OVERVIEW = """\
@@ -92,22 +88,6 @@ Needs no download and no GPU.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        command = self.prog.split()[-1]
-        print(f"{command}: {message[:1].upper()}{message[1:]} (see --help).", file=sys.stderr)
-        raise SystemExit(2)
-
-
-class RowParser(argparse.ArgumentParser):
-    """argparse for one row of a table: a mistake is that row's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConceptSplitError(f"{message.removeprefix('argument --')}.")
-
-
 def build_parser() -> argparse.ArgumentParser:
     def sub(name: str, text: str, end: str) -> Parser:
         made: Parser = commands.add_parser(
@@ -128,110 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
     _inspect(sub("inspect", "Show what is in a value adapter file.", INSPECT_END))
     _demo(sub("demo", "Train two concepts on the built-in model and compose them.", DEMO_END))
     return parser
-
-
-def _count(text: str) -> int:
-    value = _whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is too small, use 1 or more")
-    return value
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _seed(text: str) -> int:
-    """Wrapped around as ComfyUI's seeds are."""
-    return _whole(text) % SEEDS
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-def _reader(name: str, option: Option, default: Any) -> Callable[[str], Any]:
-    """Reads the text of one option and refuses what is out of its range."""
-    kinds: dict[type, Callable[[str], Any]] = {int: _whole, float: _number, str: str}
-    reads = _seed if option.high == SEEDS - 1 else kinds[type(default)]
-
-    def read(text: str) -> Any:
-        value = reads(text)
-        if option.fault(name, value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not possible, use {option.range}")
-        return value
-
-    return read
-
-
-def _settings(parser: Any, config: Any, names: Collection[str]) -> None:
-    """Options of the terminal for fields of a settings class; --afg-end for afg_end."""
-    start = defaults(config)
-    for name, option in options(config).items():
-        if name not in names:
-            continue
-        default = start[name]
-        limits = "" if isinstance(default, (bool, str)) else f"{option.range}; "
-        about = f"{option.text} ({limits}default: {shown(default)})".replace("%", "%%")
-        how: dict[str, Any] = {"default": default, "help": about}
-        if isinstance(default, bool):
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how["type"] = _reader(name, option, default)
-            how["metavar"] = "|".join(map(str, option.allowed)) or ("N" if isinstance(default, int) else "X")
-        parser.add_argument(f"--{name.replace('_', '-')}", **how)
-
-
-def _size(text: str) -> tuple[int, int]:
-    """'512' or '768x512' (width x height) to (height, width)."""
-    parts = text.lower().replace("×", "x").split("x")
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 8 or max(numbers) > 8192:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, use for instance 512 or 768x512")
-    return (numbers[-1], numbers[0])
-
-
-def _model_options(parser: argparse.ArgumentParser, default: str | None = "demo") -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=default,
-        metavar="WHERE",
-        help="'demo' (the built-in small model), a folder in diffusers format, or a .safetensors checkpoint of SD 1.x, "
-        f"2.x or XL (default: {default or 'none'})",
-    )
-    group.add_argument(
-        "--tokenizer",
-        metavar="FOLDER",
-        help="folder with CLIP's vocab.json and merges.txt; needed for single checkpoint files only. ComfyUI has one: "
-        "comfy/sd1_tokenizer",
-    )
-    group.add_argument(
-        "--prediction",
-        choices=PREDICTIONS,
-        help="what the model predicts; only when it was detected wrongly",
-    )
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="of the model's weights; bf16 halves memory on recent GPUs (default: fp32)",
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:1, mps (default: auto, a GPU if there is one)",
-    )
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
@@ -255,12 +131,12 @@ def _train(parser: argparse.ArgumentParser) -> None:
         help="one mask per picture with the same file name, white where the thing is; the background then counts less",
     )
     need.add_argument("--out", metavar="FILE", help="adapter to write (default: NAME.safetensors)")
-    _model_options(parser)
+    add_model(parser)
     how = parser.add_argument_group("how to learn it")
-    _settings(how, TrainConfig, options(TrainConfig).keys() - NO_SAMPLES)
+    add_settings(how, TrainConfig, options(TrainConfig).keys() - NO_SAMPLES)
     how.add_argument(
         "--size",
-        type=_size,
+        type=size,
         metavar="N|WxH",
         help="pictures are scaled and cropped to this, in pixels (default: the model's own)",
     )
@@ -298,9 +174,9 @@ def _loda_options(parser: argparse.ArgumentParser) -> None:
         help="on as soon as two concepts are in the prompt; LoRAs are located by a plan all the same (default: on)",
     )
     afg = {name for name in options(LodaConfig) if name.startswith("afg")}
-    _settings(group, LodaConfig, options(LodaConfig).keys() - afg)
+    add_settings(group, LodaConfig, options(LodaConfig).keys() - afg)
     fix = parser.add_argument_group("attention fixing guidance (AFG): keep what LODA separated")
-    _settings(fix, LodaConfig, afg)
+    add_settings(fix, LodaConfig, afg)
 
 
 def _drawing(parser: argparse.ArgumentParser, prompt_required: bool) -> None:
@@ -337,17 +213,17 @@ def _drawing(parser: argparse.ArgumentParser, prompt_required: bool) -> None:
     what.add_argument(
         "--words", default="", metavar="A,B", help="words of the prompt to separate as well, without any adapter"
     )
-    _model_options(parser)
+    add_model(parser)
     how = parser.add_argument_group("sampling")
-    _settings(how, SampleConfig, options(SampleConfig))
+    add_settings(how, SampleConfig, options(SampleConfig))
     how.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
-    how.add_argument("--batch", type=_count, default=1, help="pictures, with this seed and the next ones (default: 1)")
-    how.add_argument("--size", type=_size, metavar="N|WxH", help="in pixels (default: the model's own)")
+    how.add_argument("--batch", type=count, default=1, help="pictures, with this seed and the next ones (default: 1)")
+    how.add_argument("--size", type=size, metavar="N|WxH", help="in pixels (default: the model's own)")
     _loda_options(parser)
     gate = parser.add_argument_group("gate of Perfusion adapters: how far they reach beyond their own word")
-    _settings(gate, GateConfig, options(GateConfig))
+    add_settings(gate, GateConfig, options(GateConfig))
     text = parser.add_argument_group("correction by similarities (T2I-Zero): rows of concepts, gathered anew")
-    _settings(text, CorrectionConfig, options(CorrectionConfig))
+    add_settings(text, CorrectionConfig, options(CorrectionConfig))
 
 
 def row_parser() -> RowParser:
@@ -373,7 +249,7 @@ def _render(parser: argparse.ArgumentParser) -> None:
         help="on a Ray cluster: that of ADDRESS (or of RAY_ADDRESS), else one that is started on this machine",
     )
     where.add_argument(
-        "--workers", type=_count, metavar="N", help="models on the Ray cluster (default: one per GPU, without GPUs one)"
+        "--workers", type=count, metavar="N", help="models on the Ray cluster (default: one per GPU, without GPUs one)"
     )
     where.add_argument(
         "--server",
@@ -407,12 +283,12 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="value adapter")
     parser.add_argument(
         "--svd",
-        type=_count,
+        type=count,
         metavar="RANK",
         help="show what truncating to this rank would cost, relative to the whole adapter",
     )
     parser.add_argument("--out", metavar="FILE", help="with --svd: write the truncated adapter")
-    _model_options(parser, default=None)
+    add_model(parser, default=None)
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -423,9 +299,9 @@ def _demo(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="two to four of the built-in concepts (default: the two that the report shows)",
     )
-    parser.add_argument("--steps", type=_count, metavar="N", help="training steps per concept (default: as tuned)")
-    parser.add_argument("--seeds", type=_count, default=6, metavar="N", help="pictures per arm (default: 6)")
-    parser.add_argument("--first-seed", type=_seed, default=1000, metavar="SEED", help="(default: 1000)")
+    parser.add_argument("--steps", type=count, metavar="N", help="training steps per concept (default: as tuned)")
+    parser.add_argument("--seeds", type=count, default=6, metavar="N", help="pictures per arm (default: 6)")
+    parser.add_argument("--first-seed", type=seed, default=1000, metavar="SEED", help="(default: 1000)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -103,10 +103,10 @@ def test_the_price_of_an_option_is_one_field():
     """A field written here alone has a terminal option and a row in a table; nodes have it in the host's tests."""
     import argparse
 
-    from conceptsplit_core.cli.options import _settings
+    from conceptsplit_core.cli.arguments import add_settings
 
     parser = argparse.ArgumentParser()
-    _settings(parser, Small, options(Small))
+    add_settings(parser, Small, options(Small))
     assert from_values(Small, vars(parser.parse_args(["--depth", "-2", "--wide"]))) == Small(-2, True)
     assert "How deep. Raise it for fun. (-2 to 8; default: 3)" in " ".join(parser.format_help().split())
     assert "| depth | 3 | -2 to 8 | How deep. Raise it for fun. |" in node_table(Small, False)
