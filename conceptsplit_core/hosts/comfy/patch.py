@@ -148,6 +148,11 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
     run = _run(guider, patch, tuple(names), encoders)
     noise = args[0]
+    if noise.ndim > 4 and noise.shape[2] > 1:
+        raise ConceptSplitError(
+            f"Concepts have their places in one picture, and this latent is a video of {noise.shape[2]} frames: set "
+            "its length to 1, or sample without concepts."
+        )
     run.shape = (noise.shape[0], noise.shape[-2], noise.shape[-1])
     run.texts.joined_ambiguously = ambiguous
     for kind, conds in guider.conds.items():

@@ -7,8 +7,10 @@ are, by experiment on the stock CLIP, the rows of the word.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,9 @@ OPTIONS = {
                                                  "qwen25_3b", "qwen3vl_4b", "qwen3vl_8b")},
     "llama_model_config": QWEN,
     **{f"clip_{name}_model_config": CLIP for name in "lgh"},
-    **{f"{name}_model_config": T5 for name in ("t5xxl", "pile_t5xl", "clip_t5xxl", "clip_t5base", "clip_pile_t5xl")},
+    "gemma2_2b_model_config": {**QWEN, "num_hidden_layers": 3},
+    **{f"{name}_model_config": T5 for name in ("umt5xxl", "t5xxl", "pile_t5xl", "clip_t5xxl", "clip_t5base",
+                                               "clip_pile_t5xl")},
     "dtype": torch.float32,
 }  # fmt: skip
 
@@ -60,6 +64,8 @@ FAMILIES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "ovis": ("text_encoders.ovis", "OvisTokenizer", lambda m: m.te()),
     "omnigen": ("text_encoders.omnigen2", "Omnigen2Tokenizer", lambda m: m.te()),
     "anima": ("text_encoders.anima", "AnimaTokenizer", lambda m: m.te()),
+    "wan": ("text_encoders.wan", "WanT5Tokenizer", lambda m: m.te()),
+    "lumina 2": ("text_encoders.lumina2", "LuminaTokenizer", lambda m: m.te()),
     "longcat": ("text_encoders.longcat_image", "LongCatImageTokenizer", lambda m: m.te()),
     "hunyuan video": ("text_encoders.hunyuan_video", "HunyuanVideoTokenizer", lambda m: m.hunyuan_video_clip()),
     "hidream": ("text_encoders.hidream", "HiDreamTokenizer", lambda m: m.hidream_clip()),
@@ -67,6 +73,25 @@ FAMILIES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
 # Which tokens stand in the context, where that is not the first part.
 CONTEXT = {"sd3": ["l", "t5xxl"], "sd3 T5 alone": ["t5xxl"], "flux": ["t5xxl"], "anima": ["t5xxl"]}
 REFUSED = {"longcat": "LongCat-Image", "hunyuan video": "HunyuanVideo", "hidream": "HiDream"}
+
+
+# Their tokenizer comes out of the model's file: (begin, end) ids of the real one.
+IN_THE_FILE = {"wan": (-1, 1), "lumina 2": (2, 1)}
+
+
+@functools.lru_cache(maxsize=2)
+def small_tokenizer(begin: int, end: int) -> torch.Tensor:
+    """A SentencePiece model, as bytes, that was trained on the tests' own sentences."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="this ComfyUI's Python has no sentencepiece")
+    words = "dog cat mug black white red big photo park in a of and beside the runs look two cups , . like".split()
+    lines = [" ".join(words[i:] + words[:i]) for i in range(len(words))] * 20
+    lines += ['schnauzer golden retriever -like ( ) " : 1.2 2 0.7 3'] * 3
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=file, vocab_size=90, hard_vocab_limit=False, pad_id=0, eos_id=end,
+        bos_id=begin, unk_id=3, character_coverage=1.0, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
 def build(family: str) -> Any:
@@ -90,7 +115,8 @@ def build(family: str) -> Any:
         except (OSError, TypeError) as error:
             pytest.skip(f"{family}: its tokenizer file is not on this machine ({type(error).__name__})")
     target = comfy.supported_models_base.ClipTarget(getattr(found, tokenizer), make(found))
-    clip = comfy.sd.CLIP(target, model_options=options)
+    data = {"spiece_model": small_tokenizer(*IN_THE_FILE[family])} if family in IN_THE_FILE else {}
+    clip = comfy.sd.CLIP(target, tokenizer_data=data, model_options=options)
     generator = torch.Generator().manual_seed(5)
     for module_ in list(clip.cond_stage_model.modules()):
         if hasattr(module_, "visual"):

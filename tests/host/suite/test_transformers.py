@@ -17,6 +17,7 @@ from .helpers import encode, sample
 
 BOUND = {"anna": (3, 4), "bert": (9,)}
 EACH = pytest.mark.parametrize("family", tiny.here())
+CROSS = ("anima", "wan")  # attention to the text apart from that to the picture
 SIZE = (18, 10)  # latent pixels: 9 x 5 tokens, so that Z-Image fills its picture up
 
 
@@ -164,7 +165,7 @@ def test_parts_of_fused_projections_equal_the_hosts_merge(models, write_path, fa
         and name.startswith(("transformer.", "diffusion_model."))
     }
     if not parts:
-        assert family in ("qwen_image", "krea2", "anima", "lumina2"), "this family's files name whole modules"
+        assert family in ("qwen_image", "krea2", "lumina2", *CROSS), "this family's files name whole modules"
         return
     generator, state = torch.Generator().manual_seed(3), {}
     for name, key in parts.items():
@@ -225,7 +226,7 @@ def test_a_loras_text_side_acts_at_its_own_rows(models, write_path, family, kind
     model = models(family)
     module = getattr(tiny.FAMILIES[family], kind)
     if module is None:
-        assert family in ("qwen_image", "sd3", "anima"), "two streams, or a cross-attention"
+        assert family in ("qwen_image", "sd3", *CROSS), "two streams, or a cross-attention"
         return
     state = file_of(model, [module])
     ours = with_lora(model, write_path(state), strength=0.6, mask=drawn(0, 0))
@@ -284,7 +285,7 @@ def test_maps_are_the_attention_that_rows_get(models, family):
     single = [(name, q, k) for name, q, k in found if q.shape[0] == 1]
     rows = 512 if family in ("flux2", "anima") else tiny.ROWS
     before = 512 - tiny.ROWS if family == "flux2" else 0
-    first = 0 if family == "anima" else 32 if family == "z_image" else rows
+    first = 0 if family in CROSS else 32 if family == "z_image" else rows
     matches = []
     for at in range(len(single) - len(network.readable) + 1):
         means = torch.zeros(2, h * w)
@@ -341,7 +342,7 @@ def test_afg_is_a_bias_on_the_concepts_rows(models, family):
     )
     rows = 512 if family in ("flux2", "anima") else tiny.ROWS
     shift = 512 - tiny.ROWS if family == "flux2" else 0
-    first = 0 if family == "anima" else 32 if family == "z_image" else rows
+    first = 0 if family in CROSS else 32 if family == "z_image" else rows
     compared = 0
     for one, other in zip(before, after, strict=True):
         if one[0].shape == other[0].shape:
@@ -418,6 +419,30 @@ def test_an_unknown_transformer_is_refused_by_name():
         Exception, match=r"ConceptSplit does not know this kind of model \(AuraFlow\): it works on SD1.5"
     ):
         with_loda(model)
+
+
+def test_a_video_and_a_start_picture_are_refused(models):
+    """Regions are of one picture; a start picture of Wan's has an attention of its own."""
+    if "wan" not in tiny.here():
+        pytest.skip("this ComfyUI has no Wan")
+    import comfy.ldm.wan.model as wan
+
+    ours, _ = with_loda(models("wan"))
+    video = {"samples": torch.zeros(1, 16, 3, *SIZE)}
+    with pytest.raises(Exception, match=r"this latent is a video of 3 frames: set its length to 1, or sample without"):
+        sample(ours, *conds("wan"), video, steps=1)
+    stock = sample(models("wan"), *conds("wan"), video, steps=1)
+    assert torch.equal(
+        sample(ours, *conds("wan", {}), video, steps=1), sample(models("wan"), *conds("wan", {}), video, steps=1)
+    )
+    assert stock.shape[2] == 3
+
+    options = {key: value for key, value in tiny.FAMILIES["wan"].options.items() if key != "image_model"}
+    with torch.inference_mode():
+        started = wan.WanModel(**{**options, "model_type": "i2v"}, operations=torch.nn)
+    found = pack("conceptsplit_core.network.families").wan.WAN
+    with pytest.raises(Exception, match="This Wan model reads a start picture beside the text, in an attention of its"):
+        pack("conceptsplit_core.network.families").transformer_map(found, lambda: started)
 
 
 @EACH

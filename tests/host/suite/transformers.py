@@ -264,6 +264,32 @@ FAMILIES = {
         image="blocks.0.self_attn.q_proj",
         text="blocks.0.cross_attn.v_proj",
     ),
+    "wan": Family(
+        ("wan.model", "WanModel"),
+        "WAN21_T2V",
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 192,
+            "out_dim": 16,
+            "num_heads": 3,
+            "num_layers": 3,
+            "patch_size": (1, 2, 2),
+            "ffn_dim": 320,
+            "freq_dim": 64,
+            "text_dim": WIDTH,
+            "in_dim": 16,
+            "window_size": (-1, -1),
+            "qk_norm": True,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+        },
+        16,
+        2,
+        frames=True,
+        image="blocks.0.self_attn.q",
+        text="blocks.0.cross_attn.v",
+    ),
 }
 
 
