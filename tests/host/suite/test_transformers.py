@@ -602,6 +602,38 @@ def test_weights_in_eight_bits(write_path):
     assert out.isfinite().all() and not close(out, stock)
 
 
+@pytest.mark.parametrize("layout", ["float8_e4m3fn", "int8_tensorwise"])
+def test_quantised_layers(write_path, layout):
+    """Weights with scales, as the host's mixed-precision files have them: the delta by an independent sum."""
+    quant = pytest.importorskip("comfy.quant_ops", reason="this ComfyUI has no quantised layers")
+    if layout not in quant.QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI has no layers in {layout}")
+    model = tiny.build("flux", layout=layout)
+    module = tiny.FAMILIES["flux"].image
+    layer = model.model.diffusion_model.get_submodule(module)
+    assert type(layer.weight.data).__name__ == "QuantizedTensor"
+    shape = (layer.out_features, layer.in_features)
+    down, up = pair(shape, torch.Generator().manual_seed(5))
+    name = kohya(module)
+    path = write_path(
+        {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.5)}
+    )
+    ours = with_lora(model, path, strength=0.6, mask=drawn(0, 7))
+    given = tiny.latent("flux", *SIZE), {"steps": 1, "cfg": 1.0}
+    with outputs(model, [module]) as stock:
+        before = sample(model, *conds("flux"), given[0], **given[1])
+    with outputs(model, [module]) as got:
+        sample(ours, *conds("flux"), given[0], **given[1])
+    (read, base), (_, new) = stock[module][0], got[module][0]
+    share = torch.nn.functional.adaptive_avg_pool2d(drawn(0, 7)[None], (5, 9)).flatten()
+    wanted = base + 0.6 * 0.5 * (read.float() @ down.t() @ up.t()) * share[None, :, None]
+    assert not torch.equal(new, base)
+    torch.testing.assert_close(
+        new.float(), wanted.float(), atol=2e-2 if base.dtype != torch.float32 else 2e-5, rtol=1e-2
+    )
+    assert torch.equal(sample(model, *conds("flux"), given[0], **given[1]), before)
+
+
 @pytest.mark.parametrize("family", ["flux", "qwen_image"])
 def test_a_reference_picture_is_nobodys(models, write_path, family):
     """Kontext and edit models: tokens behind the picture's own stay as they are."""

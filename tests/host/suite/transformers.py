@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -333,8 +334,26 @@ def _small_adapter(family: Family) -> Any:
         anima.LLMAdapter = before
 
 
-def build(name: str, seed: int = 0, stored: torch.dtype = torch.float32) -> Any:
-    """A MODEL of that family, loaded under inference mode as in a prompt; it computes in fp32."""
+def quantised(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The weights of attention layers in eight bits and their scales, as the host's files have them."""
+    found = dict(state)
+    for name, tensor in state.items():
+        if "_attn." in name and name.endswith(".weight") and tensor.ndim == 2:
+            path = name.removesuffix("weight")
+            top, stored = (448.0, torch.float8_e4m3fn) if layout.startswith("float8") else (127.0, torch.int8)
+            scale = tensor.abs().max() / top
+            scaled = tensor / scale
+            found[name] = (scaled.round() if stored is torch.int8 else scaled).to(stored)
+            found[f"{path}weight_scale"] = scale
+            found[f"{path}comfy_quant"] = torch.tensor(list(json.dumps({"format": layout}).encode()), dtype=torch.uint8)
+    return found
+
+
+def build(name: str, seed: int = 0, stored: torch.dtype = torch.float32, layout: str | None = None) -> Any:
+    """A MODEL of that family, loaded under inference mode as in a prompt; it computes in fp32.
+
+    layout: the host's name of a format for quantised layers.
+    """
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -350,10 +369,16 @@ def build(name: str, seed: int = 0, stored: torch.dtype = torch.float32) -> Any:
     with torch.inference_mode(), _small_adapter(family):
         config = getattr(comfy.supported_models, family.config)({**options, "dtype": stored})
         config.set_inference_dtype(stored, None if stored is torch.float32 else torch.float32)
+        if layout is not None:
+            config.quant_config = {"mixed_ops": True}
         model = config.get_model({}, "")
         denoiser = model.diffusion_model
         assert type(denoiser) is getattr(module, family.denoiser[1])
-        result = denoiser.load_state_dict(randomised(denoiser.state_dict(), seed), strict=False)
+        if layout is None:
+            state = randomised(denoiser.state_dict(), seed)
+        else:  # layers that are loaded quantised have no weights before
+            state = quantised(build(name, seed).model.diffusion_model.state_dict(), layout)
+        result = denoiser.load_state_dict(state, strict=False)
         assert not result.missing_keys and not result.unexpected_keys
         return comfy.model_patcher.ModelPatcher(
             model,
