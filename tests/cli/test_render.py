@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.render import folder, server
 from conceptsplit_core.render.crew import Crew, Drawing, Task, WorkerLost
-from conceptsplit_core.render.table import read_table
+from conceptsplit_core.render.table import Row, Table, read_table
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "conceptsplit_core" / "demo"
@@ -77,9 +78,114 @@ def test_a_table_that_cannot_be_drawn_is_one_sentence(refused, tmp_path, name, t
     assert not out.exists()
 
 
-def test_other_encodings_are_refused(refused, tmp_path):
-    table = write(tmp_path / "t.csv", "prompt\na café\n", "utf-16")
-    assert "t.csv is not UTF-8 text: save it as CSV UTF-8." in refused("render", table)
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1251", "utf-16-le", "shift-jis"])
+def test_other_encodings_are_refused_with_their_line(refused, tmp_path, encoding):
+    text = {"cp1251": "кот", "shift-jis": "猫"}.get(encoding, "café")
+    table = write(tmp_path / "t.csv", f"prompt;seed\na cat;3\n{text} \udcff;4\n".replace(" \udcff", ""), encoding)
+    if encoding == "utf-16-le":  # without its mark; the first zero is ASCII too, the é is not
+        assert "t.csv is not UTF-8 text (line 3)" in refused("render", table)
+    else:
+        assert "t.csv is not UTF-8 text (line 3): save it as CSV UTF-8." in refused("render", table)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("first", ["", "sep=;\r\n"])
+def test_a_spreadsheets_table_where_the_comma_is_the_decimal_sign(tmp_path, encoding, first):
+    """As Excel saves it in most of Europe: semicolons, decimal commas, quotes, a mark of the encoding."""
+    text = 'prompt;cfg;"words, or none";afg-end;seed\r\n"ein ""rotes"" Haus; groß";7,5;a,b;,25;11\r\na star;4;;;12\r\n'
+    table = read_table(write(tmp_path / "t.csv", first + text.replace("words, or none", "words"), encoding))
+    one, two = render.sample_tasks(table, options.parse(["render", "t.csv"]))
+    assert (one.state, two.state) == ("waiting", "waiting"), (one.fault, two.fault)
+    assert (one.order["prompt"], one.order["cfg"], one.order["afg_end"]) == ('ein "rotes" Haus; groß', 7.5, 0.25)
+    assert (one.order["words"], two.order["cfg"], two.order["seed"]) == ("a,b", 4.0, 12)
+    assert [row.number for row in table.rows] == ([3, 4] if first else [2, 3])
+    # Where the comma stands between cells, or in JSON, 7,5 is no number.
+    (other,) = tasks_of(tmp_path, [{"prompt": "a", "cfg": "7,5"}])
+    assert other.fault == "cfg: '7,5' is not a number."
+    graph = server.read_graph(TEMPLATE)
+    made = server.fill(graph, {"c": ("9", "cfg")}, Row(2, {"c": "-7,25"}), table)
+    assert made["9"]["inputs"]["cfg"] == -7.25
+
+
+def test_a_head_with_the_separator_in_quotes(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", '"a, b, c";seed\nx;3\n'))
+    assert (table.columns, table.rows[0].cells) == (["a, b, c", "seed"], {"a, b, c": "x", "seed": "3"})
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x0b", "\x0c", "\x85", "\x1c"])
+def test_only_line_ends_end_a_line(tmp_path, sign):
+    """A text copied from elsewhere may have other signs that Python takes for the end of a line."""
+    rows = read_table(write(tmp_path / "t.csv", f"prompt,seed\na{sign}b,3\nc,4\n")).rows
+    assert [(row.number, row.cells) for row in rows] == [(2, {"prompt": f"a{sign}b", "seed": "3"}),
+                                                         (3, {"prompt": "c", "seed": "4"})]  # fmt: skip
+    lines = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in (f"a{sign}b", "c"))
+    assert [row.number for row in read_table(write(tmp_path / "t.jsonl", lines)).rows] == [1, 2]
+
+
+def test_a_cell_of_json_is_one_value(tmp_path):
+    rows = [{"prompt": {"a": 1}}, {"prompt": "a", "seed": [3]}, {"prompt": "a", "adapter": [[str(PIXA)]]},
+            {"prompt": "a", "afg": {}}, {"prompt": "a", "seed": 5}]  # fmt: skip
+    tasks = tasks_of(tmp_path, rows)
+    assert [task.fault for task in tasks] == [
+        'prompt: {"a": 1} is not one value.', "seed: [3] is not one value.",
+        f'adapter: {json.dumps([str(PIXA)])[:60]} is not one value.', "afg: {} is not one value.", "",
+    ]  # fmt: skip
+
+
+def test_a_name_that_stands_twice_in_json_is_told(tmp_path):
+    rows = read_table(write(tmp_path / "t.jsonl", '{"seed": 3, "seed ": 4}\n{"seed": 5}\n')).rows
+    assert rows[0].fault == "the line is not JSON ('seed' stands twice in one object)" and rows[1].cells == {"seed": 5}
+
+
+def test_two_columns_for_one_thing_are_refused(refused, tmp_path):
+    table = write(tmp_path / "t.csv", "prompt,loda steps,LODA-steps\na,3,4\n")
+    assert "t.csv has two columns for --loda-steps: remove one." in refused("render", table)
+    table = write(tmp_path / "g.csv", "9.seed,KSampler (LODA).seed\n3,4\n")
+    assert "g.csv has two columns for input '9.seed': remove one." in refused("render", table, "--graph", TEMPLATE)
+
+
+@pytest.mark.parametrize("word", ["yes", "TRUE", "On", 1, True, "no", "False", "off", "0", False])
+def test_yes_and_no_are_said_alike_everywhere(tmp_path, word):
+    wanted = str(word).lower() in ("yes", "true", "on", "1")
+    (task,) = tasks_of(tmp_path, [{"prompt": "a", "afg": word}])
+    graph = server.read_graph(TEMPLATE)
+    made = server.fill(graph, {"c": ("9", "afg")}, Row(1, {"c": word}), Table("t", "line", ["c"], []))
+    assert task.order["afg"] is wanted and made["9"]["inputs"]["afg"] is wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("नमस्ते दुनिया", "नमस्ते दुनिया"), ("e\u0301té", "été"), ("猫" * 90, "猫" * 66), ("🦊 a/b:c?", "_ a_b_c_"),
+        ("..", "_"), (" x. ", "x"), ("a" * 79 + " b", "a" * 79),
+    ],
+)  # fmt: skip
+def test_names_of_every_script_begin_a_file(tmp_path, name, wanted):
+    (task,) = tasks_of(tmp_path, [{"prompt": "a", "name": name}])
+    assert task.name == wanted
+    folder.Folder(tmp_path, read_table(tmp_path / "t.json"), [task], bytes).keep(task, Drawing([(".png", b"x")]))
+    assert (tmp_path / f"{wanted}-{task.key}.png").read_bytes() == b"x"
+
+
+def test_ten_thousand_rows_start_at_once_and_stay_small(tmp_path):
+    """Tables of 10,000 rows, of options and of a graph: seconds, and little memory a row."""
+    count = 10_000
+    lines = "".join(f'"a star, a heart {i}",{i},{i % 5 + 1},\n' for i in range(count))
+    table = read_table(write(tmp_path / "t.csv", f"prompt,seed,steps,name\n{lines}"))
+    began = time.process_time()
+    tasks = render.sample_tasks(table, options.parse(["render", "t.csv", "--cfg", "3"]))
+    assert len({task.key for task in tasks}) == count == sum(task.state == "waiting" for task in tasks)
+    spent = time.process_time() - began
+    graphs = read_table(write(tmp_path / "g.csv", "Prompt,9.seed,9.steps,name\n" + lines))
+    line = options.parse(["render", "g.csv", "--graph", str(TEMPLATE)])
+    tracemalloc.start()
+    try:
+        made = render.graph_tasks(graphs, line)
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert (made[77].order["9"]["inputs"]["seed"], made[77].order["6"]["inputs"]["text"]) == (77, "a star, a heart 77")
+    assert spent < 60 and size < 8000 * count, (spent, size)
 
 
 CELLS = {
@@ -253,7 +359,7 @@ def test_demo_a_stopped_run_has_its_report_and_goes_on(call, tmp_path, monkeypat
 def test_a_place_that_cannot_be_written_is_refused_before_drawing(refused, tmp_path):
     table = table_of(tmp_path / "t.csv", [{"prompt": "a star"}])
     (tmp_path / "file").write_text("x")
-    assert "Cannot write into" in refused("render", table, "--out", tmp_path / "file" / "out")
+    assert "Cannot write" in refused("render", table, "--out", tmp_path / "file" / "out")
 
 
 # --- workers that die -----------------------------------------------------------------------------------------
@@ -267,7 +373,7 @@ class Hand:
     def __init__(self, name: str, deadly: set[int], rest: float = float("inf")):
         self.name, self.deadly, self.rest, self.closed = name, deadly, rest, False
 
-    def draw(self, order: int) -> Drawing:
+    def draw(self, order: int, step) -> Drawing:
         time.sleep(0.01)
         if order in self.deadly:
             raise WorkerLost("the power went")
@@ -412,17 +518,22 @@ def test_a_column_that_fits_none_or_several_inputs_is_refused(refused, tmp_path,
 def test_cells_take_the_type_of_their_input():
     graph = server.read_graph(TEMPLATE)
     cells = {"9.seed": str(2**64 - 1), "9.cfg": "3", "9.afg": "no", "Prompt": 7, "10.steps": 4, "9.denoise": 1}
-    made = server.fill(graph, {column: server.find_input(graph, column) for column in cells}, cells)
+    table = Table("t.csv", "line", list(cells), [Row(2, cells)])
+    made = server.fill(graph, {column: server.find_input(graph, column) for column in cells}, table.rows[0], table)
     assert made["9"]["inputs"] | {"seed": 2**64 - 1, "cfg": 3.0, "afg": False, "denoise": 1.0} == made["9"]["inputs"]
     assert (made["6"]["inputs"]["text"], made["10"]["inputs"]["steps"]) == ("7", 4)
     assert graph["9"]["inputs"]["seed"] == 1000, "the template is as it was"
     for column, cell, said in (
-        ("9.seed", "1.5", "9.seed: '1.5' is not a whole number"),
+        ("9.seed", "nan", "9.seed: 'nan' is not a number"),
+        ("9.steps", "1e999", "9.steps: '1e999' is not a number"),
+        ("10.cfg", {"a": 1}, '10.cfg: {"a": 1} is not one value'),
+        ("Prompt", ["a", "b"], 'Prompt: ["a", "b"] is not one value'),
+        ("9.afg", [True], "9.afg: [true] is not one value"),
         ("9.afg", "maybe", "9.afg: 'maybe' is not yes or no"),
         ("9.cfg", "high", "9.cfg: 'high' is not a number"),
     ):
         with pytest.raises(ConceptSplitError, match=re.escape(said)):
-            server.fill(graph, {column: server.find_input(graph, column)}, {column: cell})
+            server.fill(graph, {column: server.find_input(graph, column)}, Row(2, {column: cell}), table)
 
 
 @pytest.mark.parametrize(
