@@ -56,10 +56,10 @@ class Folder:
     a changed row gets another, and nothing is written over.
 
     Args:
-        encode: makes a PNG of an array.
+        encode: makes a PNG of an array, with texts in it.
     """
 
-    def __init__(self, path: Path, table: Table, tasks: Sequence[Task], encode: Callable[[Any], bytes]):
+    def __init__(self, path: Path, table: Table, tasks: Sequence[Task], encode: Callable[[Any, dict[str, str]], bytes]):
         self.path = path
         self.table = table
         self.tasks = tasks
@@ -170,25 +170,37 @@ class Folder:
         ]
         written = []
         for i in range(0, len(whole), PER_SHEET):
-            tiles, labels = [], []
-            for task, name in whole[i : i + PER_SHEET]:
-                try:
-                    with Image.open(self.path / name) as picture:
-                        picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))
-                        tile = picture.convert("RGB")
-                    tile.thumbnail((2 * SHEET_SIDE, 2 * SHEET_SIDE))  # 48 whole pictures would need much memory
-                    tiles.append(np.asarray(tile))
-                except (OSError, SyntaxError, ValueError):
-                    continue  # a file of a server that is no picture
-                labels.append(f"{task.number}: {self._label(task, differs)}")
-            if not tiles:
-                continue
+            part = [(name, f"{task.number}: {self._label(task, differs)}") for task, name in whole[i : i + PER_SHEET]]
             path = self.path / f"contact-sheet{f'-{i // PER_SHEET + 1}' if i else ''}.png"
-            write_whole(
-                path, self.encode(pictures.contact_sheet(tiles, labels, side=SHEET_SIDE, title=self.table.name))
-            )
-            written.append(path)
+            if self._sheet(path, part):
+                written.append(path)
+        for path in self.path.glob("contact-sheet*.png"):  # of a table that was longer
+            if re.fullmatch(r"contact-sheet(-\d+)?", path.stem) and path not in written:
+                path.unlink()
         return written
+
+    def _sheet(self, path: Path, part: list[tuple[str, str]]) -> bool:
+        """Draws pictures (name, label) unless the sheet that is there shows them; False where none is a picture."""
+        shows = hashlib.sha256(json.dumps([self.table.name, part]).encode()).hexdigest()
+        if path.exists() and is_whole(path):
+            with Image.open(path) as there:
+                if there.info.get("shows") == shows:
+                    return True
+        tiles, labels = [], []
+        for name, label in part:
+            try:
+                with Image.open(self.path / name) as picture:
+                    picture.draft("RGB", (2 * SHEET_SIDE, 2 * SHEET_SIDE))
+                    tile = picture.convert("RGB")
+                tile.thumbnail((2 * SHEET_SIDE, 2 * SHEET_SIDE))  # whole ones would need much memory
+                tiles.append(np.asarray(tile))
+                labels.append(label)
+            except (OSError, SyntaxError, ValueError):
+                continue  # a file of a server that is no picture
+        if tiles:
+            sheet = pictures.contact_sheet(tiles, labels, side=SHEET_SIDE, title=self.table.name)
+            write_whole(path, self.encode(sheet, {"shows": shows}))
+        return bool(tiles)
 
     @staticmethod
     def _label(task: Task, columns: list[str]) -> str:
