@@ -8,8 +8,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -589,6 +591,85 @@ def test_demo_ray_a_killed_worker_loses_nothing(tmp_path):
     assert subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, timeout=240).returncode == 1
     assert report(out)["counts"] == {"done": 1, "kept": 7, "failed": 1, "waiting": 0}
     assert (out / first).read_bytes() == theirs
+
+
+def start_cluster(base: str, home: Path, port: int) -> None:
+    """Starts a Ray cluster that asks for the token in `home`; its processes have `base` in their command lines."""
+    line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=2"]
+    line += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={base}"]
+    environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kill_cluster(base: str) -> None:
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if base.encode() in command.read_bytes() and int(command.parent.name) != os.getpid():
+                os.kill(int(command.parent.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="RAY IS NOT INSTALLED: its workers are not tested")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a node's processes as Linux shows them")
+def test_demo_ray_a_running_cluster_with_a_token_loses_a_worker_and_nothing_else(tmp_path):
+    """A cluster that asks for a token, started by itself; without the token a sentence; one of two workers killed."""
+    home, stranger = tmp_path / "home", tmp_path / "stranger"
+    (home / ".ray").mkdir(parents=True)
+    stranger.mkdir()
+    (home / ".ray" / "auth_token").write_text("5eed" * 16)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rows = [{"prompt": TWO, "seed": seed, "lora": "; ".join(LORAS), "steps": 10} for seed in range(40, 46)]
+    table, out = table_of(tmp_path / "t.csv", rows), tmp_path / "out"
+    line = [sys.executable, "-m", "conceptsplit_core", "render", str(table), "--out", str(out)]
+    line += ["--ray", f"127.0.0.1:{port}", "--workers", "2"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # Sockets have short names: not in pytest's folder.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as base:
+        running = None
+        try:
+            start_cluster(base, home, port)
+            told = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 240}
+            refused = subprocess.run(line, env={**environment, "HOME": str(stranger)}, **told)
+            assert refused.returncode == 2 and not list(out.glob("*.png"))
+            assert f"The Ray cluster at 127.0.0.1:{port} lets nobody in from here: put its token into" in refused.stderr
+            running = subprocess.Popen(
+                line, cwd=ROOT, env={**environment, "HOME": str(home)}, stderr=subprocess.PIPE, text=True
+            )
+            said: list[str] = []
+            reader = threading.Thread(target=lambda: said.extend(running.stderr), daemon=True)
+            reader.start()
+            end = time.monotonic() + 300
+            while not list(out.glob("0*.png")) and running.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            processes = re.findall(r"worker (\d): process (\d+) on ", "".join(said))
+            assert [number for number, _ in processes] == ["1", "2"], said
+            os.kill(int(processes[0][1]), signal.SIGKILL)
+            assert running.wait(300) == 0, said
+            reader.join(10)
+        finally:
+            if running is not None:
+                running.kill()
+            kill_cluster(base)
+    assert report(out)["counts"] == {"done": 6, "kept": 0, "failed": 0, "waiting": 0}, said
+    assert "worker 1 is lost (its process ended): its rows go to others." in "".join(said)
+    assert max(row["tries"] for row in report(out)["rows"]) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="RAY IS NOT INSTALLED: its workers are not tested")
+def test_no_cluster_at_an_address_is_one_sentence_at_once(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # `refused` runs here: what it sets must not stay
+    table = table_of(tmp_path / "t.csv", [{"prompt": "a star"}])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        began = time.monotonic()
+        said = refused("render", table, "--ray", address, "--out", tmp_path / "out")
+    assert f"There is no Ray cluster at {address}: " in said and time.monotonic() - began < 30
 
 
 # --- graphs of ComfyUI (servers: tests/host/suite/test_render.py) ------------------------------------------------

@@ -224,7 +224,7 @@ def test_without_the_websockets_package_rows_are_drawn_and_it_is_said(servers, t
     _, two = servers
     out = tmp_path / "out"
     line = command(out, [("a <pixa>", 81, 3, 1, 1, "euler", "")], two)
-    code = "import sys; sys.modules['websocket'] = None\nfrom conceptsplit_core import cli\nsys.exit(cli.main(sys.argv[1:]))"
+    code = "import sys; sys.modules['websocket'] = None; from conceptsplit_core import cli; cli.main(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", code, *line[3:]], cwd=REPO, capture_output=True, text=True, timeout=300
     )
