@@ -370,8 +370,8 @@ def _render(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="on a Ray cluster: that of ADDRESS (or of RAY_ADDRESS), else one that is started on this machine; a token is "
-        "taken from RAY_AUTH_TOKEN or ~/.ray/auth_token",
+        help="on a Ray cluster: that of ADDRESS (or of RAY_ADDRESS), else one that is started on this machine; a token "
+        "is taken from RAY_AUTH_TOKEN or ~/.ray/auth_token",
     )
     where.add_argument(
         "--workers", type=_count, metavar="N", help="models on the Ray cluster (default: one per GPU, without GPUs one)"
@@ -381,8 +381,8 @@ def _render(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="HOST:PORT",
-        help="on a running ComfyUI, may be given several times (with --graph alone: 127.0.0.1:8188); its steps are shown "
-        "where websocket-client is installed",
+        help="on a running ComfyUI, may be given several times (with --graph alone: 127.0.0.1:8188); its steps are "
+        "shown where websocket-client is installed",
     )
     where.add_argument(
         "--graph",
