@@ -75,7 +75,7 @@ class Folder:
             ConceptSplitError: it cannot be written to, or another run is at it.
         """
         check_place(self.path / "report.json")
-        lock = FileLock(self.path / ".rendering", blocking=False)
+        lock = FileLock(self.path / ".rendering", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()

@@ -144,7 +144,7 @@ def _like(column: str, cell: Any, old: Any, table: Table) -> Any:
                 number = kind(text)
             except ValueError:
                 continue
-            if math.isfinite(number):
+            if kind is int or math.isfinite(number):
                 return number
         raise ConceptSplitError(f"{column}: '{cell}' is not a number")
     return str(cell) if isinstance(old, str) else cell

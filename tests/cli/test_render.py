@@ -707,9 +707,13 @@ def test_cells_take_the_type_of_their_input():
     assert made["9"]["inputs"] | {"seed": 2**64 - 1, "cfg": 3.0, "afg": False, "denoise": 1.0} == made["9"]["inputs"]
     assert (made["6"]["inputs"]["text"], made["10"]["inputs"]["steps"]) == ("7", 4)
     assert graph["9"]["inputs"]["seed"] == 1000, "the template is as it was"
+    # A page writes 8.0 as 8: what stands there does not say that an input is a whole number.
+    for cell, value in (("7.5", 7.5), ("20.0", 20.0), ("9" * 400, int("9" * 400))):
+        assert server.fill(graph, {"c": ("9", "seed")}, Row(2, {"c": cell}), table)["9"]["inputs"]["seed"] == value
     for column, cell, said in (
         ("9.seed", "nan", "9.seed: 'nan' is not a number"),
         ("9.steps", "1e999", "9.steps: '1e999' is not a number"),
+        ("9.steps", True, "9.steps: 'True' is not a number"),
         ("10.cfg", {"a": 1}, '10.cfg: {"a": 1} is not one value'),
         ("Prompt", ["a", "b"], 'Prompt: ["a", "b"] is not one value'),
         ("9.afg", [True], "9.afg: [true] is not one value"),
