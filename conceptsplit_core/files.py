@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
                 os.unlink(temporary)
             except OSError:
                 pass
+
+
+def check_place(path: Path) -> None:
+    """Finds out before the work whether the file `path` can be written, and leaves nothing behind.
+
+    Raises:
+        ConceptSplitError: a folder of that name, a file that may not be replaced, or no right to write there.
+    """
+    if path.is_dir():
+        raise ConceptSplitError(f"Cannot write {path}: it is a folder, give --out a file name.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as problem:
+        raise ConceptSplitError(f"Cannot write {path}: {problem.strerror or problem}.") from None
 
 
 # Other files that lie where a safetensors file should, by their first bytes: what they are, and what to do.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConceptSplitError
-from ..render.crew import Drawing, Worker, WorkerLost
+from ..render.crew import Drawing, Step, Worker, WorkerLost
 from .common import say
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ class RayActor:
         from . import told
 
         try:
-            return self.local.draw(order)
+            return self.local.draw(order, lambda done, total: None)
         except Exception as problem:
             said = told(problem)
             if said is None:
@@ -54,7 +55,8 @@ class RayWorker:
         self.mates = mates
         mates.append(self)
 
-    def draw(self, order: dict[str, Any]) -> Drawing:
+    def draw(self, order: dict[str, Any], step: Step) -> Drawing:
+        """Without steps: what an actor says arrives when it has ended."""
         import ray
 
         try:
@@ -83,6 +85,29 @@ class RayWorker:
             ray.shutdown()
 
 
+def _show_token() -> None:
+    """Lets Ray show its token to a cluster that is named by its address, which it does only when told to; a cluster
+    without tokens takes no notice. Ray reads the setting when it is imported."""
+    there = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(map(os.environ.get, there)) or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _check_reachable(where: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        ConceptSplitError: nothing answers at HOST:PORT.
+    """
+    host, colon, port = where.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():  # "auto", or what Ray refuses by itself
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as problem:
+        raise ConceptSplitError(f"There is no Ray cluster at {where}: {problem}.") from None
+
+
 def ray_workers(address: str, device: str, asked: int | None, most: int) -> list[Worker]:
     """Actors on a cluster, each with a GPU of its own where there are GPUs.
 
@@ -93,6 +118,7 @@ def ray_workers(address: str, device: str, asked: int | None, most: int) -> list
     Raises:
         ConceptSplitError: Ray is not installed, no cluster there, or no place on it.
     """
+    _show_token()
     try:
         import ray
     except ImportError:
@@ -100,7 +126,9 @@ def ray_workers(address: str, device: str, asked: int | None, most: int) -> list
             'The package ray is not installed: `pip install ".[ray]"` in the ConceptSplit folder installs it.'
         ) from None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if address or os.environ.get("RAY_ADDRESS"):
+    where = address or os.environ.get("RAY_ADDRESS", "")
+    if where:
+        _check_reachable(where)
         # Machines of the cluster need what the terminal needs, and get this package from here.
         options |= {"address": address or None, "runtime_env": {"py_modules": [str(PACKAGE)]}}
     else:
@@ -110,9 +138,13 @@ def ray_workers(address: str, device: str, asked: int | None, most: int) -> list
         options |= {"address": "local", "include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, asked or 1)}
     try:
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as problem:
-        where = f"at {address or os.environ.get('RAY_ADDRESS')}" if "runtime_env" in options else "on this machine"
-        raise ConceptSplitError(f"There is no Ray cluster {where}: {problem}") from None
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as problem:
+        if not where:
+            raise ConceptSplitError(f"A Ray cluster does not start on this machine: {problem}") from None
+        raise ConceptSplitError(
+            f"The Ray cluster at {where} lets nobody in from here: put its token into ~/.ray/auth_token or "
+            f"RAY_AUTH_TOKEN and use its versions of Ray and Python ({str(problem).splitlines()[0].rstrip('.')})."
+        ) from None
     gpus = int(ray.cluster_resources().get("GPU", 0))
     count = min(asked or gpus or 1, most)
     kind: Any = ray.remote(max_restarts=-1, num_cpus=1, num_gpus=1 if gpus else 0)(RayActor)

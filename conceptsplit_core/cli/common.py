@@ -81,7 +81,8 @@ def bar(total: int, what: str, unit: str = "step") -> Any:
     """A progress bar on stderr."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=silent())
+    # With miniters, what is said beside the bar is shown without a step too.
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, miniters=0, disable=silent())
 
 
 def choose_device(name: str) -> torch.device:

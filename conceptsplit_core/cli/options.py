@@ -246,7 +246,8 @@ def _render(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="on a Ray cluster: that of ADDRESS (or of RAY_ADDRESS), else one that is started on this machine",
+        help="on a Ray cluster: that of ADDRESS (or of RAY_ADDRESS), else one that is started on this machine; a token "
+        "is taken from RAY_AUTH_TOKEN or ~/.ray/auth_token",
     )
     where.add_argument(
         "--workers", type=count, metavar="N", help="models on the Ray cluster (default: one per GPU, without GPUs one)"
@@ -256,7 +257,8 @@ def _render(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="HOST:PORT",
-        help="on a running ComfyUI, may be given several times (with --graph alone: 127.0.0.1:8188)",
+        help="on a running ComfyUI, may be given several times (with --graph alone: 127.0.0.1:8188); its steps are "
+        "shown where websocket-client is installed",
     )
     where.add_argument(
         "--graph",

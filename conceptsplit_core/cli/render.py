@@ -6,15 +6,16 @@ import argparse
 import copy
 import sys
 import traceback
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConceptSplitError
-from ..render.crew import Crew, Drawing, Task, Worker
-from ..render.folder import Folder, check_folder, key
+from ..render.crew import Crew, Drawing, Step, Task, Worker
+from ..render.folder import Folder, key
 from ..render.server import LOCAL, Server, fill, find_input, read_graph
-from ..render.table import NAME, Row, Table, meant, read_table
+from ..render.table import NAME, Row, Table, meant, one_value, read_table, yes_or_no
 from ..settings import seeds
 from . import told
 from .common import bar, encode_picture, open_model, say
@@ -22,7 +23,6 @@ from .options import row_parser
 from .sample import draw, loda_config, request
 
 SOME_FAILED = 1
-YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 # Which device draws a row changes no option of the picture.
 NOT_OF_A_ROW = {"device", "batch"}
 
@@ -41,8 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
         tasks = graph_tasks(table, arguments)
     else:
         tasks = sample_tasks(table, arguments)
-    check_folder(out)
     folder = Folder(out, table, tasks, encode_picture)
+    with folder.alone():
+        return _render(arguments, folder, on_servers)
+
+
+def _render(arguments: argparse.Namespace, folder: Folder, on_servers: bool) -> int:
+    table, tasks = folder.table, folder.tasks
     folder.find_done()
     for task in tasks:
         if task.state == "failed":
@@ -60,15 +65,25 @@ def run(arguments: argparse.Namespace) -> int:
             _draw(open_tasks, found, folder)
     finally:
         folder.report()
-        sheets = folder.sheets()
-    say(f"{out}: {folder.summary()}. Look at {sheets[0].name if sheets else 'report.txt'}.")
+    sheets = folder.sheets()
+    say(f"{folder.path}: {folder.summary()}. Look at {sheets[0].name if sheets else 'report.txt'}.")
     return 0 if all(task.state in ("done", "kept") for task in tasks) else SOME_FAILED
 
 
 def _draw(tasks: list[Task], found: list[Worker], folder: Folder) -> None:
     progress = bar(len(tasks), "rendering", "picture")
+    steps: dict[int, str] = {}
+
+    def stepped(task: Task, done: int, total: int) -> None:
+        where = f"{task.worker} " if len(found) > 1 else ""
+        with progress.get_lock():
+            steps[id(task)] = f"{where}{folder.table.unit} {task.number}: {done}/{total}"
+            progress.set_postfix_str(", ".join(steps.values()), refresh=False)
+            progress.update(0)
 
     def finished(task: Task, drawing: Drawing | None) -> None:
+        with progress.get_lock():
+            steps.pop(id(task), None)
         folder.keep(task, drawing)
         if task.state == "failed":
             progress.write(f"{folder.table.unit} {task.number}: {task.fault}", file=sys.stderr)
@@ -81,7 +96,7 @@ def _draw(tasks: list[Task], found: list[Worker], folder: Folder) -> None:
         return said or f"Unforeseen {type(problem).__name__}: {problem}"
 
     try:
-        Crew(tasks, found, finished, explain, lambda text: progress.write(text, file=sys.stderr)).run()
+        Crew(tasks, found, finished, explain, lambda text: progress.write(text, file=sys.stderr), stepped).run()
     finally:
         progress.close()
 
@@ -97,6 +112,9 @@ def workers(arguments: argparse.Namespace, tasks: list[Task]) -> list[Worker]:
         silent = [server.name for server in servers if not server.alive()]
         if len(silent) == len(servers):
             raise ConceptSplitError(f"{' and '.join(silent)} cannot be reached: start ComfyUI or correct --server.")
+        for said in dict.fromkeys(server.listen() for server in servers if server.name not in silent):
+            if said:
+                say(said)
         return list(servers)
     if arguments.ray is not None:
         from .cluster import ray_workers
@@ -114,7 +132,7 @@ class Local:
         self.device = device
         self.opened: tuple[Any, Any] = (None, None)
 
-    def draw(self, order: dict[str, Any]) -> Drawing:
+    def draw(self, order: dict[str, Any], step: Step) -> Drawing:
         """One picture. Pictures are drawn one by one: in a batch they differ in their last bits."""
         arguments = argparse.Namespace(**order, device=self.device)
         which = model_of(order)
@@ -122,7 +140,7 @@ class Local:
             self.opened = (None, None)  # the old one's memory first
             self.opened = (which, open_model(arguments))
         notes: list[str] = []
-        result, facts = draw(self.opened[1], request(arguments), [arguments.seed], notes.append)
+        result, facts = draw(self.opened[1], request(arguments), [arguments.seed], notes.append, step)
         return Drawing([(".png", encode_picture(result.images[0], {**facts, "seed": str(arguments.seed)}))], notes)
 
     def alive(self) -> bool:
@@ -153,6 +171,8 @@ def sample_tasks(table: Table, shared: argparse.Namespace) -> list[Task]:
             raise ConceptSplitError(
                 f"{table.name} has a column '{column}', which is no option of `sample`{meant(option, list(known))}."
             )
+    if twice := _twice(columns):
+        raise ConceptSplitError(f"{table.name} has two columns for --{twice.replace('_', '-')}: remove one.")
     defaults = vars(parser.parse_args([]))
     earlier: Counter[str] = Counter()
     checked: dict[str, str] = {}
@@ -160,7 +180,7 @@ def sample_tasks(table: Table, shared: argparse.Namespace) -> list[Task]:
     for row in table.rows:
         cells = {columns[column]: cell for column, cell in row.cells.items()}
         try:
-            arguments = _arguments(row, cells, known, parser, shared)
+            arguments = _arguments(row, cells, known, parser, shared, table)
             _check_files(arguments, checked)
         except ConceptSplitError as problem:
             task = Task(row.number, row.cells)
@@ -184,6 +204,7 @@ def _arguments(
     known: dict[str, argparse.Action],
     parser: argparse.ArgumentParser,
     shared: argparse.Namespace,
+    table: Table,
 ) -> argparse.Namespace:
     """Arguments of `sample` for one row, checked without a model."""
     if row.fault:
@@ -194,17 +215,18 @@ def _arguments(
         if option == NAME:
             continue
         action, dashed = known[option], option.replace("_", "-")
+        takes_several = isinstance(action.default, list)
+        for part in cell if takes_several and isinstance(cell, list) else [cell]:
+            one_value(dashed, part)
         if isinstance(action, argparse.BooleanOptionalAction):
-            text = str(cell).lower()
-            if text not in YES + NO:
-                raise ConceptSplitError(f"{dashed}: '{cell}' is not yes or no")
-            line.append(f"--{dashed}" if text in YES else f"--no-{dashed}")
-        elif isinstance(action.default, list):
+            line.append(f"--{dashed}" if yes_or_no(dashed, cell) else f"--no-{dashed}")
+        elif takes_several:
             setattr(start, option, [])
             several = cell if isinstance(cell, list) else str(cell).split(";")
             line += [f"--{dashed}={str(text).strip()}" for text in several if str(text).strip()]
         else:
-            line.append(f"--{dashed}={cell}")
+            number = isinstance(action.default, float)
+            line.append(f"--{dashed}={table.number(cell) if number else cell}")
     arguments = parser.parse_args(line, start)
     if not arguments.prompt:
         raise ConceptSplitError("there is no prompt: give the row or the command one")
@@ -226,8 +248,17 @@ def _check_files(arguments: argparse.Namespace, checked: dict[str, str]) -> None
 
 
 def _file_name(text: str) -> str:
-    """`text` as the beginning of a file's name on every system."""
-    return "".join(letter if letter.isalnum() or letter in "-_ ." else "_" for letter in text).strip(" .")[:80] or "_"
+    """`text`, of any script, as the beginning of a file's name on every system, where a name has 255 bytes at most."""
+    text = unicodedata.normalize("NFC", text)
+    # Letters, marks on letters, numbers.
+    kept = (letter if unicodedata.category(letter)[0] in "LMN" or letter in "-_ ." else "_" for letter in text)
+    short = "".join(kept).strip(" .")[:80].encode()[:200].decode(errors="ignore")
+    return short.strip(" .") or "_"
+
+
+def _twice(columns: dict[str, Any]) -> Any:
+    """What two columns stand for; None when none do."""
+    return next((one for one, count in Counter(columns.values()).items() if count > 1), None)
 
 
 # --- rows in a graph of ComfyUI ---------------------------------------------------------------------------------
@@ -247,16 +278,17 @@ def graph_tasks(table: Table, shared: argparse.Namespace) -> list[Task]:
             )
     graph = read_graph(Path(shared.graph).expanduser())
     targets = {column: find_input(graph, column) for column in table.columns if column.lower() != NAME}
+    if twice := _twice(targets):
+        raise ConceptSplitError(f"{table.name} has two columns for input '{'.'.join(twice)}': remove one.")
     earlier: Counter[str] = Counter()
     tasks = []
     for row in table.rows:
-        cells = {column: cell for column, cell in row.cells.items() if column in targets}
         name = next((str(cell) for column, cell in row.cells.items() if column.lower() == NAME), f"{row.number:04d}")
         task = Task(row.number, row.cells, _file_name(name))
         try:
             if row.fault:
                 raise ConceptSplitError(row.fault)
-            task.order = fill(graph, targets, cells)
+            task.order = fill(graph, targets, row, table)
             task.key = key(task.order, earlier)
         except ConceptSplitError as problem:
             task.fail(str(problem))

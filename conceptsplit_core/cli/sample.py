@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..adapters.gated import with_gate
 from ..adapters.lora import trained_words
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
-from ..files import MAX_TAGS_BYTES, read_header
+from ..files import MAX_TAGS_BYTES, check_place, read_header
 from ..options import from_values
 from ..settings import CorrectionConfig, GateConfig, LoaderConfig, LodaConfig, seeds
 from ..text.concepts import Concept, concept_name, word_name
@@ -170,24 +169,6 @@ def map_sheet(result: SampleResult, index: int, names: list[str], at: int) -> ND
 
 
 WEIGHT = re.compile(r"\([^()]*:\s*[-+]?[\d.]+\s*\)")
-
-
-def check_place(path: Path) -> None:
-    """Finds out before sampling whether `path` can be written, and leaves nothing behind.
-
-    Raises:
-        ConceptSplitError: a folder of that name, a file that may not be replaced, or no right to write there.
-    """
-    if path.is_dir():
-        raise ConceptSplitError(f"Cannot write {path}: it is a folder, give --out a file name.")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if path.exists():
-            path.open("ab").close()
-    except OSError as problem:
-        raise ConceptSplitError(f"Cannot write {path}: {problem.strerror or problem}.") from None
 
 
 def targets(arguments: argparse.Namespace) -> list[tuple[int, Path, Path]]:

@@ -7,12 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from ..errors import ConceptSplitError
 
 TRIES = 3
 """Workers that one row may lose before it counts as its fault."""
+
+
+Step = Callable[[int, int], None]
+"""Is told how many steps of a row are done, and of how many."""
 
 
 class WorkerLost(Exception):
@@ -33,8 +38,8 @@ class Worker(Protocol):
     name: str
     places: int
 
-    def draw(self, order: Any) -> Drawing:
-        """Draws what a task orders.
+    def draw(self, order: Any, step: Step) -> Drawing:
+        """Draws what a task orders, and calls `step` where it knows of steps.
 
         Raises:
             ConceptSplitError: the row cannot be drawn, here or elsewhere.
@@ -84,6 +89,7 @@ class Crew:
         finished: called after each task, by one thread at a time, with the drawing or None if it failed.
         explain: one sentence for an unforeseen error of a worker.
         tell: is given a sentence when a worker is lost or back.
+        stepped: is told of the steps of a task, in several threads.
         patience: seconds without any worker after which the run is given up.
     """
 
@@ -94,6 +100,7 @@ class Crew:
         finished: Callable[[Task, Drawing | None], None],
         explain: Callable[[Exception], str],
         tell: Callable[[str], None],
+        stepped: Callable[[Task, int, int], None] = lambda task, done, total: None,
         patience: float = 60.0,
     ):
         self.waiting = deque(tasks)
@@ -101,6 +108,7 @@ class Crew:
         self.finished = finished
         self.explain = explain
         self.tell = tell
+        self.stepped = stepped
         self.patience = patience
         self.open = len(tasks)  # waiting or being drawn
         self.lost: set[str] = set()
@@ -148,7 +156,7 @@ class Crew:
                 began = time.monotonic()
                 task.tries, task.worker = task.tries + 1, worker.name
                 try:
-                    drawing = worker.draw(task.order)
+                    drawing = worker.draw(task.order, partial(self.stepped, task))
                 except WorkerLost as reason:
                     self._give_back(task, worker, str(reason))
                     if not self._back(worker):

@@ -1,13 +1,17 @@
 """Running ComfyUI servers: a graph with a row's cells in it, and one server as a worker.
 
-The server's own interface is five addresses (POST /prompt, GET /history/ID, /queue, /view, /system_stats), of which
-/history is what stays true when a connection breaks; so nothing but the standard library is needed.
+The server's own interface is a few addresses (POST /prompt, GET /history/ID, /queue, /view, /system_stats,
+/object_info). /history is what stays true when a connection breaks; the websocket tells the steps, and when to look.
+
+Of the host's published clients, comfy-cli is a program under the GPL with some twenty packages behind it, and comfy-sdk
+speaks an interface that a server has only behind comfy-api-proxy. So the standard library asks, and websocket-client,
+which the host's own examples and comfy-cli use, is the socket; without it, rows are drawn all the same.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import re
 import threading
 import time
@@ -19,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConceptSplitError
-from .crew import Drawing, WorkerLost
-from .table import meant
+from .crew import Drawing, Step, WorkerLost
+from .table import Row, Table, meant, one_value, yes_or_no
 
 Graph = dict[str, dict[str, Any]]
 
@@ -28,6 +32,8 @@ LOCAL = "127.0.0.1:8188"
 QUEUED = 2
 """Rows that a server has at a time: one being drawn, and one so that it need not wait."""
 POLL_SECONDS, ANSWER_SECONDS, SILENT_SECONDS = 0.5, 20.0, 60.0
+OPEN_SECONDS, HEAR_SECONDS = 5.0, 5.0
+"""Until a websocket is open, and how long it is trusted before the server is asked all the same."""
 
 
 def read_graph(path: Path) -> Graph:
@@ -56,6 +62,11 @@ def read_graph(path: Path) -> Graph:
 
 def _title(node: dict[str, Any]) -> str:
     return str(node.get("_meta", {}).get("title", ""))
+
+
+def _named(graph: Graph, key: str) -> str:
+    node = graph.get(key, {})
+    return f"{_title(node) or node.get('class_type', 'a node')} (node {key})"
 
 
 def find_input(graph: Graph, column: str) -> tuple[str, str]:
@@ -103,32 +114,39 @@ def find_input(graph: Graph, column: str) -> tuple[str, str]:
     )
 
 
-def fill(graph: Graph, targets: dict[str, tuple[str, str]], cells: dict[str, Any]) -> Graph:
+def fill(graph: Graph, targets: dict[str, tuple[str, str]], row: Row, table: Table) -> Graph:
     """The graph with a row's cells in the inputs that its columns name, of the type that stands there.
+
+    What no cell changes is shared with `graph`: a table may have thousands of rows.
 
     Raises:
         ConceptSplitError: a cell of another type.
     """
-    made = copy.deepcopy(graph)
-    for column, cell in cells.items():
-        key, name = targets[column]
-        made[key]["inputs"][name] = _like(column, cell, graph[key]["inputs"][name])
+    made = dict(graph)
+    for column, cell in row.cells.items():
+        if column in targets:
+            key, name = targets[column]
+            value = _like(column, cell, graph[key]["inputs"][name], table)
+            made[key] = {**made[key], "inputs": {**made[key]["inputs"], name: value}}
     return made
 
 
-def _like(column: str, cell: Any, old: Any) -> Any:
-    if isinstance(cell, str):
-        cell = cell.strip()
-    try:
-        if isinstance(old, bool):
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(cell).lower()]
-        if isinstance(old, int):
-            return int(cell) if isinstance(cell, str) else int(str(cell))
-        if isinstance(old, float):
-            return float(cell)
-    except (KeyError, ValueError, TypeError):
-        kind = "yes or no" if isinstance(old, bool) else "a whole number" if isinstance(old, int) else "a number"
-        raise ConceptSplitError(f"{column}: '{cell}' is not {kind}") from None
+def _like(column: str, cell: Any, old: Any, table: Table) -> Any:
+    if isinstance(old, (str, int, float)):
+        one_value(column, cell)
+    if isinstance(old, bool):
+        return yes_or_no(column, cell)
+    if isinstance(old, (int, float)):
+        text = str(table.number(cell))
+        # A page writes 8.0 as 8, so only the server knows which inputs are whole numbers (`Server._check_whole`).
+        for kind in (int, float) if isinstance(old, int) else (float,):
+            try:
+                number = kind(text)
+            except ValueError:
+                continue
+            if kind is int or math.isfinite(number):
+                return number
+        raise ConceptSplitError(f"{column}: '{cell}' is not a number")
     return str(cell) if isinstance(old, str) else cell
 
 
@@ -140,12 +158,30 @@ class Server:
     def __init__(self, address: str):
         text = address if "://" in address else f"http://{address}"
         parts = urllib.parse.urlsplit(text)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        other = parts.query or parts.fragment or parts.username
+        if parts.scheme not in ("http", "https") or not parts.hostname or other:
             raise ConceptSplitError(f"--server {address} is no address: write HOST:PORT, for instance {LOCAL}.")
         self.name = f"server {parts.netloc}{parts.path}".rstrip("/")
         self.address = text.rstrip("/")
         self.mine: set[str] = set()
         self.lock = threading.Lock()
+        self.hears = False
+        self.inputs: dict[str, dict[str, Any]] = {}
+
+    def listen(self) -> str:
+        """Tries the websocket; '' or why the steps of rows will not be shown."""
+        try:
+            self._open("conceptsplit").close()
+        except ImportError:
+            return (
+                "The package websocket-client is not installed, so the servers' steps are not shown: "
+                '`pip install ".[servers]"` in the ConceptSplit folder installs it.'
+            )
+        except Exception as problem:  # of the socket, of a proxy or of the network
+            said = " ".join(str(problem).split())[:120] or type(problem).__name__
+            return f"{self.name} opens no websocket ({said}), so its steps are not shown."
+        self.hears = True
+        return ""
 
     def alive(self) -> bool:
         try:
@@ -154,16 +190,25 @@ class Server:
             return False
         return True
 
-    def draw(self, order: Graph) -> Drawing:
+    def draw(self, order: Graph, step: Step) -> Drawing:
         """Queues a graph, waits for it and fetches the pictures that it saves; if it saves none, its previews."""
         number = str(uuid.uuid4())
         with self.lock:
             self.mine.add(number)
+        ears = []
         try:
+            self._check_whole(order)
+            if self.hears:
+                try:
+                    ears.append(self._open(number))
+                except Exception:  # this row is asked for instead
+                    pass
             self._queue(number, order)
-            entry = self._wait(number)
+            entry = self._wait(number, ears, step)
             return Drawing(self._pictures(entry))
         finally:
+            for ear in ears:
+                ear.shutdown()
             with self.lock:
                 self.mine.discard(number)
 
@@ -179,15 +224,38 @@ class Server:
         except (WorkerLost, ConceptSplitError):
             pass
 
+    def _open(self, number: str) -> Any:
+        """A websocket that is told of the prompt of this number alone. The prompt's client has the same number."""
+        from websocket import create_connection
+
+        address = self.address.replace("http", "ws", 1)  # https becomes wss
+        return create_connection(f"{address}/ws?clientId={number}", timeout=OPEN_SECONDS, suppress_origin=True)
+
+    def _check_whole(self, graph: Graph) -> None:
+        """Raises:
+        ConceptSplitError: a number with a fraction where the server would cut it off without a word.
+        """
+        for key, node in graph.items():
+            for name, value in node["inputs"].items():
+                if isinstance(value, float) and value % 1 and self._kind(node["class_type"], name) == "INT":
+                    raise ConceptSplitError(f"{_named(graph, key)}: {name} {value} is not a whole number")
+
+    def _kind(self, node: str, name: str) -> Any:
+        """The type that the server declares for an input."""
+        if node not in self.inputs:
+            found = self._ask(f"/object_info/{urllib.parse.quote(node)}").get(node, {}).get("input", {})
+            self.inputs[node] = {**found.get("optional", {}), **found.get("required", {})}
+        return next(iter(self.inputs[node].get(name) or []), None)
+
     def _queue(self, number: str, graph: Graph) -> None:
-        answer = self._ask("/prompt", {"prompt": graph, "prompt_id": number})
+        answer = self._ask("/prompt", {"prompt": graph, "prompt_id": number, "client_id": number})
         if faults := answer.get("node_errors"):
             # Some of the graph's outputs are possible, and the server has begun them.
             self._ask("/queue", {"delete": [number]})
             self._ask("/interrupt", {"prompt_id": number})
             raise ConceptSplitError(_refusal({}, faults, graph))
 
-    def _wait(self, number: str) -> dict[str, Any]:
+    def _wait(self, number: str, ears: list[Any], step: Step) -> dict[str, Any]:
         """The history entry of a finished prompt."""
         heard = time.monotonic()
         while True:
@@ -212,7 +280,34 @@ class Server:
                 if status.get("status_str") == "error":
                     raise ConceptSplitError(_failure(status.get("messages", [])))
                 return entry
-            time.sleep(POLL_SECONDS)
+            if not ears:
+                time.sleep(POLL_SECONDS)
+            elif not self._hear(ears[0], number, step):
+                ears.pop().shutdown()
+
+    @staticmethod
+    def _hear(ear: Any, number: str, step: Step) -> bool:
+        """Passes on steps until the row has ended or it is time to ask; False when the socket is broken."""
+        from websocket import WebSocketException, WebSocketTimeoutException
+
+        until = time.monotonic() + HEAR_SECONDS
+        while (left := until - time.monotonic()) > 0:
+            try:
+                ear.settimeout(left)
+                message = ear.recv()
+                if isinstance(message, bytes):  # a preview
+                    continue
+                told = json.loads(message)
+                kind, data = told["type"], told["data"]
+                if data.get("prompt_id") == number and kind == "progress":
+                    step(int(data["value"]), int(data["max"]))
+            except WebSocketTimeoutException:
+                break
+            except (WebSocketException, OSError, ValueError, KeyError, TypeError, AttributeError):
+                return False
+            if data.get("prompt_id") == number and kind == "executing" and data.get("node") is None:
+                break
+        return True
 
     def _pictures(self, entry: dict[str, Any]) -> list[tuple[str, bytes]]:
         images = [image for out in entry["outputs"].values() for image in out.get("images", [])]
@@ -274,8 +369,7 @@ def _refusal(error: Any, faults: Any, graph: Graph) -> str:
     told = []
     for key, fault in (faults or {}).items():
         for one in fault.get("errors", []):
-            node = graph.get(key, {})
-            told.append(f"{_title(node) or node.get('class_type', key)}: {one.get('message')} ({one.get('details')})")
+            told.append(f"{_named(graph, key)}: {one.get('message')} ({one.get('details')})")
     first = f"{error.get('message')} {error.get('details') or ''}" if isinstance(error, dict) else str(error)
     return "The server refuses the graph: " + "; ".join(told or [first]).strip()
 

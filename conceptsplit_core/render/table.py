@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,6 +16,7 @@ from typing import Any
 from ..errors import ConceptSplitError
 
 NAME = "name"  # a column of render's own: how the row's files begin
+YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 MAX_BYTES = 64 * 1024 * 1024
 
 
@@ -27,12 +31,42 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with something in them. `unit` is what their numbers count: lines of a file, or entries of a JSON list."""
+    """Rows with something in them.
+
+    Attributes:
+        unit: what their numbers count: lines of a file, or entries of a JSON list.
+        comma: it was saved where the comma is the decimal sign.
+    """
 
     name: str
     unit: str
     columns: list[str]
     rows: list[Row]
+    comma: bool = False
+
+    def number(self, cell: Any) -> Any:
+        """A cell that should be a number, with its decimal sign as a point."""
+        comma = self.comma and isinstance(cell, str) and re.fullmatch(r"[-+]?\d*,\d+", cell)
+        return cell.replace(",", ".") if comma else cell
+
+
+def one_value(column: str, cell: Any) -> Any:
+    """Raises:
+    ConceptSplitError: a list or an object, from a JSON table.
+    """
+    if isinstance(cell, (dict, list)):
+        raise ConceptSplitError(f"{column}: {json.dumps(cell, ensure_ascii=False)[:60]} is not one value")
+    return cell
+
+
+def yes_or_no(column: str, cell: Any) -> bool:
+    """Raises:
+    ConceptSplitError: a cell that says neither.
+    """
+    said = str(cell).lower()
+    if said not in YES + NO:
+        raise ConceptSplitError(f"{column}: '{cell}' is not yes or no")
+    return said in YES
 
 
 def read_table(path: Path) -> Table:
@@ -47,34 +81,45 @@ def read_table(path: Path) -> Table:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConceptSplitError(f"{path.name} is larger than {MAX_BYTES // 2**20} MiB: split the table.")
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        # A spreadsheet's "Unicode text" begins with the mark of UTF-16. Older code pages cannot be told apart.
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if wide else "utf-8-sig")
     except OSError as problem:
         raise ConceptSplitError(f"Cannot read {path}: {problem.strerror or problem}.") from None
-    except UnicodeDecodeError:
-        raise ConceptSplitError(f"{path.name} is not UTF-8 text: save it as CSV UTF-8.") from None
+    except UnicodeDecodeError as problem:
+        line = data.count(b"\n", 0, problem.start) + 1
+        raise ConceptSplitError(f"{path.name} is not UTF-8 text (line {line}): save it as CSV UTF-8.") from None
+    comma = False
     if kind in (".csv", ".tsv"):
-        columns, rows = _read_lines(text, path.name)
+        columns, rows, comma = _read_lines(text, path.name)
     else:
         entries = _json_list(text, path.name) if kind == ".json" else list(_json_lines(text))
         rows = [_entry(number, value) for number, value in entries]
         columns = list(dict.fromkeys(column for row in rows for column in row.cells))
     if not rows:
         raise ConceptSplitError(f"{path.name} has no rows: write a line of column names and a line for each picture.")
-    return Table(path.name, "entry" if kind == ".json" else "line", columns, rows)
+    return Table(path.name, "entry" if kind == ".json" else "line", columns, rows, comma)
 
 
-def _read_lines(text: str, name: str) -> tuple[list[str], list[Row]]:
-    head = text.partition("\n")[0]
-    # Where the comma is the decimal sign, spreadsheets put semicolons between cells.
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=max(",;\t", key=head.count), strict=True)
+def _read_lines(text: str, name: str) -> tuple[list[str], list[Row], bool]:
+    """Columns, rows, and whether semicolons stand between cells, as where the comma is the decimal sign."""
+    # Not str.splitlines, which would also end a line at signs that a prompt may contain.
+    lines = io.StringIO(text, newline="")
+    told = re.match(r"sep=(.)\r?\n", text)  # a spreadsheet's own way to say it
+    if told:
+        lines.readline()
+    head = re.sub('"[^"]*"', "", lines.getvalue()[lines.tell() :].partition("\n")[0])
+    sign = told[1] if told else max(",;\t", key=head.count)
+    reader = csv.reader(lines, delimiter=sign, strict=True)
     columns: list[str] = []
     rows: list[Row] = []
     while True:
-        number = reader.line_num + 1
+        number = reader.line_num + (2 if told else 1)
         try:
             cells = [cell.strip() for cell in next(reader)]
         except StopIteration:
-            return columns, rows
+            return columns, rows, sign == ";"
         except csv.Error as problem:
             if not columns:
                 raise ConceptSplitError(f"{name} has no readable line of column names: {problem}.") from None
@@ -110,17 +155,31 @@ def _checked(columns: list[str], name: str) -> list[str]:
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, _loads(line)
             except (ValueError, RecursionError) as problem:
                 yield number, problem
 
 
+def _loads(text: str) -> Any:
+    """Raises:
+    ValueError: not JSON, or a name that stands twice in an object, of which one would go unseen.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name.strip() for name, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"'{twice}' stands twice in one object")
+        return dict(zip(names, (value for _, value in pairs), strict=True))
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def _json_list(text: str, name: str) -> list[tuple[int, Any]]:
     try:
-        found = json.loads(text)
+        found = _loads(text)
     except (ValueError, RecursionError) as problem:
         raise ConceptSplitError(f"{name} is not JSON ({problem}).") from None
     if not isinstance(found, list):
@@ -133,7 +192,7 @@ def _entry(number: int, value: Any) -> Row:
         return Row(number, fault=f"the line is not JSON ({value})")
     if not isinstance(value, dict):
         return Row(number, fault='the row is not a table of named cells such as {"prompt": "a cat", "seed": 7}')
-    return Row(number, {key.strip(): cell for key, cell in value.items() if cell is not None and cell != ""})
+    return Row(number, {key: cell for key, cell in value.items() if cell is not None and cell != ""})
 
 
 def meant(name: str, known: list[str]) -> str:

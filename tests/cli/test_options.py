@@ -19,6 +19,7 @@ from conceptsplit_core import cli
 from conceptsplit_core.cli import common, options
 from conceptsplit_core.cli import sample as sample_command
 from conceptsplit_core.cli import train as train_command
+from conceptsplit_core.files import check_place
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.options import options as all_options
 from conceptsplit_core.settings import CorrectionConfig, GateConfig, LodaConfig, TrainConfig
@@ -307,7 +308,7 @@ def test_case_29_a_place_that_cannot_be_written_is_refused_before_sampling(refus
 def test_an_existing_picture_is_no_obstacle_and_stays_until_the_new_one_is_there(tmp_path):
     there = tmp_path / "a.png"
     there.write_bytes(b"old")
-    sample_command.check_place(there)
+    check_place(there)
     assert there.read_bytes() == b"old"
 
 

@@ -8,10 +8,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -19,12 +22,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conceptsplit_core.cli import options, render
+from conceptsplit_core.cli import common, options, render
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.render import folder, server
 from conceptsplit_core.render.crew import Crew, Drawing, Task, WorkerLost
-from conceptsplit_core.render.table import read_table
+from conceptsplit_core.render.table import Row, Table, read_table
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "conceptsplit_core" / "demo"
@@ -77,9 +80,114 @@ def test_a_table_that_cannot_be_drawn_is_one_sentence(refused, tmp_path, name, t
     assert not out.exists()
 
 
-def test_other_encodings_are_refused(refused, tmp_path):
-    table = write(tmp_path / "t.csv", "prompt\na café\n", "utf-16")
-    assert "t.csv is not UTF-8 text: save it as CSV UTF-8." in refused("render", table)
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1251", "utf-16-le", "shift-jis"])
+def test_other_encodings_are_refused_with_their_line(refused, tmp_path, encoding):
+    text = {"cp1251": "кот", "shift-jis": "猫"}.get(encoding, "café")
+    table = write(tmp_path / "t.csv", f"prompt;seed\na cat;3\n{text} \udcff;4\n".replace(" \udcff", ""), encoding)
+    if encoding == "utf-16-le":  # without its mark; the first zero is ASCII too, the é is not
+        assert "t.csv is not UTF-8 text (line 3)" in refused("render", table)
+    else:
+        assert "t.csv is not UTF-8 text (line 3): save it as CSV UTF-8." in refused("render", table)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("first", ["", "sep=;\r\n"])
+def test_a_spreadsheets_table_where_the_comma_is_the_decimal_sign(tmp_path, encoding, first):
+    """As Excel saves it in most of Europe: semicolons, decimal commas, quotes, a mark of the encoding."""
+    text = 'prompt;cfg;"words, or none";afg-end;seed\r\n"ein ""rotes"" Haus; groß";7,5;a,b;,25;11\r\na star;4;;;12\r\n'
+    table = read_table(write(tmp_path / "t.csv", first + text.replace("words, or none", "words"), encoding))
+    one, two = render.sample_tasks(table, options.parse(["render", "t.csv"]))
+    assert (one.state, two.state) == ("waiting", "waiting"), (one.fault, two.fault)
+    assert (one.order["prompt"], one.order["cfg"], one.order["afg_end"]) == ('ein "rotes" Haus; groß', 7.5, 0.25)
+    assert (one.order["words"], two.order["cfg"], two.order["seed"]) == ("a,b", 4.0, 12)
+    assert [row.number for row in table.rows] == ([3, 4] if first else [2, 3])
+    # Where the comma stands between cells, or in JSON, 7,5 is no number.
+    (other,) = tasks_of(tmp_path, [{"prompt": "a", "cfg": "7,5"}])
+    assert other.fault == "cfg: '7,5' is not a number."
+    graph = server.read_graph(TEMPLATE)
+    made = server.fill(graph, {"c": ("9", "cfg")}, Row(2, {"c": "-7,25"}), table)
+    assert made["9"]["inputs"]["cfg"] == -7.25
+
+
+def test_a_head_with_the_separator_in_quotes(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", '"a, b, c";seed\nx;3\n'))
+    assert (table.columns, table.rows[0].cells) == (["a, b, c", "seed"], {"a, b, c": "x", "seed": "3"})
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x0b", "\x0c", "\x85", "\x1c"])
+def test_only_line_ends_end_a_line(tmp_path, sign):
+    """A text copied from elsewhere may have other signs that Python takes for the end of a line."""
+    rows = read_table(write(tmp_path / "t.csv", f"prompt,seed\na{sign}b,3\nc,4\n")).rows
+    assert [(row.number, row.cells) for row in rows] == [(2, {"prompt": f"a{sign}b", "seed": "3"}),
+                                                         (3, {"prompt": "c", "seed": "4"})]  # fmt: skip
+    lines = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in (f"a{sign}b", "c"))
+    assert [row.number for row in read_table(write(tmp_path / "t.jsonl", lines)).rows] == [1, 2]
+
+
+def test_a_cell_of_json_is_one_value(tmp_path):
+    rows = [{"prompt": {"a": 1}}, {"prompt": "a", "seed": [3]}, {"prompt": "a", "adapter": [[str(PIXA)]]},
+            {"prompt": "a", "afg": {}}, {"prompt": "a", "seed": 5}]  # fmt: skip
+    tasks = tasks_of(tmp_path, rows)
+    assert [task.fault for task in tasks] == [
+        'prompt: {"a": 1} is not one value.', "seed: [3] is not one value.",
+        f'adapter: {json.dumps([str(PIXA)])[:60]} is not one value.', "afg: {} is not one value.", "",
+    ]  # fmt: skip
+
+
+def test_a_name_that_stands_twice_in_json_is_told(tmp_path):
+    rows = read_table(write(tmp_path / "t.jsonl", '{"seed": 3, "seed ": 4}\n{"seed": 5}\n')).rows
+    assert rows[0].fault == "the line is not JSON ('seed' stands twice in one object)" and rows[1].cells == {"seed": 5}
+
+
+def test_two_columns_for_one_thing_are_refused(refused, tmp_path):
+    table = write(tmp_path / "t.csv", "prompt,loda steps,LODA-steps\na,3,4\n")
+    assert "t.csv has two columns for --loda-steps: remove one." in refused("render", table)
+    table = write(tmp_path / "g.csv", "9.seed,KSampler (LODA).seed\n3,4\n")
+    assert "g.csv has two columns for input '9.seed': remove one." in refused("render", table, "--graph", TEMPLATE)
+
+
+@pytest.mark.parametrize("word", ["yes", "TRUE", "On", 1, True, "no", "False", "off", "0", False])
+def test_yes_and_no_are_said_alike_everywhere(tmp_path, word):
+    wanted = str(word).lower() in ("yes", "true", "on", "1")
+    (task,) = tasks_of(tmp_path, [{"prompt": "a", "afg": word}])
+    graph = server.read_graph(TEMPLATE)
+    made = server.fill(graph, {"c": ("9", "afg")}, Row(1, {"c": word}), Table("t", "line", ["c"], []))
+    assert task.order["afg"] is wanted and made["9"]["inputs"]["afg"] is wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("नमस्ते दुनिया", "नमस्ते दुनिया"), ("e\u0301té", "été"), ("猫" * 90, "猫" * 66), ("🦊 a/b:c?", "_ a_b_c_"),
+        ("..", "_"), (" x. ", "x"), ("a" * 79 + " b", "a" * 79),
+    ],
+)  # fmt: skip
+def test_names_of_every_script_begin_a_file(tmp_path, name, wanted):
+    (task,) = tasks_of(tmp_path, [{"prompt": "a", "name": name}])
+    assert task.name == wanted
+    folder.Folder(tmp_path, read_table(tmp_path / "t.json"), [task], bytes).keep(task, Drawing([(".png", b"x")]))
+    assert (tmp_path / f"{wanted}-{task.key}.png").read_bytes() == b"x"
+
+
+def test_ten_thousand_rows_start_at_once_and_stay_small(tmp_path):
+    """Tables of 10,000 rows, of options and of a graph: seconds, and little memory a row."""
+    count = 10_000
+    lines = "".join(f'"a star, a heart {i}",{i},{i % 5 + 1},\n' for i in range(count))
+    table = read_table(write(tmp_path / "t.csv", f"prompt,seed,steps,name\n{lines}"))
+    began = time.process_time()
+    tasks = render.sample_tasks(table, options.parse(["render", "t.csv", "--cfg", "3"]))
+    assert len({task.key for task in tasks}) == count == sum(task.state == "waiting" for task in tasks)
+    spent = time.process_time() - began
+    graphs = read_table(write(tmp_path / "g.csv", "Prompt,9.seed,9.steps,name\n" + lines[:40_000]))
+    line = options.parse(["render", "g.csv", "--graph", str(TEMPLATE)])
+    tracemalloc.start()
+    try:
+        made = render.graph_tasks(graphs, line)
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert (made[77].order["9"]["inputs"]["seed"], made[77].order["6"]["inputs"]["text"]) == (77, "a star, a heart 77")
+    assert spent < 60 and size < 8000 * len(made) > 5e6, (spent, size)
 
 
 CELLS = {
@@ -253,7 +361,110 @@ def test_demo_a_stopped_run_has_its_report_and_goes_on(call, tmp_path, monkeypat
 def test_a_place_that_cannot_be_written_is_refused_before_drawing(refused, tmp_path):
     table = table_of(tmp_path / "t.csv", [{"prompt": "a star"}])
     (tmp_path / "file").write_text("x")
-    assert "Cannot write into" in refused("render", table, "--out", tmp_path / "file" / "out")
+    assert "Cannot write" in refused("render", table, "--out", tmp_path / "file" / "out")
+
+
+def gone(process: subprocess.Popen, seconds: float = 240) -> str:
+    return process.communicate(timeout=seconds)[1]
+
+
+def test_demo_two_runs_do_not_share_a_folder(tmp_path):
+    """The second is refused while the first draws, and a run that was killed leaves the folder free."""
+    table, out = (
+        table_of(tmp_path / "t.csv", [{"prompt": TWO, "seed": 3, "words": "pixa", "steps": 400}]),
+        tmp_path / "out",
+    )
+    line = [sys.executable, "-m", "conceptsplit_core", "render", str(table), "--prompt", "a star", "--out", str(out)]
+    told = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    table_of(table, [{"seed": seed, "steps": 900} for seed in range(9)])
+    first = subprocess.Popen(line, **told)
+    try:
+        end = time.monotonic() + 120
+        while not (out / ".rendering").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        second = subprocess.Popen(line, **told)
+        said = gone(second)
+        assert second.returncode == 2 and f"Another render is drawing into {out}: wait until it has ended" in said
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    table_of(table, [{"seed": 1, "steps": 1}])
+    assert gone(third := subprocess.Popen(line, **told)) and third.returncode == 0
+    assert {path.suffix for path in out.iterdir()} == {".png", ".json", ".txt"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit on Windows")
+def test_demo_a_disk_that_fills_up_ends_the_run_with_one_sentence_and_nothing_half(tmp_path):
+    """A limit on the length of files stands for the full disk: small pictures fit, the third does not."""
+    import resource
+
+    rows = [{"prompt": "a star", "seed": seed, "size": size} for seed, size in ((1, 64), (2, 64), (3, 256), (4, 64))]
+    table, out = table_of(tmp_path / "t.csv", rows), tmp_path / "out"
+    line = [sys.executable, "-m", "conceptsplit_core", "render", str(table), "--steps", "1", "--out", str(out)]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(
+        r"render: Cannot write .+0004-\w{12}\.png: File too large; free space or choose another", done.stderr
+    )
+    assert [row["state"] for row in report(out)["rows"]] == ["done", "done", "waiting", "waiting"]
+    pictures = sorted(path.name for path in out.iterdir() if path.suffix == ".png")
+    assert len(pictures) == 2 and all(folder.is_whole(out / name) for name in pictures)
+    assert {path.name for path in out.iterdir()} == {*pictures, "report.json", "report.txt"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and report(out)["counts"] == {"done": 2, "kept": 2, "failed": 0, "waiting": 0}
+
+
+def test_demo_the_steps_of_a_row_are_shown(call, tmp_path):
+    table = table_of(tmp_path / "t.csv", [{"prompt": "a star", "seed": seed, "steps": 60} for seed in (3, 4)])
+    code, _, err = call("render", table, "--out", tmp_path / "out")
+    steps = [int(step) for step in re.findall(r"line [23]: (\d+)/60", err)]
+    assert code == 0 and len(set(steps)) >= 2 and max(steps) <= 60
+
+
+def drawn_folder(path: Path, count: int, side: int) -> tuple[folder.Folder, list[Task]]:
+    """A table of `count` rows whose pictures are there; each of its own colour."""
+    path.mkdir(exist_ok=True)
+    rows = [Row(i + 2, {"prompt": "a star", "seed": str(i)}) for i in range(count)]
+    tasks = [Task(row.number, row.cells, f"{row.number:04d}", row.cells, f"{row.number:012x}") for row in rows]
+    for i, task in enumerate(tasks):
+        name = f"{task.name}-{task.key}.png"
+        if not (path / name).exists():
+            Image.new("RGB", (side, side // 2), (i % 251, 7 * i % 239, 90)).save(path / name)
+    made = folder.Folder(path, Table("t.csv", "line", ["prompt", "seed"], rows), tasks, common.encode_picture)
+    made.find_done()
+    return made, tasks
+
+
+def test_contact_sheets_follow_the_table(tmp_path):
+    """Sheets of 48 in the table's order; what shows the same is left alone, and those of a longer table go."""
+    made, tasks = drawn_folder(tmp_path, 101, 64)
+    assert {task.state for task in tasks} == {"kept"}
+    names = [path.name for path in made.sheets()]
+    assert names == ["contact-sheet.png", "contact-sheet-2.png", "contact-sheet-3.png"]
+    sheet = np.asarray(Image.open(tmp_path / names[1]))
+    # 48 pictures stand in nine columns of 200; the twelfth is the third of the second line.
+    y, x = 30 + 8 + 220 + 96, 8 + 2 * 200 + 96
+    assert tuple(sheet[y, x]) == ((48 + 11) % 251, 7 * (48 + 11) % 239, 90)
+    stamps = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    (tmp_path / "contact-sheet-mine.png").write_bytes(b"not ours")
+    shorter, _ = drawn_folder(tmp_path, 60, 64)
+    assert [path.name for path in shorter.sheets()] == names[:2]
+    assert (tmp_path / names[0]).stat().st_mtime_ns == stamps[names[0]]
+    assert (tmp_path / names[1]).stat().st_mtime_ns != stamps[names[1]]
+    assert not (tmp_path / names[2]).exists() and (tmp_path / "contact-sheet-mine.png").exists()
+
+
+def test_a_sheet_of_large_pictures_needs_the_memory_of_a_few(tmp_path):
+    made, _ = drawn_folder(tmp_path, 40, 1536)
+    tracemalloc.start()
+    try:
+        assert len(made.sheets()) == 1
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 8 * 1536 * 768 * 3, "40 pictures are read one after the other"
 
 
 # --- workers that die -----------------------------------------------------------------------------------------
@@ -267,7 +478,7 @@ class Hand:
     def __init__(self, name: str, deadly: set[int], rest: float = float("inf")):
         self.name, self.deadly, self.rest, self.closed = name, deadly, rest, False
 
-    def draw(self, order: int) -> Drawing:
+    def draw(self, order: int, step) -> Drawing:
         time.sleep(0.01)
         if order in self.deadly:
             raise WorkerLost("the power went")
@@ -382,6 +593,85 @@ def test_demo_ray_a_killed_worker_loses_nothing(tmp_path):
     assert (out / first).read_bytes() == theirs
 
 
+def start_cluster(base: str, home: Path, port: int) -> None:
+    """Starts a Ray cluster that asks for the token in `home`; its processes have `base` in their command lines."""
+    line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=2"]
+    line += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={base}"]
+    environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kill_cluster(base: str) -> None:
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if base.encode() in command.read_bytes() and int(command.parent.name) != os.getpid():
+                os.kill(int(command.parent.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="RAY IS NOT INSTALLED: its workers are not tested")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a node's processes as Linux shows them")
+def test_demo_ray_a_running_cluster_with_a_token_loses_a_worker_and_nothing_else(tmp_path):
+    """A cluster that asks for a token, started by itself; without the token a sentence; one of two workers killed."""
+    home, stranger = tmp_path / "home", tmp_path / "stranger"
+    (home / ".ray").mkdir(parents=True)
+    stranger.mkdir()
+    (home / ".ray" / "auth_token").write_text("5eed" * 16)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rows = [{"prompt": TWO, "seed": seed, "lora": "; ".join(LORAS), "steps": 10} for seed in range(40, 46)]
+    table, out = table_of(tmp_path / "t.csv", rows), tmp_path / "out"
+    line = [sys.executable, "-m", "conceptsplit_core", "render", str(table), "--out", str(out)]
+    line += ["--ray", f"127.0.0.1:{port}", "--workers", "2"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # Sockets have short names: not in pytest's folder.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as base:
+        running = None
+        try:
+            start_cluster(base, home, port)
+            told = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 240}
+            refused = subprocess.run(line, env={**environment, "HOME": str(stranger)}, **told)
+            assert refused.returncode == 2 and not list(out.glob("*.png"))
+            assert f"The Ray cluster at 127.0.0.1:{port} lets nobody in from here: put its token into" in refused.stderr
+            running = subprocess.Popen(
+                line, cwd=ROOT, env={**environment, "HOME": str(home)}, stderr=subprocess.PIPE, text=True
+            )
+            said: list[str] = []
+            reader = threading.Thread(target=lambda: said.extend(running.stderr), daemon=True)
+            reader.start()
+            end = time.monotonic() + 300
+            while not list(out.glob("0*.png")) and running.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            processes = re.findall(r"worker (\d): process (\d+) on ", "".join(said))
+            assert [number for number, _ in processes] == ["1", "2"], said
+            os.kill(int(processes[0][1]), signal.SIGKILL)
+            assert running.wait(300) == 0, said
+            reader.join(10)
+        finally:
+            if running is not None:
+                running.kill()
+            kill_cluster(base)
+    assert report(out)["counts"] == {"done": 6, "kept": 0, "failed": 0, "waiting": 0}, said
+    assert "worker 1 is lost (its process ended): its rows go to others." in "".join(said)
+    assert max(row["tries"] for row in report(out)["rows"]) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="RAY IS NOT INSTALLED: its workers are not tested")
+def test_no_cluster_at_an_address_is_one_sentence_at_once(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # `refused` runs here: what it sets must not stay
+    table = table_of(tmp_path / "t.csv", [{"prompt": "a star"}])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        began = time.monotonic()
+        said = refused("render", table, "--ray", address, "--out", tmp_path / "out")
+    assert f"There is no Ray cluster at {address}: " in said and time.monotonic() - began < 30
+
+
 # --- graphs of ComfyUI (servers: tests/host/suite/test_render.py) ------------------------------------------------
 
 
@@ -412,17 +702,26 @@ def test_a_column_that_fits_none_or_several_inputs_is_refused(refused, tmp_path,
 def test_cells_take_the_type_of_their_input():
     graph = server.read_graph(TEMPLATE)
     cells = {"9.seed": str(2**64 - 1), "9.cfg": "3", "9.afg": "no", "Prompt": 7, "10.steps": 4, "9.denoise": 1}
-    made = server.fill(graph, {column: server.find_input(graph, column) for column in cells}, cells)
+    table = Table("t.csv", "line", list(cells), [Row(2, cells)])
+    made = server.fill(graph, {column: server.find_input(graph, column) for column in cells}, table.rows[0], table)
     assert made["9"]["inputs"] | {"seed": 2**64 - 1, "cfg": 3.0, "afg": False, "denoise": 1.0} == made["9"]["inputs"]
     assert (made["6"]["inputs"]["text"], made["10"]["inputs"]["steps"]) == ("7", 4)
     assert graph["9"]["inputs"]["seed"] == 1000, "the template is as it was"
+    # A page writes 8.0 as 8: what stands there does not say that an input is a whole number.
+    for cell, value in (("7.5", 7.5), ("20.0", 20.0), ("9" * 400, int("9" * 400))):
+        assert server.fill(graph, {"c": ("9", "seed")}, Row(2, {"c": cell}), table)["9"]["inputs"]["seed"] == value
     for column, cell, said in (
-        ("9.seed", "1.5", "9.seed: '1.5' is not a whole number"),
+        ("9.seed", "nan", "9.seed: 'nan' is not a number"),
+        ("9.steps", "1e999", "9.steps: '1e999' is not a number"),
+        ("9.steps", True, "9.steps: 'True' is not a number"),
+        ("10.cfg", {"a": 1}, '10.cfg: {"a": 1} is not one value'),
+        ("Prompt", ["a", "b"], 'Prompt: ["a", "b"] is not one value'),
+        ("9.afg", [True], "9.afg: [true] is not one value"),
         ("9.afg", "maybe", "9.afg: 'maybe' is not yes or no"),
         ("9.cfg", "high", "9.cfg: 'high' is not a number"),
     ):
         with pytest.raises(ConceptSplitError, match=re.escape(said)):
-            server.fill(graph, {column: server.find_input(graph, column)}, {column: cell})
+            server.fill(graph, {column: server.find_input(graph, column)}, Row(2, {column: cell}), table)
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,10 @@ def host_python(host: Path) -> Path | None:
 
 
 def tools(python: Path) -> list[Path]:
-    """Folders with what `python` lacks: pytest, and requests, which a host's own requirements may leave out."""
+    """Folders with what `python` lacks: pytest, `render`'s websocket, and requests, which a host may leave out."""
     wanted = {
         "pytest": ["pytest", "pluggy", "iniconfig", "packaging", "pygments"],
+        "websocket": ["websocket-client"],
         "requests": ["requests", "urllib3", "idna", "charset-normalizer", "certifi"],
     }
     folders = []
@@ -81,7 +82,7 @@ def version(host: Path) -> str:
 def run_module(host: Path, module: str, arguments: list[str]) -> int:
     """Runs `python -m module` from this repository with the host's own Python; its exit status.
 
-    The environment names the host (CONCEPTSPLIT_HOST) and has pytest and requests, also where the host lacks them.
+    The environment names the host (CONCEPTSPLIT_HOST) and has `tools`, also where the host lacks them.
     """
     python = host_python(host)
     if python is None:

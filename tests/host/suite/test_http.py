@@ -35,11 +35,11 @@ class Program:
         (base / "custom_nodes" / "comfyui-conceptsplit").symlink_to(REPO, target_is_directory=True)
         self.start()
 
-    def start(self) -> None:
-        """Boots it; after `stop` or `kill` once more, with the folders as they are then."""
+    def start(self, port: int = 0) -> None:
+        """Boots it, on a free port; after `stop` or `kill` once more, with the folders as they are then."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+            self.port = port or probe.getsockname()[1]
         self.log = self.base / "log.txt"
         command = [
             sys.executable,
