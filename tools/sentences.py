@@ -71,7 +71,7 @@ def said(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        if ast.unparse(node.func).split(".")[-1] not in ("ConceptSplitError", "warning"):
+        if ast.unparse(node.func).split(".")[-1] not in ("ConceptSplitError", "HeicError", "warning"):
             continue
         text = sentence(node.args[0])
         # A sentence needs more than what is filled in.
