@@ -52,6 +52,20 @@ def test_what_a_page_names_is_there(page):
         assert not anchor or anchor in headings(target), f"{link}#{anchor}"
 
 
+def test_pages_are_two_screens_and_show_a_picture_that_the_pack_made():
+    """Words that a reader reads: no tables, no code, no addresses."""
+    shown = {"start", "kinds", "choosing_pictures", "prompts", "regions", "settings", "coming_from", "troubleshooting"}
+    shown |= {"render", "architecture", "speed", "separation", "robustness"}
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        pictures = re.findall(r"!\[[^\]]{10,}\]\(([^)]+)\)", text)
+        assert pictures or page.stem not in shown, f"{page.stem} has no picture"
+        for picture in pictures:
+            assert (page.parent / picture).stat().st_size <= 350_000, picture
+        prose = re.sub(r"```.*?```|^\|.*?$|\]\([^)]*\)|^\*\*…?.*\*\*$", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert len(prose.split()) <= 750, f"{page.stem} has {len(prose.split())} words"
+
+
 def test_costs_on_transformers_are_those_of_the_results_file():
     rows = json.loads((ROOT / "benchmarks" / "results" / "transformers.json").read_text())["rows"]
     page = (ROOT / "docs" / "models.md").read_text()
