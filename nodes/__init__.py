@@ -8,10 +8,11 @@ from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
+from ..conceptsplit_core.train.heic import HeicError, register_or_explain
 from . import demo, inspect, load, lora, sample, train, words
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
-ConceptSplitError.__module__ = "builtins"
+ConceptSplitError.__module__ = HeicError.__module__ = "builtins"
 
 NODES: list[type[io.ComfyNode]] = [
     *load.NODES,
@@ -32,6 +33,7 @@ class ConceptSplitExtension(ComfyExtension):
 async def comfy_entrypoint() -> ConceptSplitExtension:
     # Here, because older hosts never call on_load.
     register_folders()
+    register_or_explain()
     show_warnings()
     register_route()
     return ConceptSplitExtension()

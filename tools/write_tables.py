@@ -1,4 +1,5 @@
-"""Writes the tables of settings in the help pages and the README from conceptsplit_core/settings.
+"""Writes the tables of settings in the help pages and the README from conceptsplit_core/settings, and the list of
+sentences from the code.
 
 python tools/write_tables.py
 
@@ -25,6 +26,7 @@ from conceptsplit_core.settings import (  # noqa: E402
     SampleConfig,
     TrainConfig,
 )
+from tools import sentences  # noqa: E402
 
 # Help page of a node to the settings class it shows and whether the basic (False), the advanced or all (None) of it,
 # and further classes, shown whole.
@@ -75,6 +77,7 @@ def pages() -> Iterator[tuple[Path, str]]:
             raise SystemExit(f"{path.name} needs one pair of marks: <!-- settings --> and <!-- end of settings -->.")
         before, after = MARKS.split(text)
         yield path, f"{before}<!-- settings -->\n{table}\n<!-- end of settings -->{after}"
+    yield ROOT / "docs" / "tables" / "sentences.md", sentences.page()
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import ConceptSplitError
+from . import heic
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
-PLUGIN_EXTENSIONS = (".heic", ".heif", ".avif", ".jxl")  # opened where Pillow has the plugin for them
+PLUGIN_EXTENSIONS = (*heic.ENDINGS, ".avif", ".jxl")  # opened where Pillow has the plugin for them
 OURS = "Software"  # the text chunk by which pictures that this program wrote are known
 PROGRAM = "ConceptSplit"
 _OTHER_PICTURES = (".gif", ".psd", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".tga", ".jp2")
@@ -138,12 +139,8 @@ def _is_picture(path: Path) -> bool:
 
 def _opens(ending: str) -> bool:
     """Whether Pillow opens files of this ending here, with pillow-heif if it is installed."""
-    if ending in (".heic", ".heif"):
-        try:
-            import pillow_heif  # type: ignore[import-not-found, unused-ignore]
-        except ImportError:
-            return False
-        pillow_heif.register_heif_opener()
+    if ending in heic.ENDINGS and not heic.register():
+        return False
     return Image.registered_extensions().get(ending) in Image.OPEN
 
 
@@ -153,7 +150,7 @@ def _why_not(path: Path) -> str:
         return "dead link"
     if path.is_dir():
         return "subfolder"
-    if ending in (".heic", ".heif"):
+    if ending in heic.ENDINGS:
         return "HEIC file (save them as JPEG, or install pillow-heif)"
     if ending in PLUGIN_EXTENSIONS or ending in _OTHER_PICTURES:
         return f"{ending[1:].upper()} file (save them as PNG or JPEG)"

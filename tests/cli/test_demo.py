@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from conceptsplit_core.adapters.file import load_adapter
@@ -49,6 +51,8 @@ def test_demo_writes_what_it_promises(call, tmp_path):
 
 
 def test_case_38_the_demo_computes_on_one_thread_whatever_the_environment_says(tmp_path):
+    """On a busy machine it takes the share of one thread, and its first output is the picture of two LoRAs."""
+    resource = pytest.importorskip("resource")
     command = [
         sys.executable,
         "-m",
@@ -62,9 +66,15 @@ def test_case_38_the_demo_computes_on_one_thread_whatever_the_environment_says(t
         "1",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert used < 1.1 * seconds, "threads that wait for each other in a spin use more than one processor"
     machine = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["machine"]
     assert ", 1 threads, " in machine
+    written = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert written[0].name == "two-loras.png"
 
 
 def test_demo_refuses_what_it_does_not_know(refused, tmp_path):

@@ -6,7 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from tools import charts
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -30,14 +34,36 @@ def names_of_tests() -> set[str]:
     return found
 
 
+def headings(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"\b(test_\w+)", text)) <= names_of_tests()
     for named in re.findall(r"`([\w/]+\.py)`", text):
         assert any(f"/{source}".endswith(f"/{named}") for source in SOURCES), named
-    for link in re.findall(r"\]\((?!\w+:|#)([^)#]+)[^)]*\)", text):
-        assert (page.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)#?([^)]*)\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), f"{link}#{anchor}"
+
+
+def test_pages_are_two_screens_and_show_a_picture_that_the_pack_made():
+    """Words that a reader reads: no tables, no code, no addresses."""
+    shown = {"start", "kinds", "choosing_pictures", "prompts", "regions", "settings", "coming_from", "troubleshooting"}
+    shown |= {"render", "architecture", "speed", "separation", "robustness"}
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        pictures = re.findall(r"!\[[^\]]{10,}\]\(([^)]+)\)", text)
+        assert pictures or page.stem not in shown, f"{page.stem} has no picture"
+        for picture in pictures:
+            assert (page.parent / picture).stat().st_size <= 350_000, picture
+        prose = re.sub(r"```.*?```|^\|.*?$|\]\([^)]*\)|^\*\*…?.*\*\*$", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert len(prose.split()) <= 750, f"{page.stem} has {len(prose.split())} words"
 
 
 def test_costs_on_transformers_are_those_of_the_results_file():
@@ -48,3 +74,44 @@ def test_costs_on_transformers_are_those_of_the_results_file():
         shares = f"{100 * row['two_loras']:.1f} % | {100 * row['afg']:.1f} % | {row['reading']:.2f}"
         line = f"| {row['model']} | {row['steps']}, {row['plan_steps']} | {shares} | {row['routed_to_merged']:.2f} |"
         assert line in page
+
+
+def test_the_settings_page_says_what_tuning_measured():
+    results = charts.load("separation_tuning")
+    page = (ROOT / "docs" / "settings.md").read_text()
+    for panel in charts.PANELS:
+        shown = []
+        for value, row in charts.points(panel, results):
+            name = "all" if value >= 1e6 else f"{value:.2g}"
+            right = f"{name}: {100 * row['success']['mean']:.0f} / {100 * row['loose_success']['mean']:.0f}"
+            shown.append(f"**{right}**" if value == panel.begin else right)
+        assert len(shown) >= 3 and f"| {' · '.join(shown)} |" in page, panel.title
+        assert f"| `{panel.title.split(',')[0].partition(' ')[0]}`" in page
+    assert {row["pictures"] for row in results["arms"].values()} == {48}
+    three = charts.load("separation")["groups"]["three_remedies"]["arms"]
+    loras = charts.load("separation_loras")["groups"]["loras_three"]["arms"]
+    pairs = [
+        (three["tova_loda_afg_more_updates"], three["tova_loda_afg"]),
+        (loras["lora_routed_more_updates"], loras["lora_routed"]),
+    ]
+    for more, default in pairs:
+        shares = [(100 * arm["success"]["mean"], 100 * arm["loose_success"]["mean"]) for arm in (more, default)]
+        both = [f"{strict:.0f} / {lenient:.0f}" for strict, lenient in shares]
+        assert re.search(rf"{both[0]}\s+in place of {both[1]}", page)
+
+
+@pytest.mark.parametrize("name", charts.CHARTS)
+def test_a_chart_is_the_one_that_the_results_make(name):
+    draw, results = charts.CHARTS[name]
+    with Image.open(charts.IMAGES / name) as kept:
+        made = draw(charts.load(results))
+        assert kept.size == made.size
+        difference = np.abs(np.asarray(kept.convert("RGB")).astype(int) - np.asarray(made).astype(int))
+    # Another font would move letters; lines, bars and points stay where they are.
+    assert difference.mean() < 3
+
+
+def test_the_table_of_costs_is_that_of_the_results_file():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    for name, ratios in charts.costs(charts.load("speed")).items():
+        assert f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |" in page

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
-import io
-import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from tools import archive, thumbnails
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,37 +40,52 @@ def test_shipped_code_imports_nothing_that_stays_behind():
     assert "tools" in imported(ROOT / "tests" / "demo" / "test_pretraining.py")
 
 
-def shipped() -> list[Path]:
-    """Files of the repository that the registry's archive takes."""
+def test_the_archive_is_small_and_complete(tmp_path):
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
-    lines = [line.strip() for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()]
-    ignored = tuple(line for line in lines if line and not line.startswith("#"))
-    return [
-        ROOT / name for name in listed.split("\0") if name and not name.startswith(ignored) and (ROOT / name).exists()
-    ]
-
-
-def test_the_archive_is_small_and_complete():
-    files = shipped()
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for path in files:
-            packed.write(path, path.relative_to(ROOT).as_posix())
-    model = (ROOT / "conceptsplit_core" / "demo" / "demo.safetensors").stat().st_size
-    # The built-in model is nine tenths of it and does not compress.
-    assert len(archive.getvalue()) - model < 1_500_000
-    names = {path.relative_to(ROOT).as_posix() for path in files}
+    size = archive.write(tmp_path / "node.zip")
+    assert size == (tmp_path / "node.zip").stat().st_size
+    with zipfile.ZipFile(tmp_path / "node.zip") as packed:
+        names = set(packed.namelist())
+    assert 8_000_000 < size < archive.LIMIT == 10_000_000
     assert {"__init__.py", "nodes/train.py", "web/js/said.js", "web/docs/ConceptSplitTrain.md", "LICENSE"} <= names
     assert {"conceptsplit_core/demo/demo.safetensors", "workflows/Train a concept.json"} <= names
-    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "tools/"))]
+    assert {"pyproject.toml", "requirements.txt", "README.md", "docs/troubleshooting.md"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "tools/", "docs/images/", "."))]
 
 
-def test_citation_and_registry_say_the_same_version_and_the_icon_fits():
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
-    assert f"\nversion: {version}\n" in citation
-    with Image.open(ROOT / "docs" / "images" / "icon.png") as icon:
-        assert icon.size[0] == icon.size[1] <= 400
+def test_pip_installs_the_terminal_program_from_the_archive(tmp_path):
+    """`pip install ".[ray]"`, the build that is behind it."""
+    pytest.importorskip("setuptools")
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    archive.write(tmp_path / "node.zip")
+    with zipfile.ZipFile(tmp_path / "node.zip") as packed:
+        packed.extractall(tmp_path / "pack")
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tmp_path / "pack")], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as built:
+        names = set(built.namelist())
+        facts = built.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    kept = {name for name in archive.files() if name.startswith("conceptsplit_core/") and not name.endswith(".md")}
+    assert {name for name in names if ".dist-info/" not in name} == kept
+    assert "\nName: conceptsplit\n" in facts and "\nProvides-Extra: ray\n" in facts
+
+
+def test_thumbnails_are_small():
+    pictures = sorted((ROOT / "workflows").glob("*.jpg"))
+    assert len(pictures) > 10
+    for path in pictures:
+        with Image.open(path) as picture:
+            fits = picture.width <= thumbnails.SIDE and path.stat().st_size <= thumbnails.BYTES
+        assert fits, f"{path.name} is too large: run python -m tools.thumbnails"
+
+
+def test_a_thumbnail_is_made_smaller(tmp_path):
+    path = tmp_path / "x.jpg"
+    noise = np.random.default_rng(3).integers(0, 256, (300, 900, 3), np.uint8)
+    Image.fromarray(noise).save(path, quality=95)
+    assert thumbnails.shrink(path)
+    with Image.open(path) as picture:
+        assert picture.size == (thumbnails.SIDE, 128)

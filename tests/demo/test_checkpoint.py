@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,9 @@ import torch.nn.functional as F
 
 from conceptsplit_core.demo import captions, checkpoint, scenes
 from tools.demo_model import lexicon
+from tools.demo_model.export import write_checkpoint
+
+WEIGHTS = "13d9d021a845b8b5c6bab6d796611061671dc447923316899de21ffa099d92f0"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,30 @@ def test_the_file_is_small_half_precision_and_finite(demo):
         for name, tensor in part.items():
             assert tensor.dtype == torch.float16, name
             assert torch.isfinite(tensor).all(), name
+
+
+def test_the_weights_are_those_that_every_measurement_was_made_with(demo):
+    """The numbers, bit for bit, however the file keeps them: SHA-256 over names and bytes in the order of the names."""
+    digest = hashlib.sha256()
+    parts = {"unet": demo.unet, "text_encoder": demo.text_encoder, "vae": demo.vae}
+    numbers = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    for name in sorted(numbers):
+        digest.update(name.encode() + numbers[name].numpy().tobytes())
+    assert len(numbers) == 390 and digest.hexdigest() == WEIGHTS
+
+
+def test_every_half_precision_number_survives_the_split_in_two(tmp_path):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).reshape(2, 128, 256)
+    planes = checkpoint.split({"vae.x": every, "unet.y.z": every[1, 3:5]})
+    assert set(planes) == {"high.vae.x", "low.vae.x", "high.unet.y.z", "low.unet.y.z"}
+    assert all(plane.dtype == torch.uint8 for plane in planes.values())
+    write_checkpoint(tmp_path / "x.safetensors", planes, checkpoint.FORMAT, checkpoint.VERSION, {"size": 3})
+    again = checkpoint.load(tmp_path / "x.safetensors")
+    assert again.vae["x"].numpy().tobytes() == every.numpy().tobytes()
+    assert again.unet["y.z"].numpy().tobytes() == every[1, 3:5].numpy().tobytes()
+    assert again.text_encoder == {} and again.config == {"size": 3}
+    with pytest.raises(ValueError, match=r"unet\.x is not in half precision"):
+        checkpoint.split({"unet.x": torch.zeros(2)})
 
 
 def test_the_file_loads_into_diffusers_and_transformers(demo):

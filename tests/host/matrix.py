@@ -1,7 +1,7 @@
 """Every sampler and scheduler the host lists, with LODA off and on: `python -m tests.host.matrix`.
 
 Runs with each ComfyUI's own Python (hosts as in tests.host.run) on a small model with random weights, writes
-tests/host/results/matrix-<version>.json, and the table docs/samplers.md from all results there.
+tests/host/results/matrix-<version>.json, and the table docs/tables/samplers.md from all results there.
 
     python -m tests.host.matrix                 all hosts, then the table
     python -m tests.host.matrix --resume        goes on where a run was stopped
@@ -28,7 +28,7 @@ from typing import Any
 from .run import NO_HOST, REPO, find_hosts, run_module, version
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TABLE = REPO / "docs" / "samplers.md"
+TABLE = REPO / "docs" / "tables" / "samplers.md"
 SCHEDULER, SAMPLER = "normal", "euler"  # which the options are tried with
 
 STEPS = 4
@@ -261,12 +261,13 @@ def _compact(report: dict[str, Any]) -> str:
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """docs/samplers.md."""
+    """docs/tables/samplers.md."""
     parts = [
-        "# Samplers and schedulers",
+        "# Samplers and schedulers: all combinations",
         "",
-        "Every sampler with every scheduler that the host lists, LODA off and on, on a small model with random "
-        "weights. Made by `python -m tests.host.matrix`; numbers are in `tests/host/results/matrix-*.json`.",
+        "[What it means](../samplers.md). Every sampler with every scheduler that the host lists, LODA off and on, on "
+        "a small model with random weights. Made by `python -m tests.host.matrix`; numbers are in "
+        "`tests/host/results/matrix-*.json`.",
         "",
         "Asked of every combination: " + reports[0]["asked"],
         "",
@@ -332,7 +333,7 @@ def write_table() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
-    parser.add_argument("--table", action="store_true", help="only write docs/samplers.md from the results")
+    parser.add_argument("--table", action="store_true", help="only write docs/tables/samplers.md from the results")
     parser.add_argument("--minutes", type=float, default=1e9, help="end earlier; the result says what was not tried")
     parser.add_argument("--inside", type=Path, metavar="PROGRESS", help=argparse.SUPPRESS)
     chosen = parser.parse_args()

@@ -59,7 +59,7 @@ def export(out: Path, name: str, target: Path, note: str) -> None:
             "note": note,
         },
     }
-    write_checkpoint(target, tensors, checkpoint.FORMAT, checkpoint.VERSION, config)
+    write_checkpoint(target, checkpoint.split(tensors), checkpoint.FORMAT, checkpoint.VERSION, config)
 
 
 def write_checkpoint(
@@ -70,4 +70,4 @@ def write_checkpoint(
     part = target.with_suffix(".part")
     save_file(tensors, str(part), metadata)
     part.replace(target)
-    print(f"{target} {target.stat().st_size / 1e6:.2f} MB, {sum(v.numel() for v in tensors.values())} numbers")
+    print(f"{target} {target.stat().st_size / 1e6:.2f} MB")

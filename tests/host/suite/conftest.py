@@ -1,7 +1,8 @@
 """Boots the ComfyUI that this Python belongs to, in process, with the pack as its only custom node.
 
 The host's own folders stay untouched: models, input, output and custom_nodes are in a temporary base directory, and
-the pack is a link there.
+the pack is a link there: this repository, or the folder that CONCEPTSPLIT_PACK names, such as the registry's archive
+unpacked (docs/publishing.md).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import pytest
 
 HOST = Path(os.environ["CONCEPTSPLIT_HOST"])
 REPO = Path(__file__).resolve().parents[3]
+PACK = Path(os.environ.get("CONCEPTSPLIT_PACK", REPO))
 BASE = Path(tempfile.mkdtemp(prefix="conceptsplit-host-"))
 
 
 def _boot() -> None:
     for folder in ("custom_nodes", "models/value_adapters", "models/checkpoints", "input", "output", "temp", "user"):
         (BASE / folder).mkdir(parents=True, exist_ok=True)
-    (BASE / "custom_nodes" / "comfyui-conceptsplit").symlink_to(REPO, target_is_directory=True)
+    (BASE / "custom_nodes" / "conceptsplit").symlink_to(PACK, target_is_directory=True)
     sys.path.insert(0, str(HOST))
     argv, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(BASE)]
     try:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import HOST, REPO
+from .conftest import HOST, PACK, REPO
 
 WORKFLOWS = sorted((REPO / "tests" / "workflows_api").glob("*.json"))
 SAVED = sorted((REPO / "tests" / "fixtures" / "workflows").glob("*/api/every_node.json"))
@@ -31,8 +31,10 @@ class Program:
 
     def __init__(self, base: Path, *options: str):
         self.base, self.options = base, options
-        (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "comfyui-conceptsplit").symlink_to(REPO, target_is_directory=True)
+        installed = base / "custom_nodes" / "conceptsplit"
+        if not installed.exists():
+            installed.parent.mkdir(parents=True, exist_ok=True)
+            installed.symlink_to(PACK, target_is_directory=True)
         self.start()
 
     def start(self, port: int = 0) -> None:
@@ -129,11 +131,11 @@ def test_nodes_help_pages_and_templates_are_served(program):
     ours = [name for name in nodes if name.startswith("ConceptSplit")]
     assert len(ours) == 17
     for name in ours:
-        page = program.get(f"/extensions/comfyui-conceptsplit/docs/{name}.md").decode()
+        page = program.get(f"/extensions/conceptsplit/docs/{name}.md").decode()
         assert page.startswith(f"# {nodes[name]['display_name']}"), name
     shipped = {path.stem for path in (REPO / "workflows").glob("*.json")}
     listed = json.loads(program.get("/workflow_templates"))
-    assert shipped <= set(listed["comfyui-conceptsplit"])
+    assert shipped <= set(listed["conceptsplit"])
 
 
 def test_a_loader_can_say_what_its_file_holds_before_any_run(program):

@@ -11,7 +11,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .conftest import REPO, run
 from .test_training import PlainVAE
@@ -98,3 +98,37 @@ def test_the_folder_loader_of_the_host_leaves_a_lying_photograph_lying(cup, coff
         (only / "4.jpg").write_bytes((cup / "4.jpg").read_bytes())
         images = [run("LoadImageSetFromFolderNode", folder="lying", resize_method="None")[0]]
     assert any(image.shape[1:3] == (lying.height, lying.width) and off(image, lying) < 4 for image in images)
+
+
+def heic_of(coffee, path):
+    """The smallest true start of a HEIC file where nothing can write one, else the picture itself."""
+    try:
+        import pillow_heif
+    except ImportError:
+        path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+        return False
+    pillow_heif.from_pillow(coffee.crop(CROPS["4.jpg"])).save(path, quality=90)
+    return True
+
+
+def test_a_heic_photograph_opens_or_one_sentence_says_what_to_install(coffee, base):
+    """With pillow-heif in the host's Python (here: by PYTHONPATH) it is a picture; without, Pillow's reader says so.
+
+    0.33.0's Load Image has a reader of its own before Pillow's, so the whole file is asked there only.
+    """
+    path = base / "input" / "IMG_7.heic"
+    if heic_of(coffee, path):
+        (image, _) = run("LoadImage", image=path.name)
+        assert off(image, coffee.crop(CROPS["4.jpg"])) < 6
+        return
+    with pytest.raises(UnidentifiedImageError) as raised:
+        Image.open(path)
+    assert str(raised.value) == (
+        "IMG_7.heic is a HEIC photograph, and this Python has nothing that opens it: save it as JPEG, or install the "
+        "package pillow-heif into the Python of ComfyUI and start it again."
+    )
+    assert type(raised.value).__module__ == "builtins", "the host shows the sentence alone"
+    # Other pictures, and damaged ones, are opened and refused as ever.
+    path.with_suffix(".png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(8))
+    with pytest.raises(UnidentifiedImageError, match="cannot identify image file"):
+        Image.open(path.with_suffix(".png"))

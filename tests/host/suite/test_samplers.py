@@ -1,5 +1,7 @@
 """The part of the sampler matrix that every run keeps: all samplers with one scheduler and the options in turn, all
-schedulers with one sampler. The whole of it is `python -m tests.host.matrix`, its table docs/samplers.md."""
+schedulers with one sampler. The whole of it is `python -m tests.host.matrix`, its table
+docs/tables/samplers.md.
+"""
 
 from __future__ import annotations
 
