@@ -21,6 +21,7 @@ OVERSHOOT = 0.5  # how far beyond 0…1 a picture's values may lie and still be 
 ASPECT = 0.02  # how far a mask's aspect ratio may be from its picture's
 STRONG = 0.5  # the least maximum of a mask: below, it is a label map or a scaling gone wrong
 NATIVE_SIZES = {"sd15": 512, "sd21": 768, "sdxl": 1024, "demo": 128}
+TRANSFORMER_SIZE = 1024
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
