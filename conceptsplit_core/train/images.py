@@ -58,7 +58,7 @@ def check_images(images: Tensor | None, first: int = 1) -> Tensor:
     if min(height, width) < 16 or max(height, width) > MAX_SIDE:
         raise ConceptSplitError(
             f"The training images are {width} x {height} pixels: resize them to between 16 and {MAX_SIDE}, best the "
-            "size the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL)."
+            "size the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL and others)."
         )
     for number, image in enumerate(images, first):
         _check_range(image, f"Training image {number}")
