@@ -423,13 +423,14 @@ def test_an_unknown_transformer_is_refused_by_name():
 
 @EACH
 def test_loda_separates_where_its_steps_are_asked_for(models, family, monkeypatch):
-    """On weights that the host has made under inference mode: the gradient against differences, and the loss falls."""
+    """On weights made under inference mode, with a value adapter: the gradient against differences; the loss falls."""
     timeline = pack("conceptsplit_core.method.timeline")
     separation_loss = pack("conceptsplit_core.method.maps").separation_loss
     model = models(family)
     image = tiny.latent(family, *SIZE, batch=2)
     stock = sample(model, *conds(family), image, steps=4)
-    ours, maps = with_loda(model, loda_steps=2, loda_iterations=2, loda_strength=0.05, afg=False)
+    adapted = with_values(model, values_of(model), strength=0.5)
+    ours, maps = with_loda(adapted, loda_steps=2, loda_iterations=2, loda_strength=0.05, afg=False)
     slopes: list[tuple[float, float]] = []
     separate = timeline.separate
 
