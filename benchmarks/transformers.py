@@ -100,7 +100,7 @@ def counted(model: Model, families: Any, settings: Any) -> dict[str, Any]:
     base = added = parameters = 0
     order = []  # cumulative cost after each site, to know what a pass that ends early costs
     for site in network.sites.values():
-        if site.columns is not None:
+        if site.name != site.path:  # another name of a module, or of a part of it
             continue
         linear = network.module(site.name)
         d_in, d_out = network.shapes([site.name])[site.name]

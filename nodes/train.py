@@ -51,7 +51,7 @@ class ConceptSplitTrain(io.ComfyNode):
                     "images",
                     "3 to 10 pictures of the one concept, in different places and poses, as a batch or a list. A list "
                     "of several sizes is scaled and cropped to the model's own (512 pixels for SD1.5, 768 for SD2.1, "
-                    "1024 for SDXL).",
+                    "1024 for SDXL and transformers).",
                 ),
                 field(
                     io.String,

@@ -20,7 +20,22 @@ from ..network.hooks import Group, Member, Scope
 from ..network.site import Site
 
 FORMAT_VERSION = 2
-BASES = {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "demo": "the ConceptSplit demo model", "unknown": "unknown"}
+BASES = {
+    "sd15": "SD1.5",
+    "sd21": "SD2.1",
+    "sdxl": "SDXL",
+    "demo": "the ConceptSplit demo model",
+    "unknown": "unknown",
+    "flux": "Flux.1",
+    "chroma": "Chroma",
+    "flux2": "Flux.2 or Klein",
+    "z_image": "Z-Image",
+    "lumina2": "Lumina 2",
+    "qwen_image": "Qwen-Image",
+    "sd3": "SD3 or SD3.5",
+    "krea2": "Krea 2",
+    "anima": "Anima",
+}
 
 
 @dataclass(frozen=True)

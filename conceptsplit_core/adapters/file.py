@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import ConceptSplitError
 from ..files import read_header, write_whole
+from ..network.families import named_values
 from ..network.site import Site
 from .base import FORMAT_VERSION, KINDS, AdapterInfo, family, kind_of
 from .lora import peft_alpha, peft_facts
@@ -37,10 +38,15 @@ _KEY = re.compile(
     r"(?:\.(?:lora\.)?(?P<side>lora_A|lora_B|down|up|lora_down|lora_up)(?:\.[\w-]+)?\.weight|\.(?P<alpha>alpha))$"
 )
 _DOWN = ("lora_A", "down", "lora_down")
+# A transformer's pairs have this project's own spelling alone: nobody else writes value adapters for them.
+_TRANSFORMER_KEY = re.compile(r"^transformer\.(?P<layer>[\w.]+)\.(?P<side>lora_A|lora_B)\.weight$")
 
 
 def canonical_key(key: str) -> tuple[str, str] | None:
     """(projection, 'lora_A', 'lora_B' or 'alpha') of a tensor name, or None when it is no part of a low-rank pair."""
+    match = _TRANSFORMER_KEY.match(key)
+    if match is not None:
+        return (match["layer"], match["side"]) if named_values(match["layer"]) else None
     match = _KEY.match(key)
     if match is None:
         return None
@@ -69,7 +75,8 @@ def save_trained(adapter: Any, path: str | os.PathLike[str], dtype: torch.dtype 
 
 def adapter_bytes(adapter: Any, dtype: torch.dtype | None = torch.float16) -> bytes:
     """The file's content as `save_adapter` writes it."""
-    tensors = {f"unet.{name}": tensor for name, tensor in _stored(adapter, dtype).items()}
+    part = "transformer" if any(named_values(site) for site in adapter.sites) else "unet"
+    tensors = {f"{part}.{name}": tensor for name, tensor in _stored(adapter, dtype).items()}
     info = asdict(adapter.info) | {"format_version": FORMAT_VERSION}
     metadata = {"format": FORMAT, **{k: v if isinstance(v, str) else json.dumps(v) for k, v in info.items()}}
     return save_tensors(tensors, metadata=metadata)
@@ -226,6 +233,7 @@ def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any]
     pairs, alphas = _pairs(tensors, kind, name) if isinstance(KINDS[kind], LowRank) else (tensors, {})
     pairs = {key.removeprefix("unet."): tensor for key, tensor in pairs.items()}
 
+    transformer = any(key.startswith("transformer.") for key in tensors)
     first = next((t for key, t in pairs.items() if key.endswith(".lora_A.weight")), None)
     context_dim = found.get("context_dim") or (first.shape[1] if first is not None and first.ndim == 2 else 0)
     rank = found.get("rank") or max(_ranks(pairs).values(), default=1)
@@ -234,7 +242,7 @@ def parse_adapter(data: bytes, name: str = "the file", config: Mapping[str, Any]
     info = AdapterInfo(
         concept=found.get("concept") or stem,
         class_word=found.get("class_word", ""),
-        base=found.get("base") or family(context_dim),
+        base=found.get("base") or ("unknown" if transformer else family(context_dim)),
         context_dim=context_dim,
         rank=rank,
         # A file that does not say otherwise was trained with alpha = rank, as the paper's trainer does.
@@ -283,7 +291,8 @@ def _pairs(tensors: Mapping[str, Tensor], kind: str, name: str) -> tuple[dict[st
     alphas: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         parsed = canonical_key(key)
-        if parsed is None or not KINDS[kind].changes(Site(parsed[0], "", "text")):
+        values = parsed is not None and named_values(parsed[0])
+        if parsed is None or not KINDS[kind].changes(Site(parsed[0], "", "text", values=values)):
             lora = re.search(r"lora|hada_|lokr_|dora", key) is not None
             raise ConceptSplitError(
                 f"{name} contains {key[:100]!r}, which is not a value projection (attn2.to_v) of a UNet: it is "

@@ -203,8 +203,8 @@ class LowRankAdapter:
 class LowRank:
     """Kinds whose change is a weighted sum of low-rank pairs; they differ in where they act.
 
-    trained: what of a network has parameters when an adapter of this kind is trained here, as a pattern of canonical
-        names.
+    trained: what of a UNet has parameters when an adapter of this kind is trained here, as a pattern of canonical
+        names. Of a transformer a kind of scope `values` has those of all values of text rows.
     """
 
     name: str
@@ -214,7 +214,7 @@ class LowRank:
     rate: float = 1.0
 
     def changes(self, site: Site) -> bool:
-        return re.search(self.trained, site.name) is not None
+        return re.search(self.trained, site.name) is not None or (site.values and self.scope == "values")
 
     def create(self, shapes: Mapping[str, tuple[int, int]], info: AdapterInfo, seed: int) -> LowRankAdapter:
         return LowRankAdapter.create(shapes, info, seed)
@@ -257,7 +257,7 @@ class LowRank:
 
 _ATTENTION = r"\.attn[12]\.to_(q|k|v|out\.0)$"
 
-VALUE = register(LowRank("value", "value adapter (ToVA)", "rows", r"\.attn2\.to_v$"))
+VALUE = register(LowRank("value", "value adapter (ToVA)", "values", r"\.attn2\.to_v$"))
 register(LowRank("key", "keys at the concept's rows", "rows", r"\.attn2\.to_k$"))
 register(LowRank("key_value", "keys and values at the concept's rows", "rows", r"\.attn2\.to_[kv]$"))
 register(LowRank("lora", "LoRA, routed to the concept's rows and region", "region", _ATTENTION))

@@ -93,6 +93,21 @@ def with_logits(
     return q, k, v
 
 
+def with_rows(v: Tensor, batch: Tensor, rows: Tensor, added: Tensor) -> Tensor:
+    """Values with something added at some keys, as a new tensor.
+
+    Args:
+        v: [B, H, L, d].
+        batch, rows: the keys' places, [p] each.
+        added: [p, G·d]; with G < H, where one key head serves several query heads, each of the G is repeated in a row.
+    """
+    by_head = added.unflatten(-1, (-1, v.shape[-1]))
+    by_head = by_head.repeat_interleave(v.shape[1] // by_head.shape[1], dim=1)
+    new = v.clone()
+    new[batch, :, rows] += by_head.to(v.dtype)
+    return new
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:

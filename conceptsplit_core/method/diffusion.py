@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,12 +21,14 @@ class Parameterisation:
     noised: (x₀, ε, level) to (x_t, target); x₀ and ε [b, C, h, w], level [b].
     level: noise levels σ of any shape to levels of the schedule.
     unit: σ to the factor between a sampler's x and what the model reads.
+    places: (T, count, generator) to the places of a schedule of T levels [count] that a training looks at.
     """
 
     name: str
     noised: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     level: Callable[[Tensor], Tensor]
     unit: Callable[[float], float]
+    places: Callable[[int, int, torch.Generator], Tensor]
 
 
 def _preserved(alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,11 +62,23 @@ def _variance_preserving(sigma: float) -> float:
     return 1.0 / math.sqrt(sigma**2 + 1.0)
 
 
+def _anywhere(levels: int, count: int, generator: torch.Generator) -> Tensor:
+    """All levels alike (Ho et al. 2020)."""
+    return torch.randint(levels, (count,), generator=generator)
+
+
+def _logit_normal(levels: int, count: int, generator: torch.Generator) -> Tensor:
+    """Mostly the middle of the flow's time, where predicting is hard: logit(t) ~ N(0, 1) (Esser et al. 2024, Scaling
+    Rectified Flow Transformers, section 3.1). The schedule's own shift makes noise levels of it."""
+    time = torch.sigmoid(torch.randn(count, generator=generator))
+    return (time * levels).long().clamp(max=levels - 1)
+
+
 PARAMETERISATIONS = {
     kind.name: kind
     for kind in (
-        Parameterisation("epsilon", _epsilon, _alpha_bar, _variance_preserving),
-        Parameterisation("v_prediction", _velocity, _alpha_bar, _variance_preserving),
-        Parameterisation("flow", _flow, lambda sigma: sigma, lambda sigma: 1.0),
+        Parameterisation("epsilon", _epsilon, _alpha_bar, _variance_preserving, _anywhere),
+        Parameterisation("v_prediction", _velocity, _alpha_bar, _variance_preserving, _anywhere),
+        Parameterisation("flow", _flow, lambda sigma: sigma, lambda sigma: 1.0, _logit_normal),
     )
 }

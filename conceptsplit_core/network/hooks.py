@@ -21,9 +21,11 @@ from .site import NetworkMap, Site, exchanged
 Added = tuple[Rows, Tensor | Product]
 
 
-Scope = Literal["rows", "region", "image", "everywhere"]
+Scope = Literal["rows", "values", "region", "image", "everywhere"]
 """Where a concept's adapter acts:
 rows        at its own text rows, and at no pixel
+values      at its own text rows, as pixels read them: where text rows attend to each other too, they read the same
+            values as without the adapter
 region      at its own text rows, and at the pixels of its region
 image       at its own text rows, and at every pixel of both guidance branches
 everywhere  at all text rows and pixels of both guidance branches, which is merging the weights"""
@@ -58,6 +60,8 @@ class PassPlan:
     rows: the row mask of a text [B, L, d] as a layer reads it; None where it cannot be told.
     pixels: the mask of the pixels of a layer's output [B, T, d] or [B, d, h, w]; None where nobody acts.
     joint: the same for an output that holds text and pixels, by where the adapters act.
+    values: takes what adapters of scope `values` add, for the attention that follows, and the layer's number of tokens;
+        None where pixels alone attend to the text, so that the layer's output is theirs.
     in_place: whether all layers' outputs are written into, also where autograd records: those of a transformer are too
         large to copy for a few rows.
     kept: changes of earlier passes of the same run; None works each out anew, as training must.
@@ -67,6 +71,7 @@ class PassPlan:
     rows: Callable[[Tensor], TokenMask | None] = lambda text: None
     pixels: Callable[[Tensor], TokenMask | None] = lambda out: None
     joint: Callable[[Tensor, Scope], TokenMask | None] = lambda out, scope: None
+    values: Callable[[Site, Added, int], None] | None = None
     in_place: bool = False
     kept: KeptChanges | None = None
     _text: tuple[Tensor, Tensor, KeptText] | None = None
@@ -207,8 +212,13 @@ class Hooks:
                 x, out = x.flatten(1, -2), out.view(out.shape[0], -1, out.shape[-1])
             new = out
             # All are asked before one is added: some read what the layer gives.
-            for found in [plan.change(plan.groups[index], site, layer, x, out) for index in indices]:
-                if found is not None:
+            groups = [plan.groups[index] for index in indices]
+            for group, found in zip(groups, [plan.change(one, site, layer, x, out) for one in groups], strict=True):
+                if found is None:
+                    continue
+                if group.scope == "values" and plan.values is not None:
+                    plan.values(site, found, out.shape[1])
+                else:
                     new = add_at(new, *found, in_place=plan.writes(site, layer))
             return new if new is not out else None
 
@@ -229,14 +239,14 @@ def learning(network: NetworkMap, kind: Any, adapter: Any, scope: Scope | None =
     """`adapter` on the modules of a network while it learns.
 
     Gives a function that publishes the row mask [B, L, 1] of the passes to come, None for passes without the adapter,
-    and which pixels of a layer's output are the concept's, as in `PassPlan`; all by default. It stays published until
-    the next: with checkpointing the backward pass runs the layers again. scope: where the adapter acts while it
-    learns; its kind's place by default.
+    which pixels of a layer's output are the concept's, and the `joint` and `values` of a transformer, all as in
+    `PassPlan`; all pixels by default. It stays published until the next: with checkpointing the backward pass runs the
+    layers again. scope: where the adapter acts while it learns; its kind's place by default.
     """
     hooks = Hooks()
     groups = (Group(kind, (Member(adapter, 1.0),), (0,), scope or kind.scope),)
 
-    def publish(mask: Tensor | None, pixels: Callable[[Tensor], TokenMask | None] | None = None) -> None:
+    def publish(mask: Tensor | None, pixels: Callable[[Tensor], TokenMask | None] | None = None, **joint: Any) -> None:
         if mask is None:
             hooks.plan = None
             return
@@ -245,7 +255,7 @@ def learning(network: NetworkMap, kind: Any, adapter: Any, scope: Scope | None =
         def of_text(text: Tensor) -> TokenMask | None:
             return rows if mask.shape[:2] == text.shape[:2] else None
 
-        hooks.plan = PassPlan(groups, of_text, pixels or (lambda out: everything(out, 1)))
+        hooks.plan = PassPlan(groups, of_text, pixels or (lambda out: everything(out, 1)), **joint)
 
     try:
         hooks.install(network, groups)

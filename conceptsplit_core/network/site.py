@@ -26,12 +26,14 @@ class Site:
     reads: 'text' rows, 'image' tokens, both behind each other ('joint'), or the 'time' and size embedding, which has no
         tokens.
     columns: (first, count) of the output where several projections are fused in one module; None for all of it.
+    values: whether it gives the values that an attention reads of a transformer's text rows.
     """
 
     name: str
     path: str
     reads: Reads
     columns: tuple[int, int] | None = None
+    values: bool = False
 
 
 @dataclass(frozen=True)

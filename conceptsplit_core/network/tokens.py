@@ -68,7 +68,7 @@ class CallTokens:
         if out.shape[0] != self.rows.shape[0] or rest < h * w:
             return None
         rows = F.pad(self.rows, (0, 0, 0, text - self.rows.shape[1]))
-        if scope == "rows":
+        if scope in ("rows", "values"):
             return TokenMask(F.pad(rows, (0, 0, 0, rest)))
         pixels = self._pixels(out.shape[0], rest, None)
         return None if pixels is None else TokenMask(torch.cat([taken(rows, self.owners), pixels], dim=1), self.owners)

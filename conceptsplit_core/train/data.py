@@ -27,12 +27,15 @@ class TrainData:
     identity: what a stopped training must find again to continue: "images", "masks", "size", "model" to a digest of
         each. Hosts fill it from the pictures as they were given, because encoding them again may differ in the last
         bit; without it the latents and masks themselves are taken.
+    one_text: whether all pictures of a step share one prompt: a transformer's texts of unequal length cannot stand in
+        one batch.
     """
 
     latents: Tensor
     prompts: Sequence[Prompt]
     masks: Tensor | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
+    one_text: bool = False
 
     def __post_init__(self) -> None:
         if self.latents.ndim != 4 or self.latents.shape[0] == 0:
@@ -126,7 +129,10 @@ def make_batch(data: TrainData, levels: Tensor, config: TrainConfig, step: int, 
     generator = _generator(config.seed, 2, step)
     images = image_order(len(data.latents), size, step * size, config.seed)
     prompts = torch.randint(len(data.prompts), (size,), generator=generator).tolist()
-    timesteps = torch.randint(len(levels), (size,), generator=generator)
+    if data.one_text:
+        prompts = prompts[:1] * size
+    kind = PARAMETERISATIONS[config.prediction_type]
+    timesteps = kind.places(len(levels), size, generator)
     noise = torch.randn(size, *data.latents.shape[1:], generator=generator)
 
     share = size // process.world
@@ -135,13 +141,18 @@ def make_batch(data: TrainData, levels: Tensor, config: TrainConfig, step: int, 
     chosen = [data.prompts[p] for p in prompts[mine]]
     x0 = data.latents[images[mine]].float()
     level = levels.to("cpu", torch.float32)[timesteps[mine]].to(device)
-    x_t, target = PARAMETERISATIONS[config.prediction_type].noised(x0, noise[mine].to(device), level)
+    x_t, target = kind.noised(x0, noise[mine].to(device), level)
 
     # Prompts of one and of two chunks can meet in a batch; tiling a context changes no attention output, and the
     # class word is then bound in every copy.
     length = math.lcm(*(prompt.context.shape[0] for prompt in chosen))
     context, mask = (
-        torch.stack([rows.to(device).repeat(length // len(rows), 1) for rows in side])
+        torch.stack(
+            [
+                rows.to(device).repeat(length // len(prompt.context), 1)
+                for rows, prompt in zip(side, chosen, strict=True)
+            ]
+        )
         for side in ([prompt.context for prompt in chosen], [prompt.owners() for prompt in chosen])
     )
     mask, others = mask[..., :1], mask[..., 1:] if chosen[0].others else None

@@ -21,6 +21,7 @@ OVERSHOOT = 0.5  # how far beyond 0…1 a picture's values may lie and still be 
 ASPECT = 0.02  # how far a mask's aspect ratio may be from its picture's
 STRONG = 0.5  # the least maximum of a mask: below, it is a label map or a scaling gone wrong
 NATIVE_SIZES = {"sd15": 512, "sd21": 768, "sdxl": 1024, "demo": 128}
+TRANSFORMER_SIZE = 1024
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -57,7 +58,7 @@ def check_images(images: Tensor | None, first: int = 1) -> Tensor:
     if min(height, width) < 16 or max(height, width) > MAX_SIDE:
         raise ConceptSplitError(
             f"The training images are {width} x {height} pixels: resize them to between 16 and {MAX_SIDE}, best the "
-            "size the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL)."
+            "size the model was made for (512 for SD1.5, 768 for SD2.1, 1024 for SDXL and others)."
         )
     for number, image in enumerate(images, first):
         _check_range(image, f"Training image {number}")

@@ -33,6 +33,7 @@ class Prompt:
 
     extra: tensors without a batch axis, such as SDXL's pooled text and size ids.
     others: the rows of each other thing that the pictures show.
+    length: how many text rows the model sees, where it makes other ones of the context's; 0 is L.
     """
 
     text: str
@@ -40,11 +41,12 @@ class Prompt:
     rows: tuple[int, ...]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     others: tuple[tuple[int, ...], ...] = ()
+    length: int = 0
 
     def owners(self) -> Tensor:
         """Which rows are the class word's and each other thing's, [L, 1 + m] of 0 and 1."""
         things = (self.rows, *self.others)
-        found = torch.zeros(len(self.context), len(things))
+        found = torch.zeros(self.length or len(self.context), len(things))
         for thing, own in enumerate(things):
             found[list(own), thing] = 1.0
         return found
@@ -58,6 +60,7 @@ class EncodedText:
     context: Tensor
     bindings: Sequence[Binding]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    length: int = 0
 
 
 def expand_templates(templates: Sequence[str], class_word: str) -> list[str]:
@@ -103,7 +106,6 @@ def encode_templates(
         encoded = encode(text)
         rows = {binding.concept: tuple(binding.rows) for binding in encoded.bindings}
         own = rows.get(concept.name, ())
-        prompts.append(
-            Prompt(encoded.text, encoded.context, own, encoded.extra, tuple(rows[other.name] for other in others))
-        )
+        beside = tuple(rows[other.name] for other in others)
+        prompts.append(Prompt(encoded.text, encoded.context, own, encoded.extra, beside, encoded.length))
     return prompts

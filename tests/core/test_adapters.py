@@ -645,7 +645,7 @@ def test_what_each_kind_changes_and_where():
     ]
     names += ["mid_block.attentions.0.transformer_blocks.0.ff.net.2", "mid_block.attentions.0.proj_in"]
     table = {
-        "value": ("rows", ["2 v"]),
+        "value": ("values", ["2 v"]),
         "key": ("rows", ["2 k"]),
         "key_value": ("rows", ["2 k", "2 v"]),
         "lora": ("region", [f"{n} {p}" for n in (1, 2) for p in ("q", "k", "v", "out.0")]),

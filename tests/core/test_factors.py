@@ -265,7 +265,7 @@ def test_adapters_of_one_kind_and_place_act_together():
     )
     assert [(group.kind.name, group.channels, group.scope) for group in groups] == [
         ("lora", (0, 3), "region"),
-        ("value", (2,), "rows"),
+        ("value", (2,), "values"),
         ("lora", (5,), "rows"),
     ]
     assert [member.strength for member in groups[0].members] == [0.5, -1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...errors import ConceptSplitError
 
+_FUSED = ("rms_rope_split_half",)
 _NO_BACKWARD = "no autograd formula"
 _BROKEN_GRADIENT = ("inplace operation", "in-place operation", "does not require grad", "Inference tensors")
 
@@ -40,16 +42,24 @@ def plain_errors() -> Iterator[None]:
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """While it is on, the host computes with kernels that have a backward pass, as in its own training: those of
-    comfy-kitchen (rotary embedding, fused norms) have none. Hosts without them have no such switch."""
+    comfy-kitchen (rotary embedding, fused norms) have none. Hosts without them have no such switch; one of them is
+    called whatever the switch says (Anima's), and is exchanged for comfy-kitchen's own form of it in plain PyTorch."""
     before = getattr(comfy.model_management, "in_training", None)
     if before is None:
         yield
         return
+    kitchen = importlib.import_module("comfy.quant_ops").ck
+    eager = importlib.import_module(f"{kitchen.__name__}.backends.eager.rope")
+    fused = {name: getattr(kitchen, name) for name in _FUSED if hasattr(kitchen, name) and hasattr(eager, name)}
     comfy.model_management.in_training = True
     try:
+        for name in fused:
+            setattr(kitchen, name, getattr(eager, name))
         yield
     finally:
         comfy.model_management.in_training = before
+        for name, function in fused.items():
+            setattr(kitchen, name, function)
 
 
 def copied_activations() -> Any:

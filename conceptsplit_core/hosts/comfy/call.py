@@ -216,16 +216,21 @@ def _in_force(
             # Where another pack changes the text on its way into a layer, each layer looks at its own. A transformer's
             # rows change from block to block and step to step.
             kept = None if text.patched or sequence is not None else run.kept
-            run.hooks.plan = PassPlan(groups, text.adapters, tokens.pixels, tokens.joint, sequence is not None, kept)
+            plan = PassPlan(groups, text.adapters, tokens.pixels, tokens.joint, None, sequence is not None, kept)
+            run.hooks.plan = plan
         config, regions = _guided(run, x, t, options)
         chained = options.get("optimized_attention_override")
         replacement: Callable | None = None
         if sequence is not None:
-            if reads or config is not None or run.gradient:
+            values = sequence.joint and any(group.scope == "values" for group in groups)
+            if reads or config is not None or run.gradient or values:
                 layers = run.reading.layers if reads else frozenset()
                 finished = partial(_finished, alone and chained is None)
-                probe = JointAttention(run, text.given.attended, latent, layers, finished, regions, config)
-                acting, replacement = [probe], probe.override(chained)
+                mask = text.given.attended
+                joint = JointAttention(run.network, mask, latent, run.gradient, layers, finished, regions, config)
+                if values and run.hooks.plan is not None:
+                    joint.values, run.hooks.plan.values = True, joint.hold
+                probe, acting, replacement = joint, [joint], joint.override(chained)
         else:
             if reads:
                 probe = _probe(run, text, x.shape[0], alone)
@@ -246,6 +251,8 @@ def _in_force(
             run.reading.found = probe.found
         for one in acting:
             one.remove()
+        if isinstance(probe, JointAttention):
+            run.notes.skipped(probe.skipped.guided, probe.skipped.values)
 
 
 def _guided(run: Run, x: Tensor, t: Tensor, options: Mapping[str, Any]) -> tuple[LodaConfig | None, Tensor | None]:

@@ -16,7 +16,8 @@ from ...text.concepts import Concept
 from ...train.images import check_masks
 from ...train.prompts import EncodedText, Prompt, encode_templates, others_beside
 from .clip import with_concepts
-from .model import KEY
+from .model import KEY, transformer_of
+from .patch import row_count
 
 
 def encode_prompts(
@@ -43,14 +44,18 @@ def encode_prompts(
         comfy.model_management.throw_exception_if_processing_interrupted()
         encoded = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True, return_dict=True)
         carried = encoded[KEY]
-        extra = {}
-        if model.adm_channels:
+        extra, length = {}, 0
+        if transformer_of(model) is not None:
+            # Whatever the host's model will ask for: pooled text, masks, ids of a second tokenizer.
+            extra = {key: kept(value) for key, value in encoded.items() if key != "cond" and torch.is_tensor(value)}
+            length = row_count({"cross_attn": encoded["cond"], **encoded})
+        elif model.adm_channels:
             adm = model.encode_adm(
                 pooled_output=encoded.get("pooled_output"), width=size[1], height=size[0], device=torch.device("cpu")
             )
             if adm is not None:
                 extra["y"] = own(adm[0])
-        return EncodedText(carried.text, own(encoded["cond"][0]), carried.bindings, extra)
+        return EncodedText(carried.text, own(encoded["cond"][0]), carried.bindings, extra, length)
 
     return encode_templates(encode, concept, templates, others)
 
@@ -76,6 +81,12 @@ def own(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
+def kept(tensor: Tensor) -> Tensor:
+    """`own` for tensors that may be numbers of tokens."""
+    with torch.inference_mode(False):
+        return own(tensor) if tensor.is_floating_point() else tensor.detach().to("cpu", copy=True)
+
+
 def in_model_space(
     model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE, batch: Tensor, covers: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -83,6 +94,7 @@ def in_model_space(
     latents = encode_images(vae, batch)
     with torch.inference_mode(False):
         latents = own(model.model.process_latent_in(latents))
+        latents = latents.flatten(1, latents.ndim - 3) if latents.ndim == 5 else latents  # a video of one frame
         count, _, *side = latents.shape
         covers = check_masks(covers, count, (side[0], side[1]), (batch.shape[1], batch.shape[2]))
         return latents, None if covers is None else own(covers)

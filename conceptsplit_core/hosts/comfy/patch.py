@@ -161,7 +161,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 continue
             # Every conditioning gets a mask, also one of zeros: unequal keys would keep the host from batching
             # positive and negative, and rounding would differ from the stock run.
-            mask = bindings_mask(bindings[id(cond)], names, _row_count(cond), kind == "positive")
+            mask = bindings_mask(bindings[id(cond)], names, row_count(cond), kind == "positive")
             if (sequence := run.network.sequence) is not None:
                 if sequence.references_first and cond.get("reference_latents"):
                     raise ConceptSplitError(
@@ -213,7 +213,7 @@ def _bindings(cond: Mapping[str, Any]) -> tuple[tuple[Binding, ...], bool]:
     return (*carried.bindings, *joined), ambiguous
 
 
-def _row_count(cond: Mapping[str, Any]) -> int:
+def row_count(cond: Mapping[str, Any]) -> int:
     """How many text rows the model sees, before they are filled up: Anima makes one of each of these ids."""
     ids = cond.get("t5xxl_ids")
     return int(cond["cross_attn"].shape[1]) if ids is None else len(ids)

@@ -164,6 +164,7 @@ class Notes:
     found, wanted: of each channel, whether its rows were found in the text of some layer, and whether they should have
         been; bool [n] on the layers' device, read at the end.
     afg_skipped: AFG met a cross-attention that it could not guide.
+    values_skipped: value adapters met an attention of a transformer that was not of their text.
     unplaced: routed adapters met a call whose place in the picture nobody knows.
     not_reused: encoder features were to be reused, and cannot be on this model.
     """
@@ -171,6 +172,7 @@ class Notes:
     found: Tensor | None = None
     wanted: Tensor | None = None
     afg_skipped: bool = False
+    values_skipped: bool = False
     unplaced: bool = False
     not_reused: bool = False
 
@@ -179,6 +181,11 @@ class Notes:
         wanted, found = (mask.ne(0).flatten(0, 1).any(dim=0) for mask in (wanted, found))
         self.wanted = wanted if self.wanted is None else self.wanted | wanted
         self.found = found if self.found is None else self.found | found
+
+    def skipped(self, guided: bool, values: bool) -> None:
+        """What the attention of one call could not do."""
+        self.afg_skipped |= guided
+        self.values_skipped |= values
 
     def warn(self, run: Run, expected: set[str]) -> None:
         """Logs it. expected: concepts whose texts other packs have taken in."""
@@ -211,6 +218,11 @@ class Notes:
             log.warning(
                 "[ConceptSplit] AFG had no effect in some calls of the model: another node shows the model windows of "
                 "the picture, or computes attention in a way that AFG cannot guide."
+            )
+        if self.values_skipped:
+            log.warning(
+                "[ConceptSplit] Value adapters had no effect in some calls of the model: another node computes its "
+                "attention in a way of its own; remove that node."
             )
         if self.not_reused:
             log.warning(

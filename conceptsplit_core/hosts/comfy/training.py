@@ -26,13 +26,14 @@ from ...train.adapter import begin, new_adapter, training_facts
 from ...train.checkpoint import training_files
 from ...train.data import TrainData
 from ...train.identity import digest
-from ...train.images import NATIVE_SIZES, check_images, one_size
+from ...train.images import NATIVE_SIZES, TRANSFORMER_SIZE, check_images, one_size
 from ...train.loop import TrainEvent, TrainResult, train
 from ...train.progress import ProgressBar
 from ...train.subject import separating, with_masks
 from .clip import with_concepts
 from .denoiser import parameterisation_of, schedule_of
 from .encoding import encode_prompts, in_model_space, own, without_concepts
+from .flow import distilled, flow_objective, framed
 from .identity import model_identity
 from .model import adopt_parameters, compute_dtype, network_map, transformer_of, whole
 from .objective import objective
@@ -45,24 +46,57 @@ def check_trainable(model: comfy.model_patcher.ModelPatcher | None, vae: comfy.s
     """What `model` predicts.
 
     Raises:
-        ConceptSplitError: something is not connected, a transformer, an inpainting, pix2pix or other UNet that reads
-            more than a latent, or a denoiser that cannot be trained on.
+        ConceptSplitError: something is not connected, an inpainting, pix2pix or other UNet that reads more than a
+            latent, or a denoiser that cannot be trained on.
     """
     if model is None or vae is None:
         raise ConceptSplitError("Training needs MODEL, CLIP and VAE: connect all three of the checkpoint loader.")
-    if transformer_of(model.model) is not None:
-        raise ConceptSplitError(
-            f"Value adapters can be trained on SD1.5, SD2.x and SDXL, not on {type(model.model).__name__}: train a "
-            "LoRA with a trainer for this model, and load it with LoRA Concept Loader."
-        )
     network_map(model.model)  # refuses what is not known
+    kind = parameterisation_of(model.get_model_object("model_sampling"))
+    if transformer_of(model.model) is not None:
+        if kind.name != "flow":
+            raise ConceptSplitError(
+                f"This model ({type(model.model).__name__}) is a transformer whose denoiser predicts no flow, so there "
+                "is nothing to train on: use the checkpoint without ModelSampling nodes."
+            )
+        return kind
     channels = model.model.model_config.unet_config.get("in_channels", 4)
     if channels != (latent := model.model.latent_format.latent_channels):
         raise ConceptSplitError(
             f"This model's UNet has {channels} input channels (inpainting has 9, pix2pix 8), where training needs one "
             f"with {latent}: train on the model it was made from; the adapter works on both."
         )
-    return parameterisation_of(model.get_model_object("model_sampling"))
+    return kind
+
+
+def _check_settings(model: Any, config: TrainConfig) -> None:
+    """Refuses what cannot be learned on a transformer, and says what is to be known of one. model: a BaseModel.
+
+    Raises:
+        ConceptSplitError: another kind than `value`, or an option that reads a UNet's attention.
+    """
+    if transformer_of(model) is None:
+        return
+    if config.kind != "value":
+        raise ConceptSplitError(
+            f"On a transformer ({type(model).__name__}) values alone can be learned: set kind to 'value', or train a "
+            "LoRA with a trainer for this model and load it with LoRA Concept Loader."
+        )
+    if config.mask_from != "given" or config.separate > 0:
+        raise ConceptSplitError(
+            f"On a transformer ({type(model).__name__}) training does not read attention: set mask_from to 'given' and "
+            "separate to 0, and give masks where backgrounds creep in."
+        )
+    log.info(
+        "[ConceptSplit] %s learns by its flow. A model that was distilled to a few steps (Turbo, Lightning, schnell, "
+        "Klein without 'base') is no model to learn on: train on the one it was made from, and draw on either.",
+        type(model).__name__,
+    )
+    if distilled(model):
+        log.info(
+            "[ConceptSplit] This model is told its guidance: it learns at guidance 1, and draws with yours (3.5 is "
+            "usual)."
+        )
 
 
 def train_adapter(
@@ -97,9 +131,12 @@ def train_adapter(
         comfy.model_management.InterruptProcessingException: the stop button; adapter and state are written.
     """
     kind = check_trainable(model, vae)
+    _check_settings(model.model, config)
     model = whole(model)
     network = network_map(model.model)
-    batch, covers, note = one_size(_list(images), _list(masks), NATIVE_SIZES.get(network.family, 512))
+    flow = network.sequence is not None
+    native = TRANSFORMER_SIZE if flow else NATIVE_SIZES.get(network.family, 512)
+    batch, covers, note = one_size(_list(images), _list(masks), native)
     batch = check_images(batch)
     size = (batch.shape[1], batch.shape[2])
     templates = list(templates)
@@ -120,14 +157,16 @@ def train_adapter(
         made = new_adapter(network, concept, kind.name, config.rank, config.alpha, config.seed, facts, config.kind)
         # Before the model is loaded: captions need the text encoder, which would take its place again.
         encode = torch.inference_mode()(functools.partial(encode_prompts, clip, model.model, size=size))
-        begin(made, prompts, encode, captions)
+        if not flow:  # the rows that a transformer sees need not be the encoder's, and values start from nothing
+            begin(made, prompts, encode, captions)
 
     model = _loaded_whole(model, config, latents)
     device = model.load_device
     config = replace(config, loss_scale=1024.0 if compute_dtype(model.model) == torch.float16 else 1.0)
     with torch.inference_mode(False):
         adapter = made.to(device)
-        data = TrainData(latents.to(device), prompts, None if covers is None else covers.to(device), given)
+        covers = None if covers is None else covers.to(device)
+        data = TrainData(latents.to(device), prompts, covers, given, one_text=flow)
 
     progress = ProgressBar(config.steps, concept.name)
 
@@ -146,7 +185,12 @@ def train_adapter(
     state = None if written is None else written.state
     stops = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
     try:
-        with objective(model.model, adapter, config.gradient_checkpointing, timesteps) as (denoise, pause):
+        checkpointing = config.gradient_checkpointing
+        with (
+            flow_objective(model.model, adapter, levels, checkpointing)
+            if flow
+            else objective(model.model, adapter, checkpointing, timesteps)
+        ) as (denoise, pause):
             data = with_masks(data, network, levels, denoise, config)
             with separating(network, data, denoise, config) as (run, penalty):
                 result = train(
@@ -212,13 +256,13 @@ def draw(
             knowing.encode_from_tokens_scheduled(knowing.tokenize(text))
             for text in (template.replace("{}", f"<{concept.name}>"), "")
         )
-        empty = torch.zeros(1, *like.shape[1:])
+        empty = framed(model.model, torch.zeros(1, *like.shape[1:]))
         noise = comfy.sample.prepare_noise(empty, SAMPLE_SEED)
         latent = comfy.sample.sample(
             patched,
             noise,
             SAMPLE_STEPS,
-            SAMPLE_CFG,
+            1.0 if distilled(model.model) else SAMPLE_CFG,
             "euler",
             "normal",
             positive,
@@ -227,4 +271,4 @@ def draw(
             disable_pbar=True,
             seed=SAMPLE_SEED,
         )
-        return vae.decode(latent)
+        return vae.decode(latent).flatten(0, -4)  # some give a video of one frame

@@ -1,7 +1,7 @@
 """One file per family of networks: how its modules are named, and which of them reads what."""
 
 from . import anima, flux, krea2, lumina, qwen_image, sd3, wan
-from .transformer import TRANSFORMERS, Transformer, transformer_map
+from .transformer import TRANSFORMERS, Transformer, named_values, transformer_map
 
 __all__ = [
     "TRANSFORMERS",
@@ -10,6 +10,7 @@ __all__ = [
     "flux",
     "krea2",
     "lumina",
+    "named_values",
     "qwen_image",
     "sd3",
     "transformer_map",

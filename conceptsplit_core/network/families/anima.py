@@ -26,7 +26,7 @@ ANIMA = register(
             (_BLOCK + r"cross_attn\.[kv]_proj$", "text"),
             (_BLOCK + r"(self_attn|cross_attn|mlp)\.|^x_embedder\.|^final_layer\.linear$", "image"),
         ),
-        _BLOCK + r"cross_attn\.v_proj$",
+        (("blocks.{}.cross_attn.v_proj", "transformer_blocks.{}.attn2.to_v"),),
         lambda denoiser, path: None,
         (0.3, 0.7),
         _sequence,

@@ -18,9 +18,15 @@ def _values(denoiser: nn.Module, path: str) -> Columns:
     return 2 * width, width
 
 
+def _base(denoiser: nn.Module) -> str:
+    if type(denoiser).__name__ == "Chroma":
+        return "chroma"
+    return "flux2" if getattr(denoiser.params, "global_modulation", False) else "flux"
+
+
 def _sequence(denoiser: nn.Module) -> TokenSequence:
     patch = int(denoiser.patch_size)  # type: ignore[arg-type]
-    if getattr(denoiser.params, "global_modulation", False):
+    if _base(denoiser) == "flux2":
         return TokenSequence(patch, fill=FLUX2_ROWS, fill_before=True)
     return TokenSequence(patch)
 
@@ -35,9 +41,13 @@ FLUX = register(
             (r"^double_blocks\.\d+\.img_(attn|mlp)\.|^img_in$|^final_layer\.linear$", "image"),
             (r"^double_blocks\.\d+\.txt_(attn|mlp)\.|^txt_in$", "text"),
         ),
-        r"^double_blocks\.\d+\.txt_attn\.qkv$|^single_blocks\.\d+\.linear1$",
+        (
+            ("double_blocks.{}.txt_attn.qkv", "transformer_blocks.{}.attn.add_v_proj"),
+            ("single_blocks.{}.linear1", "single_transformer_blocks.{}.attn.to_v"),
+        ),
         _values,
         (0.2, 0.4),
         _sequence,
+        _base,
     )
 )

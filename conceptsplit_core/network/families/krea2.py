@@ -22,7 +22,7 @@ KREA2 = register(
             (r"^first$", "image"),
             (r"^txtfusion\.refiner_blocks\.\d+\.(attn|mlp)\.|^txtmlp\.", "text"),
         ),
-        r"^blocks\.\d+\.attn\.wv$",
+        (("blocks.{}.attn.wv", "transformer_blocks.{}.attn.to_v"),),
         lambda denoiser, path: None,
         (0.35, 0.65),
         _sequence,

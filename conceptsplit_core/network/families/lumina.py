@@ -32,9 +32,10 @@ LUMINA = register(
             (r"^noise_refiner\.|^x_embedder$", "image"),
             (r"^context_refiner\.|^cap_embedder\.", "text"),
         ),
-        r"^layers\.\d+\.attention\.qkv$",
+        (("layers.{}.attention.qkv", "layers.{}.attention.to_v"),),
         _values,
         (0.4, 0.65),
         _sequence,
+        lambda denoiser: "z_image" if getattr(denoiser, "pad_tokens_multiple", None) else "lumina2",
     )
 )

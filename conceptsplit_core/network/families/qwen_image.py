@@ -23,7 +23,7 @@ QWEN_IMAGE = register(
             (_BLOCK + r"(attn\.(add_|to_add_out)|txt_mlp\.)|^txt_in$", "text"),
             (_BLOCK + r"(attn\.to_|img_mlp\.)|^img_in$|^proj_out$", "image"),
         ),
-        _BLOCK + r"attn\.add_v_proj$",
+        (("transformer_blocks.{}.attn.add_v_proj", "transformer_blocks.{}.attn.add_v_proj"),),
         lambda denoiser, path: None,
         (0.35, 0.65),
         _sequence,

@@ -25,7 +25,7 @@ SD3 = register(
             (_BLOCK + r"context_block\.|^context_embedder$", "text"),
             (_BLOCK + r"x_block\.|^x_embedder\.|^final_layer\.linear$", "image"),
         ),
-        _BLOCK + r"context_block\.attn\.qkv$",
+        (("joint_blocks.{}.context_block.attn.qkv", "transformer_blocks.{}.attn.add_v_proj"),),
         last_of_three,
         (0.35, 0.65),
         _sequence,

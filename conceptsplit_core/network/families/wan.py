@@ -30,7 +30,7 @@ WAN = register(
             (_BLOCK + r"cross_attn\.[kv]$|^text_embedding\.", "text"),
             (_BLOCK + r"(self_attn|cross_attn|ffn)\.|^head\.head$", "image"),
         ),
-        _BLOCK + r"cross_attn\.v$",
+        (("blocks.{}.cross_attn.v", "blocks.{}.attn2.to_v"),),
         lambda denoiser, path: None,
         (0.3, 0.7),
         _sequence,

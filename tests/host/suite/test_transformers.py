@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -447,13 +448,14 @@ def test_a_video_and_a_start_picture_are_refused(models):
 
 @EACH
 def test_loda_separates_where_its_steps_are_asked_for(models, family, monkeypatch):
-    """On weights that the host has made under inference mode: the gradient against differences, and the loss falls."""
+    """On weights made under inference mode, with a value adapter: the gradient against differences; the loss falls."""
     timeline = pack("conceptsplit_core.method.timeline")
     separation_loss = pack("conceptsplit_core.method.maps").separation_loss
     model = models(family)
     image = tiny.latent(family, *SIZE, batch=2)
     stock = sample(model, *conds(family), image, steps=4)
-    ours, maps = with_loda(model, loda_steps=2, loda_iterations=2, loda_strength=0.05, afg=False)
+    adapted = with_values(model, values_of(model), strength=0.5)
+    ours, maps = with_loda(adapted, loda_steps=2, loda_iterations=2, loda_strength=0.05, afg=False)
     slopes: list[tuple[float, float]] = []
     separate = timeline.separate
 
@@ -472,13 +474,6 @@ def test_loda_separates_where_its_steps_are_asked_for(models, family, monkeypatc
         return separate(x, sigma, step, maps_of, config, *args, **kwargs)
 
     monkeypatch.setattr(timeline, "separate", checked)
-    if family == "anima":
-        with pytest.raises(
-            Exception, match="this ComfyUI computes a part of it with a kernel that has none: set loda_s"
-        ):
-            sample(ours, *conds(family), image, steps=4)
-        assert torch.equal(sample(model, *conds(family), image, steps=4), stock)
-        return
     out = sample(ours, *conds(family), image, steps=4)
     for slope, difference in slopes:
         assert slope == pytest.approx(difference, rel=0.05, abs=2e-6)
@@ -494,6 +489,265 @@ def test_without_asking_a_transformer_is_not_optimised(models, family):
     ours, maps = with_loda(models(family))
     sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=5)
     assert maps.trace.backwards == 0 and maps.trace.regions.any()
+
+
+# Value adapters -------------------------------------------------------------------------------------------------------
+
+
+def values_of(model: Any, name: str = "anna", rank: int = 3, seed: int = 11, alpha: float = 1.5) -> Any:
+    """A value adapter with random pairs for every block."""
+    adapters, network = pack("conceptsplit_core.adapters"), network_of(model)
+    shapes = network.value_shapes
+    info = adapters.AdapterInfo(name, "dog", network.family, network.context_dim, rank, alpha, "flow")
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {site: pair((out, read), generator, rank) for site, (read, out) in shapes.items()}
+    return adapters.LowRankAdapter(
+        info, {site: one[0] for site, one in pairs.items()}, {site: one[1] for site, one in pairs.items()}
+    )
+
+
+def with_values(model: Any, adapter: Any, name: str = "anna", **options: Any) -> Any:
+    patch = pack("conceptsplit_core.hosts.comfy.patch")
+    return patch.with_adapter(model, patch.LoadedAdapter(name, adapter, **options))
+
+
+@contextmanager
+def attended(model: Any, ours: Any) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """A clone of `ours` to sample; and of each block of each call what its value projection read and gave, and what
+    attention was given after it: (q, k, v, result) by heads."""
+    import comfy.ldm.modules.attention as attention
+
+    found: list[dict[str, Any]] = []
+    plain = attention.attention_pytorch
+    network = network_of(model)
+
+    def override(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        out = plain(q, k, v, heads, *args, **kwargs)
+        if found and len(found[-1]["calls"]) < 2:
+            split = out if kwargs.get("skip_output_reshape") else out.unflatten(-1, (heads, -1)).transpose(1, 2)
+            folded = [_folded(one, heads, kwargs) for one in (q, k, v)]
+            found[-1]["calls"].append((*folded, split.detach().clone()))
+        return out
+
+    def note(site: Any) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            part = output.narrow(-1, *site.columns) if site.columns else output
+            found.append({"site": site.name, "read": args[0].clone(), "gave": part.clone(), "calls": []})
+
+        return hook
+
+    handles = [
+        model.model.diffusion_model.get_submodule(network.sites[one.v].path).register_forward_hook(
+            note(network.sites[one.v])
+        )
+        for one in network.attention
+    ]
+    clone = ours.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    try:
+        yield clone, found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def before_of(family: str) -> int:
+    """Rows that the host puts before a text."""
+    return 512 - tiny.ROWS if family == "flux2" else 0
+
+
+def wanted_values(block: dict[str, Any], acting: Any, batch_row: int, family: str) -> dict[int, Tensor]:
+    """What adapters (adapter, strength, rows) add at text rows of a block, by plain sums."""
+    found: dict[int, Tensor] = {}
+    for adapter, strength, rows in acting:
+        down, up = adapter.down[block["site"]], adapter.up[block["site"]]
+        for row in rows:
+            place = before_of(family) + row
+            read = block["read"][batch_row, place]
+            found[place] = strength * adapter.scale(block["site"]) * (up @ (down @ read))
+    return found
+
+
+def check_values(family: str, blocks: list[dict[str, Any]], acting: Any) -> int:
+    """Each block against plain sums: text rows read the values as they are, pixels the changed ones at the concepts'
+    rows of one batch row; how many blocks of the positive prompt there were."""
+    first = 32 if family == "z_image" else 512 if family == "flux2" else tiny.ROWS
+    positive = 0
+    for block in blocks:
+        text, picture = block["calls"][:2]
+        if text[0].shape[2] != first:  # one call: a prompt that binds nothing
+            continue
+        q, k, v, result = picture
+        assert torch.equal(k, text[1]) and q.shape[2] + first == k.shape[2]
+        torch.testing.assert_close(
+            text[3], torch.nn.functional.scaled_dot_product_attention(*text[:3]), atol=2e-5, rtol=1e-4
+        )
+        for row in range(len(v)):
+            moved = (v[row] != text[2][row]).any(dim=(0, 2)).nonzero().flatten().tolist()
+            if not moved:
+                continue
+            positive += 1
+            sums = wanted_values(block, acting, row, family)
+            assert moved == sorted(sums)
+            for place, delta in sums.items():
+                heads = delta.unflatten(-1, (-1, v.shape[-1]))
+                heads = heads.repeat_interleave(v.shape[1] // len(heads), dim=0)  # grouped keys: each serves several
+                torch.testing.assert_close(v[row, :, place] - text[2][row, :, place], heads, atol=2e-5, rtol=1e-3)
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(result, wanted, atol=2e-5, rtol=1e-4)
+    return positive
+
+
+JOINT = pytest.mark.parametrize("family", [name for name in tiny.here() if name != "anima"])
+
+
+@JOINT
+def test_pixels_alone_read_the_values_of_two_adapters(models, family):
+    """In every block, against plain sums. Projections give what they gave, the first block's text reads as before."""
+    model = models(family)
+    anna, bert = values_of(model), values_of(model, "bert", rank=5, seed=12, alpha=10.0)
+    ours = with_values(with_values(model, anna, strength=0.7), bert, "bert", strength=-0.4)
+    image = tiny.latent(family, *SIZE, batch=2)
+    with attended(model, model) as (stock, base):
+        plain = sample(stock, *conds(family), image, steps=1)
+    with attended(model, ours) as (chosen, got):
+        out = sample(chosen, *conds(family), image, steps=1)
+    assert out.isfinite().all() and not close(out, plain)
+    blocks = len(network_of(model).attention)
+    acting = [(anna, 0.7, BOUND["anna"]), (bert, -0.4, BOUND["bert"])]
+    assert check_values(family, got, acting) == 2 * blocks, "both pictures of the positive prompt"
+    starts = [i for i in range(len(got)) if got[i]["site"] == got[0]["site"]]
+    for at in starts:
+        assert torch.equal(got[at]["gave"], base[at]["gave"])
+        whole = base[at]["calls"][0][3]
+        parts = torch.cat([call[3] for call in got[at]["calls"]], dim=2) if len(got[at]["calls"]) > 1 else None
+        if parts is None or parts.shape != whole.shape:
+            assert torch.equal(got[at]["calls"][0][3], whole)
+            continue
+        first = got[at]["calls"][0][0].shape[2]
+        # Another number of queries is another order of sums to some kernels.
+        torch.testing.assert_close(parts[:, :, :first], whole[:, :, :first], atol=1e-5, rtol=1e-4)
+        off = [float((part - one).abs().max()) for part, one in zip(parts, whole, strict=True)]
+        assert sum(one > 1e-3 for one in off) == 2 and sum(one < 1e-5 for one in off) == 2
+
+
+def test_values_of_a_cross_attention_change_at_their_rows():
+    """Anima: pixels alone read the text, so the projection's own output changes."""
+    if "anima" not in tiny.here():
+        pytest.skip("anima: this ComfyUI has no such model")
+    model = tiny.build("anima")
+    anna = values_of(model)
+    module = tiny.FAMILIES["anima"].text
+    ours = with_values(model, anna, strength=0.7)
+    with outputs(model, [module]) as stock:
+        sample(model, *conds("anima"), tiny.latent("anima", *SIZE), steps=1)
+    with outputs(model, [module]) as got:
+        sample(ours, *conds("anima"), tiny.latent("anima", *SIZE), steps=1)
+    site = next(name for name, one in network_of(model).sites.items() if one.path == module and one.values)
+    changed = 0
+    for (read, base), (_, new) in zip(stock[module], got[module], strict=True):
+        for row in range(len(base)):
+            moved = (new[row] != base[row]).any(dim=-1).nonzero().flatten().tolist()
+            if moved:
+                changed += 1
+                assert moved == list(BOUND["anna"])
+                wanted = base[row, moved] + 0.7 * 0.5 * (read[row, moved] @ anna.down[site].t() @ anna.up[site].t())
+                torch.testing.assert_close(new[row, moved], wanted, atol=2e-5, rtol=1e-4)
+    assert changed == 1
+
+
+@EACH
+def test_value_adapters_that_act_nowhere_and_a_model_as_it_was(models, family):
+    model = models(family)
+    image, given = tiny.latent(family, *SIZE), {"steps": 3, "cfg": 4.0}
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    stock = sample(model, *conds(family), image, **given)
+    adapter = values_of(model)
+    assert torch.equal(sample(with_values(model, adapter, strength=0.0), *conds(family), image, **given), stock)
+    unnamed = with_values(model, adapter, "carl")
+    assert torch.equal(sample(unnamed, *conds(family), image, **given), stock), "no prompt names it"
+    nobody = conds(family, {})
+    assert torch.equal(sample(with_values(model, adapter), *nobody, image, **given), stock)
+    ours = with_values(model, adapter, strength=0.8)
+    out = sample(ours, *conds(family), image, **given)
+    assert out.isfinite().all() and not close(out, stock)
+    late = with_values(model, adapter, strength=0.8, start=0.5)
+    assert not close(sample(late, *conds(family), image, **given), out)
+    assert torch.equal(sample(ours, *conds(family), image, **given), out)
+    after = model.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any(module._forward_hooks for module in model.model.modules())
+    assert torch.equal(sample(model, *conds(family), image, **given), stock)
+
+
+@JOINT
+def test_a_value_adapter_beside_a_routed_lora(models, write_path, family):
+    """The adapter's part is the same sum on what the model reads with the LoRA, whichever was loaded first."""
+    model = models(family)
+    path = write_path(file_of(model, [tiny.FAMILIES[family].text, tiny.FAMILIES[family].image]))
+    bert, image = values_of(model, "bert", seed=12), tiny.latent(family, *SIZE)
+    options = {"strength": 0.5, "mask": drawn(0, 9)}
+    plainly = lambda chosen: with_loda(chosen, loda_steps=0, afg=False)[0]  # AFG adds dimensions to keys and values
+    model = pack("conceptsplit_core.hosts.comfy.patch").with_masks(model, {"bert": drawn(9, 18)})
+    both = plainly(with_values(with_lora(model, path, **options), bert, "bert", strength=0.8))
+    with attended(model, both) as (chosen, got):
+        out = sample(chosen, *conds(family), image, steps=1)
+    assert check_values(family, got, [(bert, 0.8, BOUND["bert"])]) == len(network_of(model).attention)
+    other = plainly(with_lora(with_values(model, bert, "bert", strength=0.8), path, **options))
+    assert close(sample(other, *conds(family), image, steps=1), out)
+    assert not close(sample(plainly(with_lora(model, path, **options)), *conds(family), image, steps=1), out)
+
+
+@JOINT
+def test_values_and_afg_in_one_attention(models, family):
+    """The first block's pixels against a mask of the same numbers on the changed values."""
+    model = models(family)
+    anna = values_of(model)
+    ours = with_values(model, anna, strength=0.7)
+    masked = {"anna": drawn(0, 8), "bert": drawn(8, 18)}
+    ours = pack("conceptsplit_core.hosts.comfy.patch").with_masks(ours, masked)
+    ours, _ = with_loda(ours, afg_inside=2.0, afg_outside=5.0)
+    with attended(model, model) as (stock, base):
+        sample(stock, *conds(family), tiny.latent(family, *SIZE), steps=1, cfg=1.0)
+    with attended(model, ours) as (chosen, got):
+        sample(chosen, *conds(family), tiny.latent(family, *SIZE), steps=1, cfg=1.0)
+    q, k, v, whole = base[0]["calls"][0]
+    text, picture = (call[3] for call in got[0]["calls"])
+    first = text.shape[2]
+    h, w = network_of(model).sequence.size((SIZE[1], SIZE[0]))
+    pixels = torch.arange(h * w) % w
+    bias = torch.zeros(1, 1, q.shape[2] - first, k.shape[2])
+    for name, inside in (("anna", pixels < round(8 * w / SIZE[0])), ("bert", pixels >= round(8 * w / SIZE[0]))):
+        for place in BOUND[name]:
+            bias[0, 0, : h * w, before_of(family) + place] = torch.where(inside, 2.0, -5.0)
+    v = v.clone()
+    for place, delta in wanted_values(base[0], [(anna, 0.7, BOUND["anna"])], 0, family).items():
+        heads = delta.unflatten(-1, (-1, v.shape[-1]))
+        v[0, :, place] += heads.repeat_interleave(v.shape[1] // len(heads), dim=0)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=bias)
+    torch.testing.assert_close(picture[..., : v.shape[-1]], wanted, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(text, whole[:, :, :first], atol=1e-5, rtol=1e-4)
+
+
+@EACH
+def test_a_file_of_values_is_for_its_own_family(models, base, family):
+    """Saved and loaded as it is; on another family it is refused, and both are named."""
+    adapters = pack("conceptsplit_core.adapters")
+    model, bases = models(family), pack("conceptsplit_core.adapters.base").BASES
+    adapter = values_of(model)
+    path = base / "models" / f"{family}_values.safetensors"
+    adapters.save_adapter(adapter, path, None)
+    back = adapters.load_adapter(path)
+    assert back.info.base == network_of(model).family and back.info.base in bases and back.info.kind == "value"
+    image = tiny.latent(family, *SIZE)
+    out = sample(with_values(model, adapter), *conds(family), image, steps=1)
+    assert torch.equal(sample(with_values(model, back), *conds(family), image, steps=1), out)
+    other = "flux" if family != "flux" else "sd3"
+    named = f"was made for {bases[back.info.base]}, but the model is {bases[other]}: load a checkpoint"
+    with pytest.raises(Exception, match=re.escape(named)):
+        with_values(tiny.build(other), back)
+    with pytest.raises(Exception, match=re.escape(f"was made for {bases[back.info.base]}, but the model is")):
+        with_values(run("ConceptSplitDemoCheckpoint")[0], back)
 
 
 # As people use it -----------------------------------------------------------------------------------------------------
@@ -700,19 +954,3 @@ def test_a_gradient_that_needs_too_much_memory_is_left_out(models, caplog):
         handle.remove()
     assert out.isfinite().all() and maps.trace.backwards == 0
     assert "LODA's gradient needs more memory than is free: the picture is drawn without it" in caplog.text
-
-
-def test_training_on_a_transformer_is_refused_before_it_starts(models):
-    with pytest.raises(
-        Exception, match="Value adapters can be trained on SD1.5, SD2.x and SDXL, not on Flux: train a LoRA"
-    ):
-        run(
-            "ConceptSplitTrain",
-            model=models("flux"),
-            clip=encoders.build("flux"),
-            vae=run("ConceptSplitDemoCheckpoint")[2],
-            images=torch.rand(1, 64, 64, 3),
-            concept_name="rex",
-            class_word="dog",
-            file_name="rex_on_flux",
-        )
