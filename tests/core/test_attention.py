@@ -139,9 +139,11 @@ def test_a_token_gets_exactly_nothing_of_a_concept_that_it_is_not_of():
     tokens, weights = torch.tensor([[1e30, 1.0], [1.0, 2.0]]), torch.tensor([[[0.0, 1.0], [0.5, 0.0]]])
     for pairs in ([pair], [pair, (torch.ones(2, 2), torch.full((3, 2), 1e-30), 0.5)]):
         spread = TokenMask(weights).spread(range(len(pairs)), pairs)
-        added = low_rank_product(tokens, *stacked(pairs), spread).formed()
-        assert added[0].tolist() == pytest.approx([0.0 if len(pairs) == 1 else 1.0] * 3)
-        assert added[1].tolist() == pytest.approx([1.5e30] * 3)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                added = low_rank_product(tokens, *stacked(pairs), spread).formed()
+            assert added[0].tolist() == pytest.approx([0.0 if len(pairs) == 1 else 1.0] * 3)
+            assert added[1].tolist() == pytest.approx([1.5e30] * 3)
 
 
 def test_the_number_of_concepts_adds_no_operation_per_layer():

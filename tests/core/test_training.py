@@ -309,8 +309,10 @@ def test_the_bar_shows_the_steps_and_the_mean_of_the_last_losses(capsys):
         bar(TrainEvent(step, 60, 100.0 if step == 2 else 0.25, 0.1, new_adapter()))
     bar(TrainEvent(54, 60, 0.75, 0.1, new_adapter()))
     assert bar._bar.n == 54 and bar._bar.unit == "step" and bar._bar.postfix == "loss 0.2600"
+    assert not capsys.readouterr().err.endswith("\n")
     bar.close()
-    assert "training <rex>" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "training <rex>" in shown and shown.endswith("\n"), "what is printed next begins a line of its own"
 
 
 def test_templates_may_be_long_and_are_quoted_in_part():

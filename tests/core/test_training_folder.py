@@ -1,5 +1,6 @@
 """Which files of a folder are pictures of the concept, which are masks, and what is said about the others."""
 
+import sys
 import unicodedata
 
 import numpy as np
@@ -77,6 +78,15 @@ def test_case_10_formats_with_a_plugin_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_opens", lambda ending: ending == ".heic")
     (tmp_path / "b.heic").write_bytes(b"x")
     assert names(picture_folder(tmp_path).pictures) == ["b.heic"]
+
+
+def test_case_10_heic_needs_its_plugin(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")  # even if somebody else opens them
+    draw(tmp_path / "a.png")
+    (tmp_path / "b.heic").write_bytes(b"x")
+    found = picture_folder(tmp_path)
+    assert names(found.pictures) == ["a.png"] and found.left_out.startswith("1 HEIC file")
 
 
 def test_case_11_hidden_files_are_skipped_without_a_word(tmp_path):

@@ -510,11 +510,16 @@ def test_families(loaded, family):
     assert same_weights(kept, sd.model)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
-def test_storage_types(loaded, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [("float16", "float32"), ("float16", "float16"), ("bfloat16", "float32"), ("float8_e4m3fn", "float32")],
+)
+def test_storage_types(loaded, dtype, computed, monkeypatch):
     from . import checkpoints
 
     model = checkpoints.in_dtype(dtype)
+    if computed == dtype:
+        monkeypatch.setattr(model.model, "manual_cast_dtype", None)
     (clip,) = run("ConceptSplitMarkWords", clip=loaded("sd15").clip, words="dog, cat")
     kept = weights(model)
     scales, timeline = [], pack("conceptsplit_core.method.timeline").Timeline
@@ -524,8 +529,8 @@ def test_storage_types(loaded, dtype, monkeypatch):
     )
     out, maps = sample_loda(model, *two(clip))
     # Where the model computes in half precision its gradients would be rounded to nothing.
-    computed = pack("conceptsplit_core.hosts.comfy.model").compute_dtype(model.model)
-    assert set(scales) == {1024.0 if computed == torch.float16 else 1.0}
+    assert pack("conceptsplit_core.hosts.comfy.model").compute_dtype(model.model) == getattr(torch, computed)
+    assert set(scales) == {1024.0 if computed == "float16" else 1.0}
     assert torch.isfinite(out).all() and maps.trace.backwards > 0 and maps.trace.skipped == 0
     assert same_weights(kept, model)
 
