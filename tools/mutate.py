@@ -52,6 +52,7 @@ TESTS: dict[str, list[str]] = {
 # They start processes of their own, where the change is not seen as covered, or look at pages.
 IGNORED = ["test_readme.py", "test_docs.py", "test_shipped.py", "test_compile.py", "test_files.py"]
 OPTIONS = ["-q", "-c", "tests/pytest.ini", "-p", "no:cacheprovider", "-p", "no:randomly", "--hypothesis-seed=0"]
+OPTIONS += ["--assert=plain"]  # nobody reads what differs, and rewriting takes as long as a change's tests
 SLOWEST = 20.0
 """A test that takes longer without a change is left out."""
 FEW = 12
