@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,38 @@ SLOWEST = 20.0
 FEW = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mutant:
-    """One change: the file's new text, and the lines [first, last] of the old one that it stands in."""
+    """One change: a node of a file's module and what takes its place, on the lines [first, last].
+
+    imported: whether it runs when the file is imported.
+    """
 
     file: str
     first: int
     last: int
-    before: str
-    after: str
-    text: str
+    module: cst.Module
+    node: cst.CSTNode
+    new: cst.CSTNode
     imported: bool
+
+    @cached_property
+    def text(self) -> str:
+        """The file with the change; written out when it is asked for, which for a whole room would take a minute."""
+        return self.module.deep_replace(self.node, self.new).code
+
+    @cached_property
+    def lines(self) -> tuple[str, str]:
+        """The first line that differs, as it was and as it is."""
+        before, after = (text.splitlines() for text in (self.module.code, self.text))
+        pairs = zip([*before, ""], [*after, ""], strict=False)
+        one, other = next((a, b) for a, b in pairs if a != b)
+        return one.strip(), other.strip()
 
     @property
     def name(self) -> str:
         """How lists call it: the line's number is not part of it, because it changes with every other edit."""
-        return f"{self.file}\n- {self.before}\n+ {self.after}"
+        return f"{self.file}\n- {self.lines[0]}\n+ {self.lines[1]}"
 
 
 class _Finder(cst.CSTVisitor):
@@ -150,17 +167,14 @@ def mutants(file: str) -> list[Mutant]:
     finder = _Finder()
     wrapper.visit(finder)
     positions = wrapper.resolve(PositionProvider)
-    lines, found = source.splitlines(), []
+    code, found = wrapper.module.code_for_node, []
     for node, new, imported in finder.found:
-        text = wrapper.module.deep_replace(node, new).code
-        if text == source:
+        if code(node) == code(new):
             continue
         at = positions[node]
         head = isinstance(node, cst.If | cst.FunctionDef | cst.ClassDef | cst.For | cst.While | cst.With)
         last = at.start.line if head else at.end.line
-        changed = text.splitlines()
-        first = next(i for i, (a, b) in enumerate(zip([*lines, ""], [*changed, ""], strict=False)) if a != b)
-        found.append(Mutant(file, at.start.line, last, lines[first].strip(), changed[first].strip(), text, imported))
+        found.append(Mutant(file, at.start.line, last, wrapper.module, node, new, imported))
     return found
 
 
@@ -315,7 +329,7 @@ def _room(room: str, tree: Path, known: dict[str, Any], limit: int, seed: int) -
         shutil.copyfile(ROOT / mutant.file, tree / mutant.file)
         if not seen:
             unseen.append(mutant)
-            print(f"{mutant.file}:{mutant.first}\n- {mutant.before}\n+ {mutant.after}", flush=True)
+            print(_placed(mutant), flush=True)
         if number % 25 == 0:
             rate = (time.monotonic() - started) / number
             print(f"{room}: {number} of {len(made)}, {len(unseen)} unseen, {rate:.1f} s each", flush=True)
@@ -330,9 +344,13 @@ def _room(room: str, tree: Path, known: dict[str, Any], limit: int, seed: int) -
         "commit": commit.strip(),
     }
     SCORE.write_text(json.dumps(score, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    text = "".join(f"{m.name.replace(m.file, f'{m.file}:{m.first}', 1)}\n\n" for m in unseen)
+    text = "".join(f"{_placed(mutant)}\n\n" for mutant in unseen)
     _list(room).write_text(text, encoding="utf-8")
     print(f"{room}: {len(made) - len(unseen)} of {len(made)} seen", flush=True)
+
+
+def _placed(mutant: Mutant) -> str:
+    return mutant.name.replace(mutant.file, f"{mutant.file}:{mutant.first}", 1)
 
 
 def _list(room: str) -> Path:
