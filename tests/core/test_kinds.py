@@ -192,6 +192,8 @@ def test_captions_of_a_user(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeffa café\n\n  two dogs \r\n".encode())
     assert read_captions(file) == ["a café", "two dogs"]
+    file.write_bytes(b"a long line of words\n" * 9000)
+    assert read_captions(file) == ["a long line of words"] * 9000
     for data, said in ((b" \n", "mine.txt has 0 captions: give 1 to 10000"), (b"\x89PNG\0", "is no list of captions")):
         file.write_bytes(data)
         with pytest.raises(ConceptSplitError, match=said):

@@ -122,10 +122,6 @@ def test_same_name_twice_is_refused():
         bind("a", [REX, Concept("rex", "cat")], tokenize, special=SPECIAL)
 
 
-def test_padding_is_never_a_match():
-    assert content([[START, 10, END, END, END]], SPECIAL) == ([10], [1])
-
-
 def test_row_mask():
     mask = row_mask([Binding("b", (1, 3)), Binding("other", (0,))], ["a", "b"], 4)
     assert mask.tolist() == [[0, 0], [0, 1], [0, 0], [0, 1]]

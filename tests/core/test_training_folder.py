@@ -74,12 +74,6 @@ def test_case_10_a_folder_of_nothing_usable_says_what_it_holds(tmp_path, monkeyp
         picture_folder(tmp_path)
 
 
-def test_case_10_formats_with_a_plugin_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_opens", lambda ending: ending == ".heic")
-    (tmp_path / "b.heic").write_bytes(b"x")
-    assert names(picture_folder(tmp_path).pictures) == ["b.heic"]
-
-
 def test_case_10_heic_needs_its_plugin(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")  # even if somebody else opens them
@@ -140,7 +134,7 @@ def test_every_mask_goes_with_its_picture_and_other_endings_are_known(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".heic", ".heif", ".avif", ".jxl"])
-def test_formats_of_plugins_are_pictures_where_they_open(tmp_path, monkeypatch, ending):
+def test_case_10_formats_of_plugins_are_pictures_where_they_open(tmp_path, monkeypatch, ending):
     (tmp_path / f"a{ending}").write_bytes(b"x")
     draw(tmp_path / "b.png")
     monkeypatch.setattr(module, "_opens", lambda ending: True)
