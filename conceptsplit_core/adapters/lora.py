@@ -150,7 +150,7 @@ def lokr_factor(
     w2 = second[0] if second[0] is not None else _rebuilt(second[1], second[2], core)  # type: ignore[arg-type]
     if not kernel:
         return Kronecker(w1, w2.flatten(1), scale)
-    w2 = w2.reshape(*w2.shape[:2], *kernel) if w2.ndim == 4 else w2[..., None, None]
+    w2 = w2.reshape(len(w2), -1, *kernel)
     return Whole(torch.kron(w1[..., None, None].float(), w2.float().contiguous()).to(w2.dtype), scale)
 
 

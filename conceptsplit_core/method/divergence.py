@@ -44,7 +44,7 @@ class Divergence:
     name: str
     function: Callable[..., Tensor]
     threshold: float
-    set_wise: bool = False
+    set_wise: bool
 
     def __call__(self, distributions: Tensor) -> Tensor:
         """D of each image: [B, n, h, w] to [B, n(n−1)/2], pairs in the order (0,1), (0,2), …; or to [B, m]."""

@@ -188,7 +188,7 @@ def _occurrences(text: str, concept: Concept) -> list[Place]:
             continue
         if behind and is_letter(behind) and is_letter(text[last]):
             continue
-        (plural if match[2] else plain).append(Place(concept, start, end if match[2] is None else match.end(1)))
+        (plural if match[2] else plain).append(Place(concept, start, match.end(1)))
     return plain + plural
 
 

@@ -49,7 +49,7 @@ class Concept:
 
     name: str
     class_word: str
-    later: tuple[tuple[float, str], ...] = field(default=(), init=False)
+    later: tuple[tuple[float, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         given = unicodedata.normalize("NFC", self.class_word or "")

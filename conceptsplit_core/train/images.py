@@ -44,7 +44,7 @@ def check_images(images: Tensor | None, first: int = 1) -> Tensor:
     Raises:
         ConceptSplitError: none, too small, too large, not pictures, not finite, or of another range.
     """
-    if images is None or not isinstance(images, Tensor) or 0 in images.shape:
+    if not isinstance(images, Tensor) or 0 in images.shape:
         raise ConceptSplitError("There is no training image: connect at least one picture of the concept.")
     if images.ndim != 4 or images.shape[-1] > 4 or not images.is_floating_point():
         raise ConceptSplitError(

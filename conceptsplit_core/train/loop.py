@@ -153,7 +153,7 @@ def _steps(
 ) -> None:
     """All steps of `train`; fills `losses`. On the way out the state is saved and the adapter frozen, whatever came."""
     run = {} if path is None else run_facts(adapter, data, config)
-    saved = -1
+    saved = 0
     parameters = adapter.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -211,7 +211,7 @@ def _steps(
     finally:
         try:
             # Also on the way out of an interrupt: what was learned up to the last complete step stays resumable.
-            if path and process.rank == 0 and len(losses) > max(saved, 0):
+            if path and process.rank == 0 and len(losses) > saved:
                 _save_checkpoint(path, parameters, optimizer, losses, run)
         finally:
             for parameter in parameters:

@@ -18,7 +18,9 @@ from conceptsplit_core.adapters.file import (
     load_adapter,
     parse_adapter,
     save_adapter,
+    save_trained,
 )
+from conceptsplit_core.adapters.lora import peft_alpha
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.files import read_header
@@ -69,6 +71,22 @@ def test_file_round_trip_keeps_tensors_and_facts(tmp_path):
     assert sorted(load_file(path)) == sorted(f"unet.{layer}.lora_{s}.weight" for layer in LAYERS for s in "AB")
     assert not stat.S_IMODE(os.stat(path).st_mode) & 0o111
     assert os.listdir(path.parent) == ["rex.safetensors"], "no temporary file is left"
+
+
+def test_what_was_trained_routed_is_a_lora_file_and_all_else_an_adapter(tmp_path):
+    layer = next(iter(LAYERS))
+    for routed in (True, False):
+        adapter, path = make(training={"routed": routed}), tmp_path / f"{routed}.safetensors"
+        save_trained(adapter, path, torch.float32)
+        found = load_file(path)
+        name = f"lora_unet_{layer.replace('.', '_')}" if routed else f"unet.{layer}"
+        up = found[f"{name}.lora_up.weight" if routed else f"{name}.lora_B.weight"]
+        assert torch.equal(up, adapter.up[layer])
+        said = read_header(path.read_bytes(), "x")["__metadata__"]
+        if routed:
+            assert float(found[f"{name}.alpha"]) == 6.0 and said == {"modelspec.trigger_phrase": "dog"}
+        else:
+            assert load_adapter(path).info == adapter.info
 
 
 def test_half_precision_is_the_default_and_small(tmp_path):
@@ -301,6 +319,11 @@ def test_half_a_layer_and_shapes_that_do_not_pair_are_refused():
             f"{layer}.lora_A.weight": a.clone(),
             f"unet.{layer}.lora_B.weight": torch.zeros(12, 2),
         },
+        {
+            f"unet.{layer}.lora_A.weight": torch.zeros(0, 8),
+            f"unet.{layer}.lora_B.weight": torch.zeros(12, 0),
+            f"unet.{layer}.alpha": torch.tensor(2.0),
+        },
     ):
         with pytest.raises(ConceptSplitError) as error:
             parse_adapter(save(tensors), "x.safetensors")
@@ -483,6 +506,24 @@ def test_case_5_patterns_of_alpha_and_rank(tmp_path, where, stable):
     for site in LAYERS:
         a, b, scale = back.factor(site, torch.device("cpu"), torch.float32)
         torch.testing.assert_close(scale * b @ a, wanted[site])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alpha"),
+    [
+        ("to_v", 8.0),
+        (f"(?:{'z' * 291}|to_v)", 8.0),  # 300 characters
+        (f"(?:{'z' * 292}|to_v)", 4.0),
+        ("to", 4.0),
+        ("(", 4.0),
+        ("(.*)+v", 4.0),
+        ("attn[12].to_v", 8.0),
+    ],
+)
+def test_case_5_a_pattern_is_the_end_of_a_name_and_short(pattern, alpha):
+    assert len(f"(?:{'z' * 291}|to_v)") == 300
+    facts = {"lora_alpha": 4, "alpha_pattern": {"elsewhere": 16, pattern: 8}}
+    assert peft_alpha(facts, "mid_block.attn2.to_v", 2) == alpha
 
 
 def test_a_config_beside_a_file_of_another_name_is_not_its_own(tmp_path):

@@ -110,6 +110,11 @@ def test_lokr_of_convolutions():
     wanted = torch.kron(w1[..., None, None], w2)
     found = lokr_factor((w1, None, None), (w2.reshape(2, 3, 15, 1), None, None), None, None, KERNEL)
     torch.testing.assert_close(dense(found), wanted, rtol=1e-5, atol=1e-6)
+    # LyCORIS' pair for a whole kernel: B [c, r], A [r, d · kh · kw].
+    b, a = randn(2, 7, seed=3), randn(7, 3 * 15, seed=4)
+    paired = lokr_factor((w1, None, None), (None, b, a), None, 3.5, KERNEL)
+    mine = 0.5 * torch.kron(w1[..., None, None], (b @ a).view(2, 3, *KERNEL))
+    torch.testing.assert_close(dense(paired), mine, rtol=1e-5, atol=1e-6)
     flat = lokr_factor((w1, None, None), (w2[..., 0, 0], None, None), None, None, (1, 1))
     torch.testing.assert_close(dense(flat), wanted[..., :1, :1], rtol=1e-5, atol=1e-6)
     b, a, core = randn(5, 2, seed=3), randn(5, 3, seed=4), randn(5, 5, *KERNEL, seed=5)

@@ -124,6 +124,9 @@ def test_para_learns_by_the_right_gradient(layer):
 def test_an_impossible_rank_names_the_layer():
     with pytest.raises(ConceptSplitError, match=f"Rank 8 is not possible: {VALUE} has 7 outputs, so use 1 to 7"):
         made("para", VALUE, 0, rank=8)
+    shapes = {"a": (WIDTH, 9), VALUE: (2, OUT), "z": (1, 8)}
+    with pytest.raises(ConceptSplitError, match=f"Rank 0 is not possible: {VALUE} has 7 outputs"):
+        KINDS["para"].create(shapes, AdapterInfo("rex", "dog", rank=0), 0)
 
 
 @pytest.mark.parametrize("kind", ["perfusion", "infusion", "para"])
@@ -132,6 +135,7 @@ def test_a_table_reads_back_and_forgets_nothing(kind):
     back = parse_adapter(adapter_bytes(one, None), "x.safetensors")
     assert type(back) is type(one) and back.info == one.info and back.sites == one.sites
     assert torch.equal(back.own[VALUE], one.own[VALUE])
+    assert one.nbytes(torch.float32) == 4 * sum(t.numel() for t in KINDS[kind].tensors(one).values())
     with pytest.raises(ConceptSplitError, match="no low-rank pairs to reduce"):
         back.truncated(1)
     with pytest.raises(ConceptSplitError, match=f"Layer {VALUE} of adapter 'rex' does not fit this model"):
@@ -180,7 +184,7 @@ def test_captions_are_many_and_each_another():
     found = neutral_captions("sd15")
     assert len(found) == len(set(found)) == COUNT == 300 and "a photo of a dog on a beach" in found
     words = {word for caption in found for word in re.findall(r"\w+", caption)}
-    assert len(words) > 120
+    assert len(words) > 120 and all(re.fullmatch("[a-z -]+", caption) for caption in found)
     assert "dog" not in " ".join(neutral_captions("demo")), "the demo model's are of what it knows"
 
 
@@ -188,6 +192,8 @@ def test_captions_of_a_user(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeffa café\n\n  two dogs \r\n".encode())
     assert read_captions(file) == ["a café", "two dogs"]
+    file.write_bytes(b"a long line of words\n" * 9000)
+    assert read_captions(file) == ["a long line of words"] * 9000
     for data, said in ((b" \n", "mine.txt has 0 captions: give 1 to 10000"), (b"\x89PNG\0", "is no list of captions")):
         file.write_bytes(data)
         with pytest.raises(ConceptSplitError, match=said):

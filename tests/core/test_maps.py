@@ -94,6 +94,7 @@ def test_harmonic_mean_is_ruled_by_the_worst_pair():
     values = torch.tensor([[1.0, 1.0, 0.01]])
     torch.testing.assert_close(harmonic_mean(values), 3 / (1 / values).sum(-1))
     assert float(harmonic_mean(values)) < 0.03
+    torch.testing.assert_close(harmonic_mean(values[0]), harmonic_mean(values)[0])
 
 
 def test_fewer_than_two_concepts_is_told():

@@ -31,11 +31,13 @@ def by_hand(text, rows, share, sharpness):
 @pytest.mark.parametrize(("share", "sharpness"), [(1.0, 20.0), (0.3, 2.0), (0.75, 0.0)])
 def test_rows_of_two_chunks_are_those_of_the_loop(share, sharpness):
     text = torch.randn(1, 154, 5, generator=torch.Generator().manual_seed(4)) + 0.5
-    rows = [9, 4, 80, 76]
+    rows = [9, 4, 80, 76, 77]
     out = corrected(text, rows, share, sharpness)
     torch.testing.assert_close(out[0], by_hand(text[0], rows, share, sharpness), rtol=1e-4, atol=1e-5)
     moved = (out != text).any(dim=-1)[0].nonzero().flatten().tolist()
-    assert moved == [4, 9, 76, 80]
+    assert moved == [4, 9, 76, 77, 80]
+    later = corrected(text, [80], share, sharpness)  # nothing in the first chunk
+    torch.testing.assert_close(later[0], by_hand(text[0], [80], share, sharpness), rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_takes_the_place_between_it_and_one_like_it():

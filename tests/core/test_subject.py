@@ -2,22 +2,27 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.subject import WHOLE, acting_areas, attention_masks, map_overlap
+from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
+from conceptsplit_core.train import subject
 from conceptsplit_core.train.data import Process, TrainData, make_batch
 from conceptsplit_core.train.loop import train
 from conceptsplit_core.train.prompts import EncodedText, Prompt, encode_templates, others_beside
-from conceptsplit_core.train.subject import separating, with_masks
+from conceptsplit_core.train.subject import LEVEL, NOISES, separating, with_masks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -53,6 +58,7 @@ def test_a_routed_lora_acts_on_its_subject_and_its_side_of_a_line():
     masks[1, 0, 4, 5:] = 1.0
     masks[2, 0, 2, 3] = masks[2, 0, 0, 0] = 0.6
     masks[2, 0, 4, 4] = 0.2  # less than half of the strongest
+    masks[2, 0, 3, 6] = 0.4  # more than half of its own picture's strongest, not of another's
     masks[3, 0, 0, 0] = 1.0
     draws = torch.tensor([[0.1, 0.5, 0.9], [0.7, 0.0, 0.5], [0.35, 0.3, 0.26], [0.2, 0.4, 0.24]])
     found = acting_areas(masks, draws)
@@ -116,6 +122,117 @@ def test_masks_come_from_one_place():
     assert with_masks(given, None, ALPHAS, None, TrainConfig()) is given
     with pytest.raises(ConceptSplitError, match="leave the masks out"):
         with_masks(given, None, ALPHAS, None, TrainConfig(mask_from="attention"))
+
+
+# --- a network of four attentions, at three sizes ---------------------------------------------------------------
+
+LATENT, CONTEXT = (9, 6), 6
+GRIDS = {"fine": (1, (9, 6)), "twin": (1, (9, 6)), "middle": (2, (5, 3)), "coarse": (4, (3, 2))}
+
+
+class Attention(nn.Module):
+    def __init__(self, wide):
+        super().__init__()
+        self.heads = 2
+        self.to_q, self.to_k = nn.Linear(4, 6), nn.Linear(wide, 6)
+
+
+def attentions(among=True):
+    """The network, and a denoiser that runs it and notes its batches."""
+    torch.manual_seed(7)
+    root = nn.ModuleDict({name: nn.ModuleDict({"attn1": Attention(4), "attn2": Attention(CONTEXT)}) for name in GRIDS})
+    for parameter in root.parameters():
+        parameter.requires_grad_(False).mul_(4.0)
+    kinds = ("attn1", "attn2") if among else ("attn2",)
+    paths = [f"{name}.{kind}.{side}" for name in GRIDS for kind in kinds for side in ("to_q", "to_k")]
+    sites = {path: Site(path, path, "text" if path.endswith("2.to_k") else "image") for path in paths}
+    found = tuple(AttentionSite(f"{name}.attn2", f"{name}.attn2", GRIDS[name][0], False) for name in GRIDS)
+    seen = []
+
+    def denoise(batch):
+        seen.append(batch)
+        for name, (_, grid) in GRIDS.items():
+            pixels = F.adaptive_avg_pool2d(batch.x_t, grid).flatten(2).mT
+            for kind, read in (("attn1", pixels), ("attn2", batch.context)):
+                root[name][kind].to_q(pixels)
+                root[name][kind].to_k(read)
+        return batch.x_t
+
+    return NetworkMap("unknown", sites, found, lambda: root), denoise, seen
+
+
+def looked_at(root, name, kind, x, read):
+    """Mean of softmax(QKᵀ/√d) over heads, in numpy; [B, Lq, L]."""
+    pixels = F.adaptive_avg_pool2d(x, GRIDS[name][1]).flatten(2).mT
+    module = root[name][kind]
+    read = pixels if read is None else read
+    q, k = (side.unflatten(-1, (2, 3)).double().numpy() for side in (module.to_q(pixels), module.to_k(read)))
+    share = np.exp(np.einsum("bqhd,blhd->bhql", q, k) / np.sqrt(3))
+    return (share / share.sum(-1, keepdims=True)).mean(1)
+
+
+def two_things():
+    """Two pictures, and a prompt of a concept of two rows and another thing of one."""
+    g = torch.Generator().manual_seed(5)
+    prompt = Prompt("a dog, a cat", torch.randn(8, CONTEXT, generator=g), (2, 3), {"y": torch.arange(3.0)}, ((6,),))
+    return TrainData(torch.randn(2, 4, *LATENT, generator=g), [prompt])
+
+
+@pytest.mark.parametrize(
+    ("largest", "read", "among"),
+    [(64**2, ("fine", "twin"), True), (64**2, ("fine", "twin"), False), (54, ("fine", "twin"), True),
+     (14, ("middle",), True), (13, ("coarse",), True), (0, ("coarse",), True)],
+)  # fmt: skip
+def test_masks_are_of_the_finest_attention_that_memory_allows(monkeypatch, largest, read, among):
+    """Against numpy: noise of the picture's own seed at 0.3 of the schedule, means over noises, heads and layers."""
+    monkeypatch.setattr(subject, "LARGEST", largest)
+    network, denoise, seen = attentions(among)
+    given, root = two_things(), network.root()
+    masks = with_masks(given, network, ALPHAS, denoise, TrainConfig(mask_from="attention")).masks
+    assert masks.shape == (2, 1, *LATENT) and given.masks is None and len(seen) == 2
+    grid = GRIDS[read[0]][1]
+    for index, batch in enumerate(seen):
+        level = float(ALPHAS[int(LEVEL * 50)])
+        noise = torch.randn(NOISES, 4, *LATENT, generator=torch.Generator().manual_seed(index))
+        x = level**0.5 * given.latents[index] + (1 - level) ** 0.5 * noise
+        torch.testing.assert_close(batch.x_t, x)
+        assert batch.timesteps.tolist() == [15] * NOISES and batch.area.shape == (NOISES, 1, *LATENT)
+        assert not batch.mask.any() and not batch.area.any(), "adapters stay silent"
+        assert torch.equal(batch.extra["y"], torch.arange(3.0).expand(NOISES, 3)) and batch.mask.shape[2] == 1
+        text = given.prompts[0].context.expand(NOISES, -1, -1)
+        words = [looked_at(root, name, "attn2", x, text).mean(0) for name in read]
+        cross = np.mean([[w[:, rows].mean(-1) for rows in ([2, 3], [6])] for w in words], axis=0)
+        own = np.mean([looked_at(root, name, "attn1", x, None).mean(0) for name in read], axis=0)
+        wanted = attention_masks(torch.tensor(cross), torch.tensor(own) if among else None)[0].view(1, 1, *grid)
+        wanted = F.interpolate(wanted, LATENT, mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(masks[index], wanted.float(), atol=2e-3, rtol=1e-3)
+        assert 0 < masks[index].mean() < 1
+    assert not any(module._forward_hooks for module in root.modules())
+
+
+def test_a_word_that_the_model_does_not_find_is_named_with_its_picture():
+    network, denoise, _ = attentions()
+    for name in GRIDS:
+        network.root()[name]["attn2"].to_q.weight.zero_()
+    with pytest.raises(ConceptSplitError, match='does not find "a dog, a cat" in training image 1: give masks, or'):
+        with_masks(two_things(), network, ALPHAS, denoise, TrainConfig(mask_from="attention"))
+
+
+def test_separating_reads_the_maps_of_the_steps_own_batch():
+    network, denoise, _ = attentions()
+    given, root = two_things(), network.root()
+    config = TrainConfig(batch_size=2, separate=0.625)
+    batch = make_batch(given, ALPHAS, config, 1, Process())
+    with separating(network, given, denoise, config) as (run, penalty):
+        assert torch.equal(run(batch), batch.x_t)
+        found = float(penalty(batch))
+        # A sample picture between two steps has another text.
+        denoise(replace(batch, context=torch.zeros(1, 4, CONTEXT), x_t=batch.x_t[:1] * 9))
+        assert float(penalty(batch)) == found
+    share = looked_at(root, "coarse", "attn2", batch.x_t, batch.context)
+    maps = np.stack([share[..., [2, 3]].mean(-1), share[..., 6]], axis=1).reshape(2, 2, 3, 2)
+    assert found == pytest.approx(0.625 * float(map_overlap(torch.tensor(maps))), rel=1e-4)
+    assert not any(module._forward_hooks for module in root.modules())
 
 
 def test_what_stands_beside_a_concept_is_in_its_prompts():

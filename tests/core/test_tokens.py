@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.text.binding import Binding, Concept, bind, row_mask
-from conceptsplit_core.text.concepts import marked_concepts, shown, word_name
+from conceptsplit_core.text.concepts import marked_concepts, shown, without_absent, word_name, written
 from conceptsplit_core.text.layout import SpecialTokens, content, layout_of
 
 START, END = 1, 2
@@ -120,10 +120,6 @@ def test_missing_class_word_is_refused():
 def test_same_name_twice_is_refused():
     with pytest.raises(ConceptSplitError, match="Two loaded concepts"):
         bind("a", [REX, Concept("rex", "cat")], tokenize, special=SPECIAL)
-
-
-def test_padding_is_never_a_match():
-    assert content([[START, 10, END, END, END]], SPECIAL) == ([10], [1])
 
 
 def test_row_mask():
@@ -307,7 +303,7 @@ def test_layouts_shift_and_crop_rows():
 
 def test_rows_that_the_model_makes_of_ids_keep_their_places():
     anima = layout_of(["AnimaTokenizer"], ["qwen3_06b", "t5xxl"])
-    assert anima.parts == ("t5xxl",) and anima.rows((4, 6), 9, 31) == (4, 6)
+    assert anima.parts == ("t5xxl",) and anima.rows((4, 6), 9, 31) == (4, 6) and anima.name == "Anima"
 
 
 @pytest.mark.parametrize(
@@ -316,6 +312,8 @@ def test_rows_that_the_model_makes_of_ids_keep_their_places():
         (["HiDreamTokenizer"], ["l", "t5xxl", "llama"], "HiDream"),
         (["Mine", "LongCatImageTokenizer", "SD1Tokenizer"], ["qwen25_7b"], "LongCat-Image"),
         (["HyditTokenizer"], ["hydit_clip", "mt5xl"], "Hydit"),
+        (["HunyuanVideoTokenizer"], ["l", "llama"], "HunyuanVideo"),
+        (["PixelDiTGemma2Tokenizer"], ["gemma2_2b"], "PixelDiT"),
     ],
 )
 def test_case_33_text_encoders_whose_rows_are_not_known_are_refused_by_name(classes, parts, name):
@@ -383,6 +381,44 @@ def test_an_unknown_name_is_answered_with_those_there_are():
         bind("a <zzz>", [REX, TOM], tokenize, special=SPECIAL)
 
 
+def test_a_name_is_close_to_another_or_it_is_not():
+    with pytest.raises(ConceptSplitError, match="did you mean <my-mug>"):
+        bind("a <my-mgu>", [REX, MUG], tokenize, special=SPECIAL)
+
+
+def test_placeholders_of_concepts_that_are_not_loaded_become_plain_words():
+    """Those whose words somebody knows; loaded ones, in any case, and unknown ones stay."""
+    known = {"anna": "ohwx woman", "bert": "man", "rex": "wolf"}
+    text = "<anna:0.5> and <REX>, <bert>, <anna>, <lora:x:1> <zoe>"
+    assert without_absent(text, [REX], known.get) == (
+        "ohwx woman and <REX>, man, ohwx woman, <lora:x:1> <zoe>",
+        {"anna": "ohwx woman", "bert": "man"},
+    )
+    assert {one.name for one in written(text, [REX, TOM, Concept("anna", "woman")])} == {"anna", "rex"}
+
+
+def test_words_to_mark_have_names_of_their_own_where_they_are_given():
+    found = [(one.name, one.class_word) for one in marked_concepts(" polar bear, a:dog ,, b : x:y")]
+    assert found == [("polar_bear", "polar bear"), ("a", "dog"), ("b", "x:y")]
+    with pytest.raises(ConceptSplitError, match="There is no word to mark"):
+        marked_concepts(" , ")
+
+
+@pytest.mark.parametrize(("name", "word"), [("rex", ""), ("rex", None), ("rex", " ")])
+def test_a_concept_needs_a_word(name, word):
+    with pytest.raises(ConceptSplitError, match="Concept 'rex' has no class word"):
+        Concept(name, word)
+    with pytest.raises(ConceptSplitError, match="The concept name '' cannot be written as a placeholder"):
+        Concept(word and word.strip(), "dog")
+
+
+def test_frames_and_padding_are_no_content():
+    """CLIP's chunk ends with its first end; without an end, padding is left out on either side."""
+    assert content([[1, 5, 1, 2, 7], [6, 2, 2, 2, 2]], SpecialTokens(1, 2, 2)) == ([5, 1, 6], [1, 2, 5])
+    assert content([[0, 0, 5, 6], [7, 0, 8, 0]], SpecialTokens(None, None, 0)) == ([5, 6, 7, 8], [2, 3, 4, 6])
+    assert content([[5, 0, 6, 2, 9]], SpecialTokens(None, 2, 0)) == ([5, 0, 6], [0, 1, 2]), "padding is behind the end"
+
+
 @pytest.mark.parametrize(("length", "quoted"), [(120, "x" * 120), (121, "x" * 117 + "...")])
 def test_long_prompts_are_quoted_in_part(length, quoted):
     assert shown(" x" * 2 + "\n y") == "x x y"
@@ -393,6 +429,7 @@ def test_long_prompts_are_quoted_in_part(length, quoted):
     ("tokenizer", "name", "parts", "cropped"),
     [
         ("FluxTokenizer", "Flux", ["l", "t5xxl"], False),
+        ("SD3Tokenizer", "SD3", ["l", "g", "t5xxl"], False),
         ("QwenImageTokenizer", "Qwen-Image", ["qwen25_7b"], True),
         ("HunyuanImageTokenizer", "HunyuanImage", ["byt5", "qwen25_7b"], True),
         ("Kandinsky5Tokenizer", "Kandinsky 5", ["l", "qwen25_7b"], True),

@@ -1,17 +1,21 @@
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from conceptsplit_core.adapters.base import KINDS, AdapterInfo
+from conceptsplit_core.adapters.gated import covariance
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
+from conceptsplit_core.train.adapter import begin, training_facts
 from conceptsplit_core.train.adapter import new_adapter as start_adapter
-from conceptsplit_core.train.adapter import training_facts
+from conceptsplit_core.train.captions import neutral_captions
 from conceptsplit_core.train.data import Process, TrainData, image_order, make_batch
 from conceptsplit_core.train.loop import TrainEvent, batch_loss, train
 from conceptsplit_core.train.progress import ProgressBar
@@ -309,8 +313,10 @@ def test_the_bar_shows_the_steps_and_the_mean_of_the_last_losses(capsys):
         bar(TrainEvent(step, 60, 100.0 if step == 2 else 0.25, 0.1, new_adapter()))
     bar(TrainEvent(54, 60, 0.75, 0.1, new_adapter()))
     assert bar._bar.n == 54 and bar._bar.unit == "step" and bar._bar.postfix == "loss 0.2600"
+    assert not capsys.readouterr().err.endswith("\n")
     bar.close()
-    assert "training <rex>" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "training <rex>" in shown and shown.endswith("\n"), "what is printed next begins a line of its own"
 
 
 def test_templates_may_be_long_and_are_quoted_in_part():
@@ -322,6 +328,7 @@ def test_templates_may_be_long_and_are_quoted_in_part():
         expand_templates(["y" * 130], "dog")
     assert len(DEFAULT_TEMPLATES) == 10 and all("photo of" in t or "rendering" in t for t in DEFAULT_TEMPLATES)
     assert expand_templates(DEFAULT_TEMPLATES, "dog")[2] == "a cropped photo of the dog"
+    assert all(re.fullmatch(r"[a-z -]+ \{\}", template) for template in DEFAULT_TEMPLATES)
 
 
 def test_what_a_file_says_about_its_training():
@@ -346,6 +353,33 @@ def test_what_a_file_says_about_its_training():
     assert set(wide.sites) == set(sites)
     again = start_adapter(network, concept, "epsilon", 2, 0.0, 3)
     assert torch.equal(again.down[LAYER], adapter.down[LAYER])
+    staged = Concept("rex", "dog; 0.4: wolf")
+    with pytest.raises(ConceptSplitError, match="on one class word, and 'rex' is given 'dog', from 0.4 on 'wolf'"):
+        start_adapter(network, staged, "epsilon", 2, 0.0, 3)
+
+
+@pytest.mark.parametrize("captions", [(), ("old trees", "a red car by the sea")])
+def test_a_kind_begins_with_the_words_rows_and_those_of_captions(captions):
+    """Each word of a caption is a row of its own; perfusion's C and i* are of these."""
+    vectors = lambda n, seed: torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+    asked = []
+
+    def encode(concept, templates):
+        asked.append(concept.class_word)
+        count = len(concept.class_word.split())
+        assert templates == ["{}"] and concept.name == "caption"
+        return [Prompt("", vectors(count + 3, len(asked)), tuple(range(1, count + 1)))]
+
+    prompts = [Prompt("a", vectors(5, 91), (1, 2)), Prompt("b", vectors(4, 92), (3,))]
+    info = AdapterInfo("rex", "dog", base="sd15", kind="perfusion")
+    adapter = KINDS["perfusion"].create({LAYER: (6, 4)}, info, 0)
+    begin(adapter, prompts, encode, captions)
+    assert asked == list(captions or neutral_captions("sd15"))
+    rows = torch.cat([vectors(len(text.split()) + 3, n)[1 : len(text.split()) + 1] for n, text in enumerate(asked, 1)])
+    target = (prompts[0].context[1:3].mean(0) + prompts[1].context[3]) / 2
+    torch.testing.assert_close(adapter.target[0], target)
+    v = torch.linalg.solve(covariance(rows), target.double())
+    torch.testing.assert_close(adapter.direction[0], (v / (v @ target.double())).float(), rtol=1e-4, atol=1e-5)
 
 
 class Root(torch.nn.Module):

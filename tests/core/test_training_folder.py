@@ -1,5 +1,6 @@
 """Which files of a folder are pictures of the concept, which are masks, and what is said about the others."""
 
+import sys
 import unicodedata
 
 import numpy as np
@@ -73,10 +74,13 @@ def test_case_10_a_folder_of_nothing_usable_says_what_it_holds(tmp_path, monkeyp
         picture_folder(tmp_path)
 
 
-def test_case_10_formats_with_a_plugin_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_opens", lambda ending: ending == ".heic")
+def test_case_10_heic_needs_its_plugin(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")  # even if somebody else opens them
+    draw(tmp_path / "a.png")
     (tmp_path / "b.heic").write_bytes(b"x")
-    assert names(picture_folder(tmp_path).pictures) == ["b.heic"]
+    found = picture_folder(tmp_path)
+    assert names(found.pictures) == ["a.png"] and found.left_out.startswith("1 HEIC file")
 
 
 def test_case_11_hidden_files_are_skipped_without_a_word(tmp_path):
@@ -130,7 +134,7 @@ def test_every_mask_goes_with_its_picture_and_other_endings_are_known(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".heic", ".heif", ".avif", ".jxl"])
-def test_formats_of_plugins_are_pictures_where_they_open(tmp_path, monkeypatch, ending):
+def test_case_10_formats_of_plugins_are_pictures_where_they_open(tmp_path, monkeypatch, ending):
     (tmp_path / f"a{ending}").write_bytes(b"x")
     draw(tmp_path / "b.png")
     monkeypatch.setattr(module, "_opens", lambda ending: True)

@@ -92,6 +92,8 @@ def test_a_masks_aspect_may_be_two_hundredths_off(mask, of, same):
 def test_grey_and_alpha_become_colour():
     grey = torch.rand(2, 16, 24, 1)
     assert torch.equal(check_images(grey), grey.expand(-1, -1, -1, 3))
+    both = torch.rand(2, 16, 24, 2)
+    assert torch.equal(check_images(both), both[..., :1].expand(-1, -1, -1, 3))
     alpha = torch.rand(1, 16, 24, 4)
     assert torch.equal(check_images(alpha), alpha[..., :3])
 
@@ -109,6 +111,12 @@ def test_grey_and_alpha_become_colour():
 def test_what_is_no_batch_of_pictures_is_refused(images):
     kind = str(images.dtype).removeprefix("torch.")
     with pytest.raises(ConceptSplitError, match=rf"are \[.*\] values of type {kind}, not pictures \[count"):
+        check_images(images)
+
+
+@pytest.mark.parametrize("images", [None, "a.png", torch.rand(0, 16, 24, 3), torch.rand(1, 16, 0, 3)])
+def test_no_picture_is_one_sentence(images):
+    with pytest.raises(ConceptSplitError, match="There is no training image: connect"):
         check_images(images)
 
 

@@ -287,3 +287,22 @@ def test_a_palette_of_greys_is_brightness(tmp_path):
     picture.putpalette([0, 0, 0, 128, 128, 128, 255, 255, 255])
     picture.save(tmp_path / "x.png")
     assert np.asarray(open_mask(tmp_path / "x.png")).tolist() == [[0, 128, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"), [((255, 128), (255, 128)), ((256, 25600), (1, 100)), ((65535, 51529), (255, 201))]
+)
+def test_whole_numbers_are_8_or_16_bits_deep(tmp_path, values, wanted):
+    Image.fromarray(np.tile(np.array(values, np.int32), (8, 4))).save(tmp_path / "x.tif")
+    assert opened(tmp_path / "x.tif")[0, :2, 1].tolist() == list(wanted)
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "RGB", "RGBA"])
+def test_a_colour_profile_holds_for_every_mode(tmp_path, mode):
+    """sRGB's own profile changes no colour."""
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = Image.fromarray(ramp()).convert("RGB").convert(mode)
+    picture.save(tmp_path / "x.png", icc_profile=profile)
+    assert np.abs(opened(tmp_path / "x.png") - np.asarray(picture.convert("RGB"), int)).max() <= 1

@@ -192,6 +192,27 @@ def test_b6_a_stop_hands_over_the_adapter_with_the_steps_it_was_trained_for():
     assert not any(t.requires_grad for t in stopped.parameters())
 
 
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_stop_leaves_the_last_complete_step(tmp_path, done):
+    path, adapter = tmp_path / "rex.checkpoint", new_adapter()
+    inner, begun = toy_denoise(adapter), []
+
+    def denoise(batch):
+        begun.append(1)
+        if len(begun) > done:
+            raise Stop
+        return inner(batch)
+
+    with pytest.raises(Stop):
+        train(adapter, data(), ALPHAS, denoise, TrainConfig(steps=9), None, path)
+    assert path.exists() is (done > 0)
+    resumed, whole = new_adapter(), new_adapter()
+    result = train(resumed, data(), ALPHAS, toy_denoise(resumed), TrainConfig(steps=4, resume=True), None, path)
+    train(whole, data(), ALPHAS, toy_denoise(whole), TrainConfig(steps=4))
+    assert len(result.losses) == 4
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
 def test_b6_a_stop_before_anything_was_learned_hands_over_nothing():
     def stop(batch):
         raise Stop

@@ -13,7 +13,6 @@ from ...network.grid import aggregate, choose_layers, level_sizes
 from ...settings import LodaConfig
 from .autograd import CopyInference, FrozenControl
 from .call import ROWS, Reading
-from .model import adopt_parameters
 from .run import Run
 
 
@@ -67,8 +66,6 @@ class MapReader:
             own_cond = {**cond, "model_conds": own}
             if own_cond.get("control") is not None:
                 own_cond["control"] = FrozenControl(own_cond["control"])
-            if "gligen" in own_cond:
-                adopt_parameters(own_cond["gligen"][1].model)
             kept.append(own_cond)
         return kept
 

@@ -344,6 +344,31 @@ def test_afg_biases_only_the_conditional_rows(marked):
     assert not (regions[0] & regions[1]).any() and regions.any(dim=1).all()
 
 
+def test_afg_follows_the_text_that_a_layer_reads(marked):
+    """A layer that another pack hands another text has no bias of the prompt's, also where others have its size."""
+    model, clip = marked
+    seen: dict[str, list[bool]] = {}
+    other = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(11))
+
+    def patch(n, context, value, options):
+        if options["block"][0] != "middle":
+            return n, context, value
+        return n, other.expand_as(context), other.expand_as(context)
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        if k.shape[1] == 77 and q.shape[1] == 16:
+            mask = kwargs.get("mask")
+            biased = mask is not None and bool(mask.any())
+            seen.setdefault(kwargs["transformer_options"]["block"][0], []).append(biased)
+        return func(q, k, v, heads, *args, **kwargs)
+
+    theirs = model.clone()
+    theirs.set_model_attn2_patch(patch)
+    theirs.model_options["transformer_options"]["optimized_attention_override"] = override
+    sample_loda(theirs, *two(clip), steps=4, cfg=1.0, loda_steps=1, afg_end=1.0, map_downscale="1")
+    assert {block: flags[-1] for block, flags in seen.items()} == {"input": True, "middle": False, "output": True}
+
+
 def test_suppression_weakens_the_weaker_concept_at_every_pixel(marked):
     """Against maps computed here from the queries and keys that another pack's attention override is given."""
     model, clip = marked
@@ -485,14 +510,27 @@ def test_families(loaded, family):
     assert same_weights(kept, sd.model)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
-def test_storage_types(loaded, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [("float16", "float32"), ("float16", "float16"), ("bfloat16", "float32"), ("float8_e4m3fn", "float32")],
+)
+def test_storage_types(loaded, dtype, computed, monkeypatch):
     from . import checkpoints
 
     model = checkpoints.in_dtype(dtype)
+    if computed == dtype:
+        monkeypatch.setattr(model.model, "manual_cast_dtype", None)
     (clip,) = run("ConceptSplitMarkWords", clip=loaded("sd15").clip, words="dog, cat")
     kept = weights(model)
+    scales, timeline = [], pack("conceptsplit_core.method.timeline").Timeline
+    begin = timeline.begin
+    monkeypatch.setattr(
+        timeline, "begin", lambda *args, **options: (scales.append(options["loss_scale"]), begin(*args, **options))[1]
+    )
     out, maps = sample_loda(model, *two(clip))
+    # Where the model computes in half precision its gradients would be rounded to nothing.
+    assert pack("conceptsplit_core.hosts.comfy.model").compute_dtype(model.model) == getattr(torch, computed)
+    assert set(scales) == {1024.0 if computed == "float16" else 1.0}
     assert torch.isfinite(out).all() and maps.trace.backwards > 0 and maps.trace.skipped == 0
     assert same_weights(kept, model)
 

@@ -93,9 +93,9 @@ def lokr(model: Any, g: torch.Generator) -> dict[str, Tensor]:
         if len(shape) == 4 and shape[2] == 1:
             continue
         state[f"{kohya(name)}.lokr_w1"] = randn(g, 4, 2)
-        if len(shape) == 2:
+        if len(shape) == 2 or name.endswith("conv1"):
             state[f"{kohya(name)}.lokr_w2_a"] = randn(g, shape[0] // 4, 3)
-            state[f"{kohya(name)}.lokr_w2_b"] = randn(g, 3, shape[1] // 2)
+            state[f"{kohya(name)}.lokr_w2_b"] = randn(g, 3, shape[1] // 2 * int(torch.tensor(shape[2:]).prod()))
         else:
             state[f"{kohya(name)}.lokr_w2"] = randn(g, shape[0] // 4, shape[1] // 2, *shape[2:])
         state[f"{kohya(name)}.alpha"] = torch.tensor(2.0)
