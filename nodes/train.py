@@ -34,7 +34,16 @@ class ConceptSplitTrain(io.ComfyNode):
             "Train Value Adapter (ToVA)",
             description="Teaches the model one concept from 3 to 10 pictures and saves it to models/value_adapters. "
             "Only the values of the class word change, so trained concepts can be combined without mixing.",
-            search_aliases=["tova", "dreambooth", "lora training", "value adapter", "conceptsplit"],
+            search_aliases=[
+                "tova",
+                "dreambooth",
+                "lora training",
+                "identity",
+                "subject",
+                "character",
+                "value adapter",
+                "conceptsplit",
+            ],
             is_output_node=True,
             # A list of pictures of any sizes is one training on all of them, not one training each.
             is_input_list=True,
