@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..conceptsplit_core.errors import ConceptSplitError
+from ..conceptsplit_core.hosts.comfy.bypassed import register_bypassed
 from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
@@ -34,4 +35,5 @@ async def comfy_entrypoint() -> ConceptSplitExtension:
     register_folders()
     show_warnings()
     register_route()
+    register_bypassed()
     return ConceptSplitExtension()

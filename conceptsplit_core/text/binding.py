@@ -143,8 +143,8 @@ def bind(
         key=lambda one: order.index(one.concept),
     )
     told = (
-        f'{brackets} in prompt "{shown(text)}" is read as plain words: a concept is written <{order[0]}> or '
-        f"<{order[0]}:0.8>, with its own name (loaded: {', '.join(f'<{name}>' for name in order)})."
+        f"{brackets} is read as plain words: a concept is written <{order[0]}> or <{order[0]}:0.8> (loaded: "
+        f"{', '.join(f'<{name}>' for name in order)})."
         for brackets in dict.fromkeys(unread)
     )
     return BoundPrompt(expanded, tuple(bindings), tuple(warnings), tuple(told))

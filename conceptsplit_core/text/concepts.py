@@ -173,7 +173,7 @@ def without_absent(
         if words:
             found[one.name] = words
             text = text[: one.start] + words + text[one.end :]
-    return text, found
+    return text, dict(reversed(found.items()))
 
 
 @dataclass(frozen=True)

@@ -253,8 +253,7 @@ def test_brackets_that_stay_text_are_told_as_far_as_they_may_mean_a_concept(text
     bound = bind(f"a mug {text} a < b > c <3 <>", [MUG, REX], tokenize, special=SPECIAL)
     assert bound.text == f"a mug {text} a < b > c <3 <>" and [one.concept for one in bound.bindings] == ["my-mug"]
     assert bound.unread == (
-        f'{text} in prompt "a mug {text} a < b > c <3 <>" is read as plain words: a concept is written <my-mug> or '
-        "<my-mug:0.8>, with its own name (loaded: <my-mug>, <rex>).",
+        f"{text} is read as plain words: a concept is written <my-mug> or <my-mug:0.8> (loaded: <my-mug>, <rex>).",
     )
     assert bind(text, [], tokenize, special=SPECIAL).unread == ()
     assert bind(text, [REX], tokenize, SPECIAL, {text}).unread == (), "one token of the tokenizer"
