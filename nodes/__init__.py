@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..conceptsplit_core.errors import ConceptSplitError
-from ..conceptsplit_core.hosts.comfy.bypassed import register_bypassed
 from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
+from ..conceptsplit_core.hosts.comfy.queued import register_queued
 from . import demo, inspect, load, lora, sample, train, words
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
@@ -35,5 +35,5 @@ async def comfy_entrypoint() -> ConceptSplitExtension:
     register_folders()
     show_warnings()
     register_route()
-    register_bypassed()
+    register_queued()
     return ConceptSplitExtension()

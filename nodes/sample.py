@@ -215,7 +215,8 @@ class ConceptSplitSampler(io.ComfyNode):
         with collected() as warnings:
             made = sample(**given)
         latents = made.result if hasattr(made, "result") else made
-        return io.NodeOutput(*latents, maps, ui=told([*run_lines(maps.trace, ()), *warnings]))
+        positive = [(None, cond) for cond in getattr(guider, "original_conds", {}).get("positive", ())]
+        return io.NodeOutput(*latents, maps, ui=told([*run_lines(maps.trace, positive), *warnings]))
 
 
 NODES = [ConceptSplitKSampler, ConceptSplitGuider, ConceptSplitSampler, ConceptSplitLodaOptions]

@@ -1,4 +1,4 @@
-"""Prompts whose loaders are bypassed, as the page queues them: what the server makes of them before they run."""
+"""Prompts as the page queues them: bypassed loaders, and a model from before its loader."""
 
 from __future__ import annotations
 
@@ -92,14 +92,50 @@ def test_nothing_is_replaced_where_a_loaded_name_only_shows_in_the_run(queued, k
 
 def test_other_prompts_pass_as_they_are(queued):
     assert queued({"nodes": [adapter(4, file="gone.safetensors")]})[0] == TEXT
+    for broken in ({"7": 3}, {"7": {"class_type": "ConceptSplitLoader"}}, {"7": node("ConceptSplitLoader")}):
+        assert queued({"nodes": [adapter(4)]}, broken)[0] == TEXT
+    assert queued({"nodes": [{"type": "ConceptSplitLoader", "mode": 4, "widgets_values": [3, None]}]})[0] == TEXT
     for workflow in ({}, None, {"nodes": [{"type": "LoraLoader", "mode": 4, "widgets_values": ["pixa"]}]}):
         assert queued(workflow) == (TEXT, [])
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+@pytest.mark.parametrize("sampler, text", [("ConceptSplitKSampler", "positive"), ("BasicGuider", "conditioning")])
+@pytest.mark.parametrize(
+    "model, missing",
+    [(["1", 0], "<pixa> and <Bob>"), (["2", 0], "<Bob>"), (["3", 0], None), (["10", 0], None)],
+)
+def test_case_b4_a_prompt_from_after_a_loader_and_a_model_from_before_it(queued, sampler, text, model, missing):
+    """Of two loaders; the texts are combined, and the model may come through a node of another pack."""
+    prompt = {
+        "1": node("ConceptSplitDemoCheckpoint"),
+        "2": node("ConceptSplitLoader", model=["1", 0], clip=["1", 1], adapter="demo_pixa.safetensors"),
+        "3": node(
+            "ConceptSplitLoraLoader", model=["2", 0], clip=["2", 1], lora="demo_nero_lora.safetensors",
+            concept_name="Bob", words="cat",
+        ),
+        "5": node("CLIPTextEncode", clip=["3", 1], text="a star"),
+        "6": node("CLIPTextEncode", clip=["1", 1], text="a park"),
+        "7": node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["5", 0]),
+        "8": node(sampler, model=model, **{text: ["7", 0]}),
+        "9": node("KSampler", model=["1", 0], positive=["6", 0]),
+        "10": node("NodeOfAnotherPack", pipe=["3", 0]),
+    }  # fmt: skip
+    line = (
+        f"The prompt comes from after the loader of {missing} and the model from before it, so that only the words "
+        "act: connect the MODEL of the last loader."
+    )
+    _, ((_, data, _),) = queued(None, prompt)
+    assert data == {"nodes": {"8": [line]} if missing else {}}
 
 
 def test_values_of_a_saved_workflow_stand_in_the_order_of_the_inputs():
     import nodes
 
-    for kind, names in pack("conceptsplit_core.hosts.comfy.bypassed")._LOADERS.items():
+    for kind, names in pack("conceptsplit_core.hosts.comfy.queued")._LOADERS.items():
         types = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
         both = {**types["required"], **types["optional"]}
         fields = [name for name, spec in both.items() if spec[0] not in ("MODEL", "CLIP", "MASK")]

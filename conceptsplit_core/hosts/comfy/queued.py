@@ -1,12 +1,15 @@
-"""Concepts whose loaders are bypassed.
+"""What shows as a prompt is queued, before anything runs.
 
-The page leaves a bypassed node out of the prompt that it queues, so nobody would know the loader's concept, and `<rex>`
-would reach the text encoder as it is written. What the page saves into pictures, the workflow, still has the node with
-its values: from there the words are taken as the prompt is queued.
+A bypassed loader: the page leaves its node out of the prompt, so nobody would know its concept, and `<rex>` would reach
+the text encoder as it is written. What the page saves into pictures, the workflow, still has the node with its values:
+from there come the words.
+
+A model from before a loader: where no loader has touched it, no code of this pack runs while it samples.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,26 +25,28 @@ _LOADERS = {
     "ConceptSplitLoader": ("adapter", "concept_name", "strength", "class_word"),
     "ConceptSplitLoraLoader": ("lora", "concept_name", "words"),
 }
+_LOADING = (*_LOADERS, "ConceptSplitApply")
 _BYPASSED = 4  # a node's mode in a saved workflow
 
 
-def register_bypassed() -> None:
-    """Lets every queued prompt pass through `with_words`."""
+def register_queued() -> None:
+    """Lets every queued prompt pass through `as_queued`."""
     from server import PromptServer  # the host's own, present only where it serves a page
 
     server = getattr(PromptServer, "instance", None)
     if server is not None:
-        server.add_on_prompt_handler(with_words)
+        server.add_on_prompt_handler(as_queued)
 
 
-def with_words(queued: dict[str, Any]) -> dict[str, Any]:
-    """The body of POST /prompt with plain words for the placeholders of bypassed loaders. The page is told which node
-    had them; also that none had, so that it forgets what it was told before."""
+def as_queued(queued: dict[str, Any]) -> dict[str, Any]:
+    """The body of POST /prompt with plain words for the placeholders of bypassed loaders. The page is told what stands
+    on which node; also that nothing does, so that it forgets what it was told before."""
+    prompt = queued.get("prompt")
     workflow = ((queued.get("extra_data") or {}).get("extra_pnginfo") or {}).get("workflow")
-    if not isinstance(workflow, dict) or not isinstance(queued.get("prompt"), dict):
-        return queued
-    loaders = list(_loaders(workflow))
-    if not loaders:
+    if not isinstance(prompt, dict) or not all(_is_node(node) for node in prompt.values()):
+        return queued  # the host says what is wrong with it
+    loaders = list(_loaders(workflow)) if isinstance(workflow, dict) else []
+    if not loaders and not any(node["class_type"] in _LOADING for node in prompt.values()):
         return queued
     words: dict[str, str] = {}
     for kind, values in (one[:2] for one in loaders if one[2]):
@@ -50,10 +55,60 @@ def with_words(queued: dict[str, Any]) -> dict[str, Any]:
         except (ConceptSplitError, OSError):
             continue  # a file that is gone; the CLIP then says that it does not know the name
         words[concept.name.casefold()] = concept.class_word
-    prompt, lines = _replaced(queued["prompt"], words) if words else (queued["prompt"], {})
+    lines = _apart(prompt)
+    if words:
+        prompt, replaced = _replaced(prompt, words)
+        lines |= replaced  # texts and samplers are different nodes
     if page := queued.get("client_id"):
         send(EVENT, {"nodes": lines}, page)
     return {**queued, "prompt": prompt}
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+
+
+def _apart(prompt: Mapping[str, Any]) -> dict[str, list[str]]:
+    """A line for each sampler or guider whose text has passed a loader that its model has not."""
+    lines = {}
+    for key, node in prompt.items():
+        model = node["inputs"].get("model")
+        text = node["inputs"].get("positive", node["inputs"].get("conditioning"))
+        if not isinstance(model, list) or not isinstance(text, list):
+            continue
+        # Texts are followed by their sockets alone, and models by whatever leads to them, such as another pack's pipe.
+        missing = _above(prompt, text, ("CONDITIONING", "CLIP")) - _above(prompt, model)
+        names = []
+        for one in sorted(missing):
+            try:
+                names += [f"<{concept.name}>" for concept in _provided(prompt[one])]
+            except (ConceptSplitError, OSError):
+                names.append("a value adapter")
+        if names:
+            lines[key] = [
+                f"The prompt comes from after the loader of {' and '.join(names)} and the model from before it, so "
+                "that only the words act: connect the MODEL of the last loader."
+            ]
+    return lines
+
+
+def _above(prompt: Mapping[str, Any], link: list[Any], types: tuple[str, ...] = ()) -> set[str]:
+    """The loaders that a link leads to, over links of these types or all."""
+    classes = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+    seen: set[str] = set()
+    links = [link]
+    while links:
+        key = str(links.pop()[0])
+        if key in seen or key not in prompt:
+            continue
+        seen.add(key)
+        for value in prompt[key]["inputs"].values():
+            if not isinstance(value, list) or len(value) != 2 or str(value[0]) not in prompt:
+                continue
+            given = getattr(classes.get(prompt[str(value[0])]["class_type"]), "RETURN_TYPES", ())
+            if not types or (isinstance(value[1], int) and value[1] < len(given) and given[value[1]] in types):
+                links.append(value)
+    return {key for key in seen if prompt[key]["class_type"] in _LOADING}
 
 
 def _replaced(prompt: Mapping[str, Any], words: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
@@ -85,11 +140,11 @@ def _provided(node: Mapping[str, Any]) -> list[Concept]:
         ConceptSplitError: they are known only when it runs, or it will not run.
     """
     kind, inputs = node["class_type"], node["inputs"]
-    if kind == "ConceptSplitMarkWords" and isinstance(inputs["words"], str):
+    if kind == "ConceptSplitMarkWords" and isinstance(inputs.get("words"), str):
         return marked_concepts(inputs["words"])
     if kind in _LOADERS and not any(isinstance(inputs.get(name), list) for name in _LOADERS[kind]):
         return [_concept(kind, inputs)]
-    if kind in ("ConceptSplitMarkWords", "ConceptSplitApply", *_LOADERS):
+    if kind in ("ConceptSplitMarkWords", *_LOADING):
         raise ConceptSplitError("This node's concept is known when it has run.")
     return []
 
@@ -100,10 +155,11 @@ def _concept(kind: str, values: Mapping[str, Any]) -> Concept:
     Raises:
         ConceptSplitError: a file that is not there, or no words.
     """
-    name, words = concept_name(values.get("concept_name") or ""), values.get(_LOADERS[kind][-1]) or ""
+    file, name, words = (str(values.get(_LOADERS[kind][place]) or "") for place in (0, 1, -1))
+    name = concept_name(name)
     if kind == "ConceptSplitLoraLoader":
-        return concept_of(files.lora_path(values["lora"]), name, words)
-    info = files.load_named(values["adapter"]).info
+        return concept_of(files.lora_path(file), name, words)
+    info = files.load_named(file).info
     return Concept(name or info.concept, words.strip() or info.class_word)
 
 
