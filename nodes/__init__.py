@@ -8,6 +8,7 @@ from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
+from ..conceptsplit_core.hosts.comfy.queued import register_queued
 from ..conceptsplit_core.train.heic import HeicError, register_or_explain
 from . import demo, inspect, load, lora, sample, train, words
 
@@ -36,4 +37,5 @@ async def comfy_entrypoint() -> ConceptSplitExtension:
     register_or_explain()
     show_warnings()
     register_route()
+    register_queued()
     return ConceptSplitExtension()

@@ -78,7 +78,10 @@ class ConceptSplitLoader(io.ComfyNode):
                 "lora loader",
                 "identity",
                 "subject",
+                "character",
+                "regional",
                 "multi concept",
+                "personalization",
                 "conceptsplit",
             ],
             inputs=[
@@ -120,7 +123,7 @@ class ConceptSplitApply(io.ComfyNode):
             "Apply Value Adapter",
             description="Adds a value adapter that another node made, for instance one fresh from training, without a "
             "file in between.",
-            search_aliases=["tova", "value adapter", "conceptsplit"],
+            search_aliases=["tova", "value adapter", "identity", "subject", "conceptsplit"],
             inputs=[
                 *loader_inputs(),
                 field(ValueAdapterType, "value_adapter", "The concept, from Train Value Adapter."),

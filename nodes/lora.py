@@ -36,8 +36,10 @@ class ConceptSplitLoraLoader(io.ComfyNode):
                 "lora loader",
                 "two loras",
                 "multiple characters",
+                "character",
                 "regional lora",
                 "identity",
+                "subject",
                 "multi concept",
                 "attention couple",
                 "conceptsplit",
@@ -117,7 +119,7 @@ class ConceptSplitRegion(io.ComfyNode):
             "Concept Region",
             description="Gives one concept its place in the picture by a mask, instead of the place that a run finds. "
             "For concepts of any loader and for words of Mark Concept Words.",
-            search_aliases=["regional prompt", "mask", "area", "conceptsplit"],
+            search_aliases=["regional prompt", "attention couple", "mask", "area", "multi concept", "conceptsplit"],
             inputs=[
                 field(io.Model, "model", "The model, after the loaders."),
                 field(io.String, "concept_name", "The concept's name, as the prompt writes it, or the marked word."),

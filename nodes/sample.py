@@ -78,7 +78,15 @@ class ConceptSplitKSampler(io.ComfyNode):
             description="KSampler that first optimises the latent until the concepts of the prompt look at different "
             "places, and then keeps them there. Needs two or more concepts in the positive prompt; otherwise it is a "
             "plain KSampler and says so on the node.",
-            search_aliases=["loda", "afg", "attention", "multi concept", "attention couple", "conceptsplit"],
+            search_aliases=[
+                "loda",
+                "afg",
+                "attention",
+                "regional",
+                "multi concept",
+                "attention couple",
+                "conceptsplit",
+            ],
             inputs=[
                 _model_field(),
                 *setting_fields(SampleConfig),
@@ -207,7 +215,8 @@ class ConceptSplitSampler(io.ComfyNode):
         with collected() as warnings:
             made = sample(**given)
         latents = made.result if hasattr(made, "result") else made
-        return io.NodeOutput(*latents, maps, ui=told([*run_lines(maps.trace, ()), *warnings]))
+        positive = [(None, cond) for cond in getattr(guider, "original_conds", {}).get("positive", ())]
+        return io.NodeOutput(*latents, maps, ui=told([*run_lines(maps.trace, positive), *warnings]))
 
 
 NODES = [ConceptSplitKSampler, ConceptSplitGuider, ConceptSplitSampler, ConceptSplitLodaOptions]

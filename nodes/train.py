@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import comfy.utils
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ..conceptsplit_core.hosts.comfy import files
 from ..conceptsplit_core.hosts.comfy.facts import concept_line
-from ..conceptsplit_core.hosts.comfy.messages import collected
+from ..conceptsplit_core.hosts.comfy.messages import collected, tell
 from ..conceptsplit_core.hosts.comfy.training import train_adapter
 from ..conceptsplit_core.options import from_values
 from ..conceptsplit_core.pictures import contact_sheet, loss_curve
@@ -34,7 +35,16 @@ class ConceptSplitTrain(io.ComfyNode):
             "Train Value Adapter (ToVA)",
             description="Teaches the model one concept from 3 to 10 pictures and saves it to models/value_adapters. "
             "Only the values of the class word change, so trained concepts can be combined without mixing.",
-            search_aliases=["tova", "dreambooth", "lora training", "value adapter", "conceptsplit"],
+            search_aliases=[
+                "tova",
+                "dreambooth",
+                "lora training",
+                "identity",
+                "subject",
+                "character",
+                "value adapter",
+                "conceptsplit",
+            ],
             is_output_node=True,
             # A list of pictures of any sizes is one training on all of them, not one training each.
             is_input_list=True,
@@ -171,12 +181,16 @@ class _Progress:
         self.bar = comfy.utils.ProgressBar(steps)
         self.losses: list[float] = []
         self.seconds = 0.0
+        self.told = 0.0  # when the node's line was last sent
         self.samples: list[np.ndarray] = []
         self.labels: list[str] = []
 
     def on_event(self, event: TrainEvent) -> None:
         self.losses.append(event.loss)
         self.seconds += event.seconds
+        if time.monotonic() - self.told > 0.5 or event.step == event.steps:
+            self.told = time.monotonic()
+            tell([self._line(event)], replace=True)
         preview = None
         if event.step % _PREVIEW_EVERY == 0 or event.step == event.steps:
             title = f"step {event.step} of {event.steps}, loss {event.loss:.4f}, {self._left(event.steps - event.step)}"
@@ -197,6 +211,11 @@ class _Progress:
         early, late = (sum(part) / quarter for part in (self.losses[:quarter], self.losses[-quarter:]))
         pace = f"{count} steps of {self.seconds / count:.2g} s each"
         return f"{pace}; loss {early:.4f} in the first quarter, {late:.4f} in the last."
+
+    def _line(self, event: TrainEvent) -> str:
+        last = self.losses[-_PREVIEW_EVERY:]  # single steps jump
+        pace = f"{self.seconds / len(self.losses):.2g} s a step, {self._left(event.steps - event.step)}"
+        return f"Step {event.step} of {event.steps}: loss {sum(last) / len(last):.4f} (mean of {len(last)}), {pace}."
 
     def _left(self, steps: int) -> str:
         seconds = steps * self.seconds / len(self.losses)

@@ -33,11 +33,17 @@ class Binding:
 
 @dataclass(frozen=True)
 class BoundPrompt:
-    """`text` with its placeholders replaced, what is bound where, and what a user should be told."""
+    """`text` with its placeholders replaced, what is bound where, and what a user should be told.
+
+    Attributes:
+        warnings: about concepts that the prompt leaves out.
+        unread: about brackets that stay text.
+    """
 
     text: str
     bindings: tuple[Binding, ...]
     warnings: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def changed(text: tuple[list[int], list[int]], other: list[int]) -> list[int]:
@@ -84,7 +90,7 @@ def bind(
         ) from None
     special = special or SpecialTokens()
     prompt = unicodedata.normalize("NFC", text)  # tokenizers read it so
-    expanded, placed = expand(prompt, concepts, vocabulary)
+    expanded, placed, unread = expand(prompt, concepts, vocabulary)
     spelled = content(tokenize(expanded), special)
     stand_ins = {word: _stand_in(word, tokenize, special) for word in {concept.class_word for concept in concepts}}
 
@@ -136,7 +142,12 @@ def bind(
         (Binding(name, tuple(sorted(rows)), weight) for (name, weight), rows in owned.items()),
         key=lambda one: order.index(one.concept),
     )
-    return BoundPrompt(expanded, tuple(bindings), tuple(warnings))
+    told = (
+        f"{brackets} is read as plain words: a concept is written <{order[0]}> or <{order[0]}:0.8> (loaded: "
+        f"{', '.join(f'<{name}>' for name in order)})."
+        for brackets in dict.fromkeys(unread)
+    )
+    return BoundPrompt(expanded, tuple(bindings), tuple(warnings), tuple(told))
 
 
 def bind_stages(
@@ -175,20 +186,27 @@ def _grown(text: str, place: Place) -> bool:
     return bool(before) and all(sign.lower() != sign.upper() for sign in (before, first))
 
 
+# How the end of a word becomes that of its plural, besides -s and -es: puppies, wolves, women.
+_PLURALS = (("y", "ies"), ("fe", "ves"), ("f", "ves"), ("man", "men"))
+
+
 def _occurrences(text: str, concept: Concept) -> list[Place]:
     """The class word as a word of its own, in any case and with any space between its parts; then its plurals."""
-    word = r"[\s()]+".join(re.escape(part) for part in concept.class_word.split())
+    spelled = lambda words: r"[\s()]+".join(re.escape(part) for part in words.split())
+    word = concept.class_word
+    singular, several = next((pair for pair in _PLURALS if word.lower().endswith(pair[0])), ("", ""))
+    other = f"|{spelled(word[: -len(singular)] + several)}" if singular else ""
     plain: list[Place] = []
     plural: list[Place] = []
-    for match in re.finditer(f"({word})(e?s)?", text, re.IGNORECASE):
+    for match in re.finditer(f"({spelled(word)})(e?s)?{other}", text, re.IGNORECASE):
         start, end = match.span()
-        last = match.end(1) - 1
+        bound = end if match[1] is None else match.end(1)  # the s or es behind a word is found by its tokens
         before, behind = text[start - 1 : start], text[end : end + 1]
         if before and is_letter(before) and is_letter(text[start]):
             continue
-        if behind and is_letter(behind) and is_letter(text[last]):
+        if behind and is_letter(behind) and is_letter(text[bound - 1]):
             continue
-        (plural if match[2] else plain).append(Place(concept, start, match.end(1)))
+        (plain if match[1] and not match[2] else plural).append(Place(concept, start, bound))
     return plain + plural
 
 

@@ -11,9 +11,10 @@ from itertools import pairwise
 
 from ..errors import ConceptSplitError
 
-# `<rex>` or `<rex:0.8>`. What stands in brackets is a name only if `_is_name` says so; "<3", "<lora:x:1>" and
-# "a < b > c" stay text.
-_BRACKETS = re.compile(r"<([^<>\s:]+)(?::([-+]?(?:\d+\.?\d*|\.\d+)))?>")
+# `<rex>` or `<rex:0.8>`, also with the wide signs of Chinese and Japanese keyboards.
+_BRACKETS = re.compile(r"[<\uff1c]([^<>\uff1c\uff1e]*)[>\uff1e]")
+_COLON = re.compile(r"[:\uff1a]")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 # `dog; 0.4: dog in armour` gives the words from 0.4 of the schedule on.
 _FROM = re.compile(r";\s*(\d*\.?\d+)\s*:")
 _JOINERS = "\u200c\u200d"  # they stand inside words of Persian and of Indian languages
@@ -125,23 +126,40 @@ def by_name(concepts: Sequence[Concept]) -> dict[str, Concept]:
     return found
 
 
-def _written(text: str) -> Iterator[tuple[re.Match[str], str]]:
+@dataclass(frozen=True)
+class _Brackets:
+    """What stands between ``<`` and ``>`` at [start, end): a name, spaces in it as ``_``, and what follows a colon."""
+
+    text: str
+    start: int
+    end: int
+    name: str
+    weight: str | None
+
+    @property
+    def meant(self) -> bool:
+        """Whether it is written as a placeholder is; "<3>", "<lora:x:1>" and "a < b > c" are not."""
+        plain = _is_name(self.name) and not any(sign.isspace() for sign in self.text)
+        return plain and (self.weight is None or _NUMBER.fullmatch(self.weight) is not None)
+
+
+def _brackets(text: str) -> Iterator[_Brackets]:
     for match in _BRACKETS.finditer(text):
-        name = unicodedata.normalize("NFC", match[1])
-        if _is_name(name):
-            yield match, name
+        name, *weight = _COLON.split(match[1], maxsplit=1)
+        name = unicodedata.normalize("NFC", "_".join(name.split()))
+        yield _Brackets(match[0], *match.span(), name, weight[0].strip() if weight else None)
 
 
 def written(text: str, concepts: Sequence[Concept]) -> list[Concept]:
     """Those of `concepts` that `text` writes as a placeholder."""
     known = by_name(concepts)
-    found = [_named(name, known) for name in placeholders(text)]
+    found = [_named(one.name, known) for one in _brackets(text)]
     return [concept for concept in concepts if concept in found]
 
 
 def placeholders(text: str) -> list[str]:
     """Names written as ``<name>`` or ``<name:weight>`` in `text`, in order, repeats included."""
-    return [name for _, name in _written(text)]
+    return [one.name for one in _brackets(text) if one.meant]
 
 
 def without_absent(
@@ -150,12 +168,12 @@ def without_absent(
     """`text` with plain words for the placeholders of concepts that are not loaded, as far as `words_of` knows any for
     a name; and the names with these words."""
     known, found = by_name(concepts), {}
-    for match, name in reversed(list(_written(text))):
-        words = None if _named(name, known) else words_of(name)
+    for one in reversed(list(_brackets(text))):
+        words = words_of(one.name) if one.meant and not _named(one.name, known) else None
         if words:
-            found[name] = words
-            text = text[: match.start()] + words + text[match.end() :]
-    return text, found
+            found[one.name] = words
+            text = text[: one.start] + words + text[one.end :]
+    return text, dict(reversed(found.items()))
 
 
 @dataclass(frozen=True)
@@ -168,32 +186,46 @@ class Place:
     weight: float = 1.0
 
 
-def expand(text: str, concepts: Sequence[Concept], vocabulary: Collection[str] = ()) -> tuple[str, list[Place]]:
-    """`text` with class words for placeholders, and where these words stand.
+def expand(
+    text: str, concepts: Sequence[Concept], vocabulary: Collection[str] = ()
+) -> tuple[str, list[Place], list[str]]:
+    """`text` with class words for placeholders, where these words stand, and the brackets that stay text although
+    somebody may mean a concept by them, such as ``<lora:rex:1>``.
 
-    Names are found in any case if that leaves no doubt. Brackets that the tokenizer knows as one token (a textual
-    inversion's ``<cat-toy>``) and weights of unknown names stay text.
+    Names are found in any case if that leaves no doubt, and with spaces around them or for their ``_``. Brackets that
+    the tokenizer knows as one token (a textual inversion's ``<cat-toy>``) stay text.
 
     Raises:
-        ConceptSplitError: a placeholder that no concept answers to.
+        ConceptSplitError: a placeholder that no concept answers to, or a weight that is no number.
     """
     known = by_name(concepts)
     out: list[str] = []
     places: list[Place] = []
+    unread: list[str] = []
     done = length = 0
-    for match, name in _written(text):
-        concept = _named(name, known)
+    for one in _brackets(text):
+        concept = _named(one.name, known)
         if concept is None:
-            if match[2] is not None or match[0] in vocabulary:
+            if one.text in vocabulary:
                 continue
-            raise ConceptSplitError(_unknown(text, name, known))
-        before = text[done : match.start()]
+            # A weight may be another pack's `<lora:0.8>`, unless it is nearly one of ours.
+            if one.meant and (one.weight is None or _near(one.name, known)):
+                raise ConceptSplitError(_unknown(text, one.name, known))
+            if known and one.text[1:-1] and one.text[1:-1] == one.text[1:-1].strip():
+                unread.append(one.text)
+            continue
+        if one.weight is not None and not _NUMBER.fullmatch(one.weight):
+            raise ConceptSplitError(
+                f"Prompt \"{shown(text)}\" gives <{concept.name}> the weight '{one.weight}', which is no number: write "
+                f"<{concept.name}:0.8>, with a point and no other sign."
+            )
+        before = text[done : one.start]
         start = length + len(before)
         length = start + len(concept.class_word)
         out += [before, concept.class_word]
-        places.append(Place(concept, start, length, float(match[2] or 1.0)))
-        done = match.end()
-    return "".join([*out, text[done:]]), places
+        places.append(Place(concept, start, length, float(one.weight or 1.0)))
+        done = one.end
+    return "".join([*out, text[done:]]), places, unread
 
 
 def _named(name: str, known: dict[str, Concept]) -> Concept | None:
@@ -201,11 +233,18 @@ def _named(name: str, known: dict[str, Concept]) -> Concept | None:
     return known.get(name) or (alike[0] if len(alike) == 1 else None)
 
 
+def _near(name: str, known: dict[str, Concept]) -> str | None:
+    """The name that is meant by another: one like it, or that of the only concept with this class word."""
+    folded = {other.casefold(): other for other in known}
+    near = [folded[other] for other in difflib.get_close_matches(name.casefold(), folded, n=1)]
+    of_word = [other for other, concept in known.items() if concept.class_word.casefold() == name.casefold()]
+    return next(iter(near), of_word[0] if len(of_word) == 1 else None)
+
+
 def _unknown(text: str, name: str, known: dict[str, Concept]) -> str:
     have = ", ".join(f"<{other}>" for other in known) or "none"
-    folded = {other.casefold(): other for other in known}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1)
-    advice = f"did you mean <{folded[near[0]]}>?" if near else "load it under that name or correct the prompt."
+    near = _near(name, known)
+    advice = f"did you mean <{near}>?" if near else "load it under that name or correct the prompt."
     return f'Prompt "{shown(text)}" uses <{name}>, which no connected loader provides (loaded: {have}): {advice}'
 
 

@@ -195,6 +195,77 @@ def test_a_plural_is_bound_by_its_placeholder_and_without_one_only_where_no_sing
     assert not bind("dogsled, starship", [REX, star], tokenize, SPECIAL).bindings
 
 
+@pytest.mark.parametrize(
+    "word, text, rows_",
+    [
+        ("puppy", "two Puppies run", (2, 3)),
+        ("wolf", "a pack of wolves", (4, 5)),
+        ("red knife", "the red  knives", (2, 3, 4)),
+        ("sks woman", "three SKS women", (3, 4, 5)),
+        ("puppy", "puppies, one puppy", (5, 6)),
+        ("woman", "womenfolk", None),
+    ],
+)
+def test_plurals_that_change_the_end_of_a_word(word, text, rows_):
+    bound = bind(text, [Concept("ann", word)], tokenize, special=SPECIAL)
+    assert [binding.rows for binding in bound.bindings] == ([] if rows_ is None else [rows_])
+
+
+@pytest.mark.parametrize(
+    "written, weight",
+    [
+        ("< rex >", 1.0),
+        ("<rex >", 1.0),
+        ("<rex: .8>", 0.8),
+        ("< REX : 0.25 >", 0.25),
+        ("\uff1crex\uff1a0.5\uff1e", 0.5),
+        ("(<rex:-1>:1.3)", -1.0),
+        ("[<rex>]", 1.0),
+        ("\\\\(<rex>\\\\)", 1.0),
+        ("{<rex>|cat}", 1.0),
+    ],
+)
+def test_a_placeholder_in_whatever_spaces_and_signs(written, weight):
+    bound = bind(f"see {written} there", [REX, TOM], tokenize, special=SPECIAL)
+    (binding,) = [one for one in bound.bindings if one.concept == "rex"]
+    flat = [token for chunk in tokenize(bound.text) for token in chunk]
+    assert [flat[row] for row in binding.rows] == pieces("dog") and binding.weight == weight
+    assert "rex" not in bound.text.lower() and bound.unread == ()
+
+
+def test_spaces_stand_for_the_underscores_of_a_name():
+    bound = bind("a <my  old dog:0.5> and < b >", [Concept("my_old_dog", "dog")], tokenize, special=SPECIAL)
+    assert bound.text == "a dog and < b >" and bound.bindings == (Binding("my_old_dog", (2,), 0.5),)
+
+
+@pytest.mark.parametrize("weight", ["0,8", "80%", "strong", "", "1e3", "nan", "0.8:0.5"])
+def test_a_weight_that_is_no_number_is_refused_with_how_to_write_it(weight):
+    with pytest.raises(ConceptSplitError, match=rf"gives <rex> the weight '{weight}', .*: write <rex:0\.8>, with"):
+        bind(f"a <Rex: {weight}>", [REX, MUG], tokenize, special=SPECIAL)
+
+
+@pytest.mark.parametrize("text", ["<lora:rex:0.8>", "<lyco:x:1>", "<the rex>", "<rex!>", "<nobody:0.8>"])
+def test_brackets_that_stay_text_are_told_as_far_as_they_may_mean_a_concept(text):
+    bound = bind(f"a mug {text} a < b > c <3 <>", [MUG, REX], tokenize, special=SPECIAL)
+    assert bound.text == f"a mug {text} a < b > c <3 <>" and [one.concept for one in bound.bindings] == ["my-mug"]
+    assert bound.unread == (
+        f"{text} is read as plain words: a concept is written <my-mug> or <my-mug:0.8> (loaded: <my-mug>, <rex>).",
+    )
+    assert bind(text, [], tokenize, special=SPECIAL).unread == ()
+    assert bind(text, [REX], tokenize, SPECIAL, {text}).unread == (), "one token of the tokenizer"
+
+
+@pytest.mark.parametrize("text, meant", [("<rxe:0.8>", "rex"), ("<mug>", "my-mug"), ("<MUG>", "my-mug")])
+def test_a_name_like_one_that_is_loaded_and_a_class_word_in_brackets_are_asked_about(text, meant):
+    with pytest.raises(ConceptSplitError, match=rf"did you mean <{meant}>\?"):
+        bind(f"a {text}", [REX, Concept("my-mug", "mug")], tokenize, special=SPECIAL)
+
+
+def test_the_class_word_of_two_concepts_says_nothing():
+    with pytest.raises(ConceptSplitError, match=r"uses <dog>.*load it under that name or correct the prompt"):
+        bind("a <dog>", [REX, TOM], tokenize, special=SPECIAL)
+
+
 def test_a_weight_in_a_placeholder_is_the_rows_weight():
     bound = bind("<rex:0.25> beside <rex> and <my-mug:-2>", [REX, MUG], tokenize, special=SPECIAL)
     assert bound.text == "dog beside dog and mug"

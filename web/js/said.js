@@ -1,9 +1,11 @@
-// Text on nodes: what a loader's file holds, what a run did, and the warnings of the pack, wherever they arise.
+// What stands on nodes: what a loader's file holds, with the picture beside it, what a run did or is doing, and the
+// warnings of the pack, wherever they arise. A file that is dropped on the canvas becomes its loader.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
 const WIDGET = "conceptsplit_said";
+const PICTURE = "conceptsplit_picture";
 // Which input names a loader's file, and the kind that the server knows it by.
 const FILES = { ConceptSplitLoader: ["adapter", "adapter"], ConceptSplitLoraLoader: ["lora", "lora"] };
 
@@ -11,14 +13,7 @@ const FILES = { ConceptSplitLoader: ["adapter", "adapter"], ConceptSplitLoraLoad
 function show(node, lines) {
   const text = lines.join("\n");
   let widget = node.widgets?.find((one) => one.name === WIDGET);
-  if (!text) {
-    if (widget) {
-      widget.onRemove?.();
-      node.widgets.splice(node.widgets.indexOf(widget), 1);
-      node.setDirtyCanvas(true, true);
-    }
-    return;
-  }
+  if (!text) return remove(node, widget);
   if (!widget) {
     widget = ComfyWidgets.STRING(node, WIDGET, ["STRING", { multiline: true }], app).widget;
     widget.label = " ";
@@ -38,6 +33,32 @@ function show(node, lines) {
   const rows = lines.reduce((sum, line) => sum + Math.ceil(line.length / 45), 0);
   widget.options.getMinHeight = () => Math.min(14 * rows + 16, 180);
   widget.value = text;
+  grow(node);
+}
+
+/** A picture below the node's inputs; no address removes it. */
+function showPicture(node, address) {
+  let widget = node.widgets?.find((one) => one.name === PICTURE);
+  if (!address) return remove(node, widget);
+  if (!widget) {
+    const picture = document.createElement("img");
+    picture.style.objectFit = "contain";
+    const options = { serialize: false, getMinHeight: () => 128, getMaxHeight: () => 256 };
+    widget = node.addDOMWidget(PICTURE, "picture", picture, options);
+    widget.serialize = false;
+  }
+  widget.element.src = api.apiURL(address);
+  grow(node);
+}
+
+function remove(node, widget) {
+  if (!widget) return;
+  widget.onRemove?.();
+  node.widgets.splice(node.widgets.indexOf(widget), 1);
+  node.setDirtyCanvas(true, true);
+}
+
+function grow(node) {
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
   node.setDirtyCanvas(true, true);
@@ -60,7 +81,10 @@ async function showFile(node, [input, kind]) {
   const name = node.widgets?.find((one) => one.name === input)?.value;
   if (!name) return;
   const answer = await api.fetchApi(`/conceptsplit/file?${new URLSearchParams({ kind, name })}`);
-  if (answer.ok) show(node, [(await answer.json()).line]);
+  if (!answer.ok) return;
+  const { line, picture } = await answer.json();
+  show(node, [line]);
+  showPicture(node, picture);
 }
 
 function watchFile(node) {
@@ -75,25 +99,59 @@ function watchFile(node) {
   setTimeout(() => showFile(node, file), 0); // after a saved workflow has put its values in
 }
 
-const warned = new Map(); // node of the host to the lines of its last run
+/** Loaders for the dropped files that stand in a loader's list; other files are left to the host. */
+function dropped(event) {
+  const made = [];
+  for (const file of event.dataTransfer?.files ?? []) {
+    for (const [type, [input]] of file.name.endsWith(".safetensors") ? Object.entries(FILES) : []) {
+      const node = LiteGraph.createNode(type);
+      const widget = node?.widgets?.find((one) => one.name === input);
+      const name = widget?.options.values.find?.((one) => one.split(/[\\/]/).pop() === file.name);
+      if (!name) continue;
+      widget.value = name;
+      made.push(node);
+      break;
+    }
+  }
+  if (!made.length) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  app.canvas.adjustMouseEvent(event);
+  made.forEach((node, place) => {
+    node.pos = [event.canvasX + 40 * place, event.canvasY + 40 * place];
+    app.canvas.graph.add(node);
+  });
+}
+
+const queued = new Map(); // node of the host to the lines that were known before its run
+const warned = new Map(); // and to those of its last run
+
+const showHosts = (node) => show(node, [...(queued.get(node) ?? []), ...(warned.get(node) ?? [])]);
 
 app.registerExtension({
   name: "ConceptSplit.said",
   nodeCreated: watchFile,
   setup() {
+    document.addEventListener("drop", dropped, true);
     api.addEventListener("executed", ({ detail }) => {
       const lines = detail.output?.said;
       if (lines) for (const node of nodesOf(detail.node).slice(-1)) show(node, lines);
     });
+    api.addEventListener("conceptsplit.queued", ({ detail }) => {
+      const before = [...queued.keys()];
+      queued.clear();
+      for (const [id, lines] of Object.entries(detail.nodes)) for (const node of nodesOf(id)) queued.set(node, lines);
+      new Set([...before, ...queued.keys()]).forEach(showHosts);
+    });
     api.addEventListener("conceptsplit.said", ({ detail }) => {
       for (const node of nodesOf(detail.node)) {
-        warned.set(node, [...(warned.get(node) ?? []), ...detail.lines]);
-        show(node, warned.get(node));
+        warned.set(node, [...(detail.replace ? [] : (warned.get(node) ?? [])), ...detail.lines]);
+        showHosts(node);
       }
     });
     api.addEventListener("executing", ({ detail }) => {
       if (detail === null) return;
-      for (const node of nodesOf(detail)) if (warned.delete(node)) show(node, []);
+      for (const node of nodesOf(detail)) if (warned.delete(node)) showHosts(node);
     });
   },
 });

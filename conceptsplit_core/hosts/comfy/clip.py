@@ -72,9 +72,9 @@ class ConceptCLIP(_AnyCLIP):
             bound[part] = bind_stages(text, self.conceptsplit_concepts, tokenize, special_tokens(tokenizer), vocabulary)
         stages = bound[layout.parts[0]]
         first = stages[0][1]
-        if first.bindings:  # a prompt that mentions no concept at all (most negatives) is not worth a warning
-            for warning in first.warnings:
-                log.warning("[ConceptSplit] %s", warning)
+        # A prompt that mentions no concept at all (most negatives) is not worth a warning.
+        for warning in (*first.unread, *(first.warnings if first.bindings else ())):
+            log.warning("[ConceptSplit] %s", warning)
         staged = [stock(prompt.text, return_word_ids, **kwargs) for _, prompt in stages]
         for part, prompts in bound.items():
             made = {}

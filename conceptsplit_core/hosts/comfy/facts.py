@@ -80,7 +80,8 @@ def _bound(carried: Iterable[Any]) -> list[str]:
 
 
 def register_route() -> None:
-    """Answers the page: `?kind=adapter` or `lora`, `&name=` as the loader's list has it, gives {"line": …}."""
+    """Answers the page: `?kind=adapter` or `lora`, `&name=` as the loader's list has it, gives {"line": …, "picture":
+    …}, the address of a picture beside the file or null."""
     from server import PromptServer  # the host's own, present only where it serves a page
 
     server = getattr(PromptServer, "instance", None)
@@ -88,11 +89,11 @@ def register_route() -> None:
         return
 
     async def answer(request: web.Request) -> web.Response:
-        line = lora_line if request.query.get("kind") == "lora" else adapter_line
+        name, lora = request.query.get("name", ""), request.query.get("kind") == "lora"
         try:
-            said = await asyncio.to_thread(line, request.query.get("name", ""))
+            said = await asyncio.to_thread(lora_line if lora else adapter_line, name)
         except ConceptSplitError as error:
             said = str(error)
-        return web.json_response({"line": said})
+        return web.json_response({"line": said, "picture": files.picture_of(name, lora)})
 
     server.routes.get(ROUTE)(answer)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import mimetypes
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import folder_paths
 import torch
@@ -111,6 +114,23 @@ def new_path(name: str, routed: bool = False) -> Path:
     if not _inside(path.resolve(), root) or path.is_symlink():
         raise ConceptSplitError(f"The file name {name[:60]!r} leads out of models/{folder}: choose another.")
     return path
+
+
+def picture_of(name: str, lora: bool = False) -> str | None:
+    """Where the host serves the picture that lies beside a file, rex.png or rex.preview.jpg; None if there is none."""
+    folder, path_of = ("loras", lora_path) if lora else (FOLDER, adapter_path)
+    try:
+        path = path_of(name)
+    except ConceptSplitError:
+        return None
+    beside = path.parent.glob(f"{glob.escape(path.stem)}.*")
+    if not any((mimetypes.guess_type(one.name)[0] or "").startswith("image/") for one in beside):
+        return None
+    for place, root in enumerate(folder_paths.get_folder_paths(folder)):
+        if _inside(path, root):
+            inside = path.relative_to(Path(root).resolve()).as_posix()
+            return f"/experiment/models/preview/{folder}/{place}/{quote(inside)}"
+    return None
 
 
 def metadata_of(path: Path) -> dict[str, str]:

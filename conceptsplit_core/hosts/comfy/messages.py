@@ -8,9 +8,10 @@ loaders, is sent to the page for that node. web/js/said.js shows both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
@@ -26,18 +27,22 @@ class _Shown(logging.Handler):
         lines = _lines.get()
         if lines is None:
             if record.levelno >= logging.WARNING:
-                _send(line)
+                tell([line])
         elif line not in lines:
             lines.append(line)
 
 
 @contextmanager
 def collected() -> Iterator[list[str]]:
-    """What the pack logs while inside, each line once, in order."""
+    """What the pack logs while inside, each line once, in order. A node that fails or is stopped has no result to put
+    them into: then they are sent to the page."""
     lines: list[str] = []
     before = _lines.set(lines)
     try:
         yield lines
+    except BaseException:
+        tell(lines)
+        raise
     finally:
         _lines.reset(before)
 
@@ -49,11 +54,18 @@ def show_warnings() -> None:
         log.addHandler(_Shown(logging.INFO))
 
 
-def _send(line: str) -> None:
-    """To the page that has queued the running prompt, for the node of the host that is running."""
+def tell(lines: Sequence[str], replace: bool = False) -> None:
+    """Shows lines on the node that is running, below those it has or in their place."""
+    context = get_executing_context()
+    if context is not None and lines:
+        send(EVENT, {"node": context.node_id, "lines": list(lines), "replace": replace})
+
+
+def send(event: str, data: dict[str, Any], page: str | None = None) -> None:
+    """To one page, by default the one that has queued the running prompt."""
     from server import PromptServer  # the host's own, present only where it serves a page
 
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    page = getattr(server, "client_id", None)
-    if context is not None and server is not None and page is not None:
-        server.send_sync(EVENT, {"node": context.node_id, "lines": [line]}, page)
+    server = getattr(PromptServer, "instance", None)
+    page = page or getattr(server, "client_id", None)
+    if server is not None and page is not None:
+        server.send_sync(event, data, page)

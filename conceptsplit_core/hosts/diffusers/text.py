@@ -78,7 +78,9 @@ def encode_text(model: DiffusersModel, text: str, concepts: Sequence[Concept] = 
             rows, pool = _encode(encoder, bound.text)
             contexts.append(rows)
             pooled = pool if pool is not None else pooled
-        cond = Conditioning(bound.text, torch.cat(contexts, dim=-1), pooled, bound.bindings, bound.warnings)
+        cond = Conditioning(
+            bound.text, torch.cat(contexts, dim=-1), pooled, bound.bindings, (*bound.unread, *bound.warnings)
+        )
         made.append((start, cond))
     return replace(made[0][1], later=tuple(made[1:]))
 

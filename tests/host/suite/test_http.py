@@ -105,6 +105,13 @@ class Program:
             time.sleep(0.3)
         raise AssertionError(f"not done within {RUN_SECONDS} s:\n{self.tail()}")
 
+    def idle(self) -> None:
+        """Waits until nothing is queued or running."""
+        end = time.monotonic() + RUN_SECONDS
+        while any(json.loads(self.get("/queue")).values()):
+            assert time.monotonic() < end, f"not done within {RUN_SECONDS} s:\n{self.tail()}"
+            time.sleep(0.3)
+
     def kill(self) -> None:
         """Ends it at once, as a power cut does."""
         self.process.kill()

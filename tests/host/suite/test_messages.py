@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+
+import pytest
 
 from .conftest import pack, run
 from .helpers import apply, encode, latent, make_adapter, sample
@@ -31,6 +34,7 @@ def test_a_warning_while_a_node_of_the_host_runs_is_sent_to_the_page_for_that_no
                     "No prompt of this run mentions <rex>: its adapter has no effect. Write it into a prompt that is "
                     "encoded with the CLIP of its loader."
                 ],
+                "replace": False,
             },
             "a page",
         ]
@@ -88,6 +92,51 @@ def test_the_sampler_says_what_it_bound_how_far_it_came_and_who_got_which_share(
         "the CLIP of its loader.",
         "LODA needs two concepts in the prompt and found only <tom>: sampling without LODA.",
     ]
+
+
+def test_a_guiders_sampler_says_what_it_bound(loaded):
+    tiny = loaded("tiny")
+    model, clip = apply(tiny.model, tiny.clip, make_adapter(tiny.model, "rex", "dog"))
+    model, clip = apply(model, clip, make_adapter(tiny.model, "tom", "cat", seed=3))
+    positive = encode(clip, "the <tom>, a <rex>")
+    (guider,) = run(
+        "ConceptSplitGuider",
+        model=model,
+        positive=positive,
+        negative=encode(clip, ""),
+        cfg=3.0,
+        loda_steps=0,
+        afg=False,
+    )
+    out = execute(
+        "ConceptSplitSampler",
+        noise=run("RandomNoise", noise_seed=3)[0],
+        guider=guider,
+        sampler=run("KSamplerSelect", sampler_name="euler")[0],
+        sigmas=run("BasicScheduler", model=model, scheduler="normal", steps=2, denoise=1.0)[0],
+        latent_image=latent(),
+    )
+    assert out.ui["said"] == ["Bound in the prompt: <rex>, <tom>."]
+
+
+def test_a_node_that_fails_leaves_its_lines_on_the_page(loaded, monkeypatch):
+    """And a line in the place of others, as a training's."""
+    from comfy_execution.utils import CurrentNodeContext
+    from server import PromptServer
+
+    sent = []
+    monkeypatch.setattr(PromptServer.instance, "client_id", "a page", raising=False)
+    monkeypatch.setattr(PromptServer.instance, "send_sync", lambda *given: sent.append(given))
+    messages, log = pack("conceptsplit_core.hosts.comfy.messages"), logging.getLogger("ConceptSplit")
+    with CurrentNodeContext("prompt", "7", 0):
+        with pytest.raises(KeyError), messages.collected():
+            log.warning("[ConceptSplit] %s steps", 3)
+            raise KeyError
+        with messages.collected():
+            log.warning("[ConceptSplit] kept for the result")
+        messages.tell(["Step 4"], replace=True)
+    facts = [{"lines": ["3 steps"], "replace": False}, {"lines": ["Step 4"], "replace": True}]
+    assert sent == [("conceptsplit.said", {"node": "7", **one}, "a page") for one in facts]
 
 
 def test_training_says_what_it_made_where_it_wrote_it_and_how_it_went(base, caplog):

@@ -13,6 +13,7 @@ import time
 import urllib.request
 
 import pytest
+from PIL import Image
 
 from .conftest import HOST, REPO
 from .test_fixtures import lacks
@@ -45,6 +46,7 @@ class Page:
         options += [f"--user-data-dir={profile}", f"--remote-debugging-port={port}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen([str(BROWSER), *options], env=os.environ, **quiet)
+        self.program = program
         self.loop = asyncio.new_event_loop()
         self.count = 0
         try:
@@ -175,3 +177,115 @@ def test_what_files_hold_and_what_a_run_warns_of_stands_on_the_nodes(page):
     assert texts["KSampler (LODA)"].endswith(
         "LODA needs two concepts in the prompt and found none: sampling without LODA."
     )
+
+
+def changed(template, **modes):
+    """A template's graph with two steps a sampler and one picture; and each node type's values or mode as given."""
+    graph = json.loads((REPO / "workflows" / f"{template}.json").read_text(encoding="utf-8"))
+    for node in graph["nodes"]:
+        if node["type"] == "EmptyLatentImage":
+            node["widgets_values"][2] = 1
+        if node["type"] in ("KSampler", "ConceptSplitKSampler"):
+            node["widgets_values"][2] = 2
+        node |= modes.get(node.get("title") or node["type"], {})
+    return graph
+
+
+def text_on(title):
+    return f"(Object.fromEntries({TEXTS})[{json.dumps(title)}] ?? '')"
+
+
+both_modes = pytest.mark.parametrize("vue", [False, *([True] if NEWER else [])], ids=["classic", "newer"][: 1 + NEWER])
+
+
+@pytest.fixture
+def canvas(page, vue):
+    """The page in the classic canvas or in Nodes 2.0."""
+    switch = "app.extensionManager.setting.set('Comfy.VueNodes.Enabled', %s).then(() => 0)"
+    page.value(switch % json.dumps(vue))
+    yield page
+    page.value(switch % "false")
+
+
+def queued_texts(page):
+    """The texts of the prompt that was queued last, by node."""
+    newest = max(json.loads(page.program.get("/history")).values(), key=lambda entry: entry["prompt"][0])
+    return {key: node["inputs"].get("text") for key, node in newest["prompt"][2].items()}
+
+
+@both_modes
+def test_case_b13_bypassed_loaders_leave_their_words_and_it_is_said(canvas):
+    """Both of them; and one of them alone, whose concept and words have another name than its file."""
+    off, named = {"mode": 4}, {"mode": 4, "widgets_values": ["demo_pixa.safetensors", "Anna", 1.0, "red star"]}
+    ran = "app.queuePrompt(0, 1).then(() => 0)"
+    said = "<%s> is not loaded (its loader is bypassed), so it is read as its words: %s."
+    graph = changed("Two trained concepts", **{"First concept: <pixa>": off, "Second concept: <nero>": off})
+    canvas.open(json.dumps(graph), "both")
+    canvas.value(ran)
+    canvas.wait(text_on("Prompt"), said % ("pixa", "star") + "\n" + said % ("nero", "triangle"), 120)
+    canvas.program.idle()
+    assert queued_texts(canvas)["4"] == "a star and a triangle on a grey background"
+    prompt = {"widgets_values": ["a <anna:0.5> and a <nero> by <lora:pixa:1>"]}
+    canvas.open(
+        json.dumps(changed("Two trained concepts", **{"First concept: <pixa>": named, "Prompt": prompt})), "one"
+    )
+    canvas.value(ran)
+    line = said % ("anna", "red star")
+    canvas.wait(f"{text_on('Prompt')}.startsWith({json.dumps(line)})", True, 120)
+    canvas.program.idle()
+    assert queued_texts(canvas)["4"] == "a red star and a <nero> by <lora:pixa:1>"
+    tag = "<lora:pixa:1> is read as plain words: a concept is written <nero> or <nero:0.8> (loaded: <nero>)."
+    assert tag in canvas.value(text_on("Prompt"))
+    # With the loader again, the line is gone.
+    canvas.value("app.graph._nodes.find((one) => one.title === 'First concept: <pixa>').mode = 0")
+    canvas.value(ran)
+    canvas.wait(f"{text_on('Prompt')}.includes('is bypassed')", False, 120)
+    canvas.program.idle()
+    assert queued_texts(canvas)["4"] == "a <anna:0.5> and a <nero> by <lora:pixa:1>"
+
+
+@both_modes
+def test_case_b21_a_dropped_file_becomes_its_loader_and_shows_the_picture_beside_it(canvas):
+    folder = canvas.program.base / "models" / "value_adapters" / "dogs"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(REPO / "conceptsplit_core/demo/adapters/demo_nero.safetensors", folder / "my rex #1.safetensors")
+    Image.new("RGB", (96, 40), "red").save(folder / "my rex #1.preview.png")
+    canvas.value("app.refreshComboInNodes().then(() => 0)")
+    canvas.value("app.graph.clear()")
+    drop = """(() => {
+      const files = new DataTransfer();
+      for (const name of %s) files.items.add(new File(["x"], name));
+      app.canvas.canvas.dispatchEvent(
+        new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true, clientX: 700, clientY: 300 }));
+    })()"""
+    nodes = "app.graph._nodes.map((one) => [one.type, one.widgets[0].value])"
+    canvas.value(drop % json.dumps(["my rex #1.safetensors", "demo_pixa_lora.safetensors"]))
+    wanted = [["ConceptSplitLoader", "dogs/my rex #1.safetensors"]]
+    wanted += [["ConceptSplitLoraLoader", "demo_pixa_lora.safetensors"]]
+    assert canvas.value(nodes) == wanted
+    shown = "app.graph._nodes.map((one) => one.widgets.find((w) => w.name === 'conceptsplit_picture')?.element.%s)"
+    canvas.wait(f"JSON.stringify({shown % 'naturalWidth'})", "[96,null]", 20)
+    assert canvas.value("app.graph._nodes[0].widgets.find((w) => w.name === 'conceptsplit_said').value") == (
+        "<nero> stands for 'triangle': value adapter (ToVA), rank 8, for the ConceptSplit demo model."
+    )
+    x, y = canvas.value("app.canvas.convertEventToCanvasOffset({ clientX: 700, clientY: 300 })")
+    assert canvas.value("[...app.graph._nodes[0].pos]") == pytest.approx([x, y])
+    canvas.value("app.graph.clear()")
+    canvas.value(drop % '["nobody.safetensors"]')
+    time.sleep(1)
+    assert canvas.value(nodes) == []
+
+
+@both_modes
+def test_case_b16_a_training_says_its_loss_pace_and_time_left_on_the_node(canvas):
+    graph = changed("Train a concept")
+    (train,) = [node for node in graph["nodes"] if node["type"] == "ConceptSplitTrain"]
+    canvas.open(json.dumps(graph), "train")
+    title = canvas.value(f"app.graph.getNodeById({train['id']}).title")
+    canvas.value(f"app.graph.getNodeById({train['id']}).widgets.find((one) => one.name === 'steps').value = 5000")
+    canvas.value("app.queuePrompt(0, 1).then(() => 0)")
+    pattern = r"/^Step \d+ of 5000: loss 0\.\d{4} \(mean of 10\), [\d.e-]+ s a step, \d+ (s|min) left\.$/"
+    canvas.wait(f"{pattern}.test({text_on(title)})", True, 180)
+    canvas.program.post("/interrupt", {})
+    # A stopped training has written the adapter, and the node that has no result says so.
+    canvas.wait(f"/\\nwrote \\S+ after \\d+ steps$/.test({text_on(title)})", True, 60)
