@@ -8,7 +8,7 @@ from ..conceptsplit_core.errors import ConceptSplitError
 from ..conceptsplit_core.hosts.comfy.facts import register_route
 from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
-from . import demo, inspect, load, lora, sample, train, words
+from . import demo, grid, inspect, load, lora, sample, train, words
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
 ConceptSplitError.__module__ = "builtins"
@@ -20,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     *sample.NODES,
     *words.NODES,
     *inspect.NODES,
+    *grid.NODES,
     *demo.NODES,
 ]
 

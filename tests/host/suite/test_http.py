@@ -127,7 +127,7 @@ def program(tmp_path_factory):
 def test_nodes_help_pages_and_templates_are_served(program):
     nodes = json.loads(program.get("/object_info"))
     ours = [name for name in nodes if name.startswith("ConceptSplit")]
-    assert len(ours) == 17
+    assert len(ours) == 20
     for name in ours:
         page = program.get(f"/extensions/comfyui-conceptsplit/docs/{name}.md").decode()
         assert page.startswith(f"# {nodes[name]['display_name']}"), name
