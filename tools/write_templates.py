@@ -235,7 +235,7 @@ def as_graph(template: Template, info: dict[str, Any]) -> dict[str, Any]:
             _group(i + 1, title, [boxes[node] for node in own]) for i, (title, own) in enumerate(template.groups)
         ],
         "config": {},
-        "extra": {"ds": {"scale": scale, "offset": [round(66 / scale) + 10, round(50 / scale) + 80]}},
+        "extra": {"ds": {"scale": scale, "offset": [round(66 / scale) + 10, round(74 / scale) + 80]}},
         "version": 0.4,
     }
 
@@ -727,11 +727,11 @@ def detailers() -> Template:
 def into_photo() -> Template:
     t = Template("Concept into a photograph")
     demo = _demo(t)
-    photo = t.add("ConceptSplitDemoPhoto", 0, "A photograph and a painted place")
+    photo = t.add("ConceptSplitDemoPhoto", 0, "Photograph, painted place")
     t.note(
-        "Puts a concept into a picture that you have. Outside the concept every pixel stays as it was.\n\nA piece of "
-        "the photograph, as large as the model likes, is painted again where the mask is white. **Mark Concept Words** "
-        "makes *background* a second concept, so the run sees where `<pixa>` is and where not. **Concept Masks** cuts "
+        "Puts a concept into a picture that you have. Outside the painted place every pixel stays as it was.\n\n"
+        "A piece of the photograph, as large as the model likes, is painted again where the mask is white. **Mark "
+        "Concept Words** makes *background* a second concept, so the run sees where `<pixa>` is and where not. **Concept Masks** cuts "
         "it out, and *Image Composite Masked* puts it into the photograph.\n\n**Your own:** *Load Image* in the place "
         "of *Demo Photograph*, *Open in MaskEditor* for the place; `x`, `y` and size of the piece in three nodes.\n\n"
         "*Photograph: SpaceX, public domain.*",
@@ -753,15 +753,17 @@ def into_photo() -> Template:
     found = t.add("ConceptSplitMasks", 4, "Where it is", attention_maps=sampler[1], images=decoded[0],
                   concept_name="pixa", kind="soft")  # fmt: skip
     grown = t.add("GrowMask", 4, "To its edges", mask=found[0], expand=12)
+    inside = t.add("MaskComposite", 4, "Not beyond the painted place", destination=grown[0], source=place[0], x=0, y=0,
+                   operation="multiply")  # fmt: skip
     whole = t.add("ImageCompositeMasked", 4, "Into the photograph", destination=photo[0], source=decoded[0],
-                  mask=grown[0], x=piece["x"], y=piece["y"], resize_source=False)  # fmt: skip
+                  mask=inside[0], x=piece["x"], y=piece["y"], resize_source=False)  # fmt: skip
     before = _shown(t, photo[0], "The photograph", 330)
     after = _saved_image(t, whole, "With <pixa> in it", "into_photo", 330)
     own = _shown(t, decoded[0], "The piece", 330)
-    t.group("1. Concept and prompt", loader, words, *prompts)
-    t.group("2. A piece of the photograph", encoded, part, place, masked)
+    t.group("1. The concept", loader, words, *prompts)
+    t.group("2. A piece of it", encoded, part, place, masked)
     t.group("3. Paint it", sampler, decoded)
-    t.group("4. Put it in and look", found, grown, whole, before, after, own)
+    t.group("4. Put it in", found, grown, inside, whole, before, after, own)
     return t
 
 
@@ -791,7 +793,7 @@ def settings_grid() -> Template:
     decoded = _decoded(t, sampler, demo[2])
     sheet = t.add("ConceptSplitSheet", 4, images=decoded[0], values=values[0])
     ours = _saved_image(t, sheet, "A row per value", "grid", 760)
-    t.group("1. Values and LoRAs", values, first, second)
+    t.group("1. Values", values, first, second)
     t.group("2. Prompt and size", *prompts, latent)
     t.group("3. Sample", sampler)
     t.group("4. Look", decoded, sheet, ours)
