@@ -731,10 +731,10 @@ def into_photo() -> Template:
     t.note(
         "Puts a concept into a picture that you have. Outside the painted place every pixel stays as it was.\n\n"
         "A piece of the photograph, as large as the model likes, is painted again where the mask is white. **Mark "
-        "Concept Words** makes *background* a second concept, so the run sees where `<pixa>` is and where not. **Concept Masks** cuts "
-        "it out, and *Image Composite Masked* puts it into the photograph.\n\n**Your own:** *Load Image* in the place "
-        "of *Demo Photograph*, *Open in MaskEditor* for the place; `x`, `y` and size of the piece in three nodes.\n\n"
-        "*Photograph: SpaceX, public domain.*",
+        "Concept Words** makes *background* a second concept, so the run sees where `<pixa>` is and where not. "
+        "**Concept Masks** cuts it out, and *Image Composite Masked* puts it into the photograph.\n\n"
+        "**Your own:** *Load Image* in the place of *Demo Photograph*, *Open in MaskEditor* for the place; `x`, `y` "
+        "and size of the piece in three nodes.\n\n*Photograph: SpaceX, public domain.*",
         470,
     )
     loader = t.add(
@@ -753,7 +753,7 @@ def into_photo() -> Template:
     found = t.add("ConceptSplitMasks", 4, "Where it is", attention_maps=sampler[1], images=decoded[0],
                   concept_name="pixa", kind="soft")  # fmt: skip
     grown = t.add("GrowMask", 4, "To its edges", mask=found[0], expand=12)
-    inside = t.add("MaskComposite", 4, "Not beyond the painted place", destination=grown[0], source=place[0], x=0, y=0,
+    inside = t.add("MaskComposite", 4, "In the place", destination=grown[0], source=place[0], x=0, y=0,
                    operation="multiply")  # fmt: skip
     whole = t.add("ImageCompositeMasked", 4, "Into the photograph", destination=photo[0], source=decoded[0],
                   mask=inside[0], x=piece["x"], y=piece["y"], resize_source=False)  # fmt: skip

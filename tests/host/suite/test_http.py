@@ -23,7 +23,7 @@ WORKFLOWS = sorted((REPO / "tests" / "workflows_api").glob("*.json"))
 SAVED = sorted((REPO / "tests" / "fixtures" / "workflows").glob("*/api/every_node.json"))
 OWN_FILES = [path for path in WORKFLOWS if "your_first_lora" in path.read_text()]
 RUNNABLE = [path for path in WORKFLOWS if path not in OWN_FILES]
-BOOT_SECONDS, RUN_SECONDS = 180, 600
+BOOT_SECONDS, RUN_SECONDS = 400, 600
 
 
 class Program:
