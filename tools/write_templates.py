@@ -64,7 +64,7 @@ HEIGHTS = {
     "SaveImage": (310, 330),
     "PreviewImage": (290, 310),
 }
-COLORS = {"Prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), "Read me": ("#432", "#653")}
+COLORS = {"Prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), "Read me": ("#432", "#211a10")}
 SAMPLERS = {"sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 HUB = "https://huggingface.co/"
 # File to (address, folder of models), as the host's own templates name them.
