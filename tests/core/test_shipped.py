@@ -62,6 +62,7 @@ def test_the_archive_is_small_and_complete():
     names = {path.relative_to(ROOT).as_posix() for path in files}
     assert {"__init__.py", "nodes/train.py", "web/js/said.js", "web/docs/ConceptSplitTrain.md", "LICENSE"} <= names
     assert {"conceptsplit_core/demo/demo.safetensors", "workflows/Train a concept.json"} <= names
+    assert "subgraphs/Two concepts.json" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "tools/"))]
 
 
