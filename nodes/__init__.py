@@ -10,7 +10,7 @@ from ..conceptsplit_core.hosts.comfy.files import register_folders
 from ..conceptsplit_core.hosts.comfy.messages import show_warnings
 from ..conceptsplit_core.hosts.comfy.queued import register_queued
 from ..conceptsplit_core.train.heic import HeicError, register_or_explain
-from . import demo, inspect, load, lora, sample, train, words
+from . import demo, grid, inspect, load, lora, sample, train, words
 
 # The host writes an exception's module before its sentence, and for a pack that is the path of its folder.
 ConceptSplitError.__module__ = HeicError.__module__ = "builtins"
@@ -22,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     *sample.NODES,
     *words.NODES,
     *inspect.NODES,
+    *grid.NODES,
     *demo.NODES,
 ]
 

@@ -7,9 +7,10 @@ import torch
 from comfy_api.latest import io
 
 from ..conceptsplit_core.demo.looks import CONCEPTS
+from ..conceptsplit_core.demo.photograph import photograph, place
 from ..conceptsplit_core.demo.scenes import draw_concept
 from ..conceptsplit_core.hosts.comfy.demo import load_demo
-from .types import field, out, schema
+from .types import field, out, schema, to_image
 
 
 class ConceptSplitDemoCheckpoint(io.ComfyNode):
@@ -78,4 +79,27 @@ class ConceptSplitDemoImages(io.ComfyNode):
         return io.NodeOutput(torch.from_numpy(pictures), CONCEPTS[concept].class_word)
 
 
-NODES = [ConceptSplitDemoCheckpoint, ConceptSplitDemoImages]
+class ConceptSplitDemoPhoto(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ConceptSplitDemoPhoto",
+            "Demo Photograph",
+            "demo",
+            description="A rocket before its start, at night: a photograph to put concepts into, with a place painted "
+            "on it. Load Image gives the same two of a picture of yours.",
+            search_aliases=["conceptsplit", "photo", "image"],
+            inputs=[],
+            outputs=[
+                out(io.Image, "IMAGE", "The photograph, 384 x 256, by SpaceX, in the public domain."),
+                out(io.Mask, "MASK", "A place painted on it: free sky beside the rocket's tip."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        mask = torch.from_numpy(place().astype(np.float32) / 255.0)
+        return io.NodeOutput(to_image(photograph()), mask.unsqueeze(0))
+
+
+NODES = [ConceptSplitDemoCheckpoint, ConceptSplitDemoImages, ConceptSplitDemoPhoto]

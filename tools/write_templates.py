@@ -1,5 +1,5 @@
 """Writes workflows/*.json and tests/workflows_api/*.json: each template once as the page saves it, once as the page
-queues it, from one description.
+queues it, from one description; and subgraphs/*.json, which newer pages offer as one node.
 
     python -m tools.write_templates http://127.0.0.1:8188 http://127.0.0.1:8189
 
@@ -35,6 +35,9 @@ HEIGHTS = {
     "ConceptSplitRegion": (80, 140),
     "ConceptSplitMasks": (110, 170),
     "ConceptSplitDemoImages": (110, 160),
+    "ConceptSplitDemoPhoto": (60, 90),
+    "ConceptSplitValues": (90, 140),
+    "ConceptSplitSheet": (60, 90),
     "ConceptSplitTrain": (560, 700),
     "CLIPTextEncode": (110, 150),
     "EmptyLatentImage": (110, 150),
@@ -52,12 +55,16 @@ HEIGHTS = {
     "VAEDecode": (50, 80),
     "VAEEncode": (50, 80),
     "SetLatentNoiseMask": (50, 80),
+    "LatentCrop": (140, 200),
     "SolidMask": (110, 150),
+    "CropMask": (140, 200),
+    "GrowMask": (90, 130),
+    "ImageCompositeMasked": (150, 210),
     "MaskComposite": (130, 180),
     "SaveImage": (310, 330),
     "PreviewImage": (290, 310),
 }
-COLORS = {"Prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), "Read me": ("#432", "#653")}
+COLORS = {"Prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), "Read me": ("#432", "#211a10")}
 SAMPLERS = {"sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 HUB = "https://huggingface.co/"
 # File to (address, folder of models), as the host's own templates name them.
@@ -110,6 +117,8 @@ class Output:
 
     node: Node
     slot: int
+    plain: Any = None
+    """What the connected input shows where it has a field."""
 
 
 @dataclass(eq=False)
@@ -134,7 +143,7 @@ class Template:
     nodes: list[Node] = field(default_factory=list)
     groups: list[tuple[str, list[Node]]] = field(default_factory=list)
 
-    def add(self, kind: str, column: int, title: str = "", tall: int | None = None, **given: Any) -> Node:
+    def add(self, kind: str, column: int, title: str = "", tall: int | None = None, /, **given: Any) -> Node:
         self.nodes.append(Node(kind, title, column, given, tall))
         return self.nodes[-1]
 
@@ -145,6 +154,22 @@ class Template:
         return self.add("MarkdownNote", 0, "Read me", height, text=f"## {self.name}\n\n{text}")
 
 
+@dataclass
+class Blueprint(Template):
+    """A graph inside one node: what that node takes and gives stands on its edges."""
+
+    text: str = ""
+    takes: list[Output] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    gives: list[tuple[str, Output]] = field(default_factory=list)
+    edge: Node = field(default_factory=lambda: Node("", "", 0, {}))
+
+    def take(self, name: str, plain: Any = None) -> Output:
+        self.names.append(name)
+        self.takes.append(Output(self.edge, len(self.takes), plain))
+        return self.takes[-1]
+
+
 def _inputs(info: dict[str, Any]) -> dict[str, Any]:
     """Inputs of a node, required ones first: name to (type, options)."""
     return {name: one for kind in ("required", "optional") for name, one in info["input"].get(kind, {}).items()}
@@ -152,7 +177,8 @@ def _inputs(info: dict[str, Any]) -> dict[str, Any]:
 
 def _is_widget(one: Sequence[Any]) -> bool:
     # Lists of choices are the type itself on older hosts.
-    return isinstance(one[0], list) or one[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    known = isinstance(one[0], list) or one[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    return known and not (len(one) > 1 and one[1].get("forceInput"))
 
 
 def _default(one: Sequence[Any]) -> Any:
@@ -209,8 +235,98 @@ def as_graph(template: Template, info: dict[str, Any]) -> dict[str, Any]:
             _group(i + 1, title, [boxes[node] for node in own]) for i, (title, own) in enumerate(template.groups)
         ],
         "config": {},
-        "extra": {"ds": {"scale": scale, "offset": [round(66 / scale) + 10, round(50 / scale) + 80]}},
+        "extra": {"ds": {"scale": scale, "offset": [round(66 / scale) + 10, round(74 / scale) + 80]}},
         "version": 0.4,
+    }
+
+
+def as_blueprint(blueprint: Blueprint, info: dict[str, Any]) -> dict[str, Any]:
+    """The one node as the page saves it, with the graph inside it."""
+
+    def key(part: str) -> str:
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"conceptsplit/blueprint/{blueprint.name}/{part}"))
+
+    number = {blueprint.edge: -10, **{node: i + 1 for i, node in enumerate(blueprint.nodes)}}
+    boxes = _boxes(blueprint)
+    saved = {node: _saved(node, number[node], boxes[node], info) for node in blueprint.nodes}
+    links: list[dict[str, Any]] = []
+
+    def link(source: Output, target: int, slot: int, kind: str) -> int:
+        ends = {"origin_id": number[source.node], "origin_slot": source.slot, "target_id": target, "target_slot": slot}
+        links.append({"id": len(links) + 1, **ends, "type": kind})
+        if source.node is not blueprint.edge:
+            output = saved[source.node]["outputs"][source.slot]
+            output["links"] = [*(output["links"] or []), len(links)]
+        return len(links)
+
+    taken: list[dict[str, Any]] = [
+        {"id": key(f"in {name}"), "name": name, "type": "", "linkIds": [], "pos": [-180, 20 * i]}
+        for i, name in enumerate(blueprint.names)
+    ]
+    outer: list[dict[str, Any]] = [{"name": name, "type": "", "link": None} for name in blueprint.names]
+    for node in blueprint.nodes:
+        for slot, socket in enumerate(saved[node]["inputs"]):
+            source = node.given.get(socket["name"])
+            if source is None:
+                continue
+            socket["link"] = link(source, number[node], slot, socket["type"])
+            if source.node is blueprint.edge:
+                taken[source.slot]["type"] = outer[source.slot]["type"] = socket["type"]
+                taken[source.slot]["linkIds"].append(socket["link"])
+                if "widget" in socket:
+                    outer[source.slot]["widget"] = {"name": blueprint.names[source.slot]}
+    right = max(x + w for x, _, w, _ in boxes.values())
+    given = []
+    for slot, (name, source) in enumerate(blueprint.gives):
+        kind = saved[source.node]["outputs"][source.slot]["type"]
+        place = [right + 120, 20 * slot]
+        one = {"id": key(f"out {name}"), "name": name, "type": kind, "linkIds": [link(source, -20, slot, kind)]}
+        given.append({**one, "pos": place})
+    fields = [take for take in blueprint.takes if "widget" in outer[take.slot]]
+    last = len(blueprint.nodes) + 1
+    node = {
+        "id": last,
+        "type": key("graph"),
+        "pos": [0, 0],
+        "size": [380, 640],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": outer,
+        "outputs": [{"name": one["name"], "type": one["type"], "links": None} for one in given],
+        "title": blueprint.name,
+        "properties": {"proxyWidgets": [["-1", blueprint.names[take.slot]] for take in fields]},
+        "widgets_values": [take.plain for take in fields],
+    }
+    state = {"lastGroupId": 0, "lastNodeId": last, "lastLinkId": len(links), "lastRerouteId": 0}
+    graph = {
+        "id": node["type"],
+        "version": 1,
+        "state": state,
+        "revision": 0,
+        "config": {},
+        "name": blueprint.name,
+        "inputNode": {"id": -10, "bounding": [-200, 0, 140, 20 * len(taken) + 40]},
+        "outputNode": {"id": -20, "bounding": [right + 100, 0, 140, 20 * len(given) + 40]},
+        "inputs": taken,
+        "outputs": given,
+        "widgets": [],
+        "nodes": [saved[node] for node in blueprint.nodes],
+        "groups": [],
+        "links": links,
+        "extra": {},
+        "category": "ConceptSplit",
+        "description": blueprint.text,
+    }
+    return {
+        "revision": 0,
+        "last_node_id": last,
+        "last_link_id": 0,
+        "nodes": [node],
+        "links": [],
+        "version": 0.4,
+        "extra": {"BlueprintDescription": blueprint.text, "BlueprintSearchAliases": ["two loras", "two characters"]},
+        "definitions": {"subgraphs": [graph]},
     }
 
 
@@ -254,7 +370,8 @@ def _saved(node: Node, number: int, box: tuple[int, int, int, int], info: dict[s
         value = node.given.get(name)
         socket: dict[str, Any] = {"name": name, "type": one[0] if isinstance(one[0], str) else "COMBO", "link": None}
         if _is_widget(one):
-            plain = _default(one) if value is None or isinstance(value, Output) else value
+            given = value.plain if isinstance(value, Output) else value
+            plain = _default(one) if given is None else given
             saved["widgets_values"].append(plain)
             if len(one) > 1 and one[1].get("control_after_generate"):
                 saved["widgets_values"].append("fixed")
@@ -560,6 +677,129 @@ def image_to_image() -> Template:
     return t
 
 
+def detailers() -> Template:
+    t = Template("Detailer per concept")
+    demo = _demo(t)
+    t.note(
+        "A plain picture first, then one pass per concept, as a detailer does it.\n\n**Mark Concept Words** lets the "
+        "first run remember where its *star* and its *triangle* are. **Concept Masks** gives each place as a MASK. It "
+        "goes to that concept's loader, so that the LoRA acts there alone, and to *Set Latent Noise Mask*, so that the "
+        "pass paints there alone. The second pass goes on from the first. Each prompt still names both things.\n\n"
+        "`denoise` 0.9: lower keeps more of what was there. The same MASK fits the detailer nodes of other packs.",
+        400,
+    )
+    words = t.add("ConceptSplitMarkWords", 1, clip=demo[1], words="star, triangle")
+    prompts = _prompts(t, words[0], f"a star and a triangle {GREY}", 1)
+    latent = t.add("EmptyLatentImage", 1, width=128, height=128, batch_size=4)
+    numbers = {"seed": 7, "steps": 16, "cfg": 3.0}
+    sampler = _sampled("ConceptSplitKSampler", t, demo[0], prompts, latent, column=2, title="The picture", **numbers)
+    plain = _decoded(t, sampler, demo[2], 2)
+    masks, loaders, passes = [], [], []
+    for name, word, text in (
+        ("pixa", "star", f"a <pixa> and a triangle {GREY}"),
+        ("nero", "triangle", f"a star and a <nero> {GREY}"),
+    ):
+        mask = t.add("ConceptSplitMasks", 2, f"Where the {word} is", attention_maps=sampler[1], images=plain[0],
+                     concept_name=word)  # fmt: skip
+        loader = t.add(
+            "ConceptSplitLoraLoader", 3, f"LoRA: <{name}>", model=demo[0], clip=demo[1], mask=mask[0],
+            lora=f"demo_{name}_lora.safetensors", concept_name=name, words=word,
+        )  # fmt: skip
+        masks.append(mask)
+        loaders.append((loader, t.add("CLIPTextEncode", 3, f"Prompt: <{name}>", 70, text=text,
+                                      clip=loader[1])))  # fmt: skip
+    last = sampler
+    for mask, (loader, prompt), name in zip(masks, loaders, ("pixa", "nero"), strict=True):
+        masked = t.add("SetLatentNoiseMask", 4, f"Only <{name}>", samples=last[0], mask=mask[0])
+        last = _sampled("KSampler", t, loader[0], (prompt, prompts[1]), masked, column=4, title=f"<{name}>",
+                        **numbers, denoise=0.9)  # fmt: skip
+        passes += [masked, last]
+    decoded = _decoded(t, last, demo[2])
+    before = _shown(t, plain[0], "Before", 400)
+    after = _saved_image(t, decoded, "After one pass each", "detailers", 400)
+    t.group("1. A picture", words, *prompts, latent, sampler, plain, *masks)
+    t.group("2. A LoRA for each", *(node for pair in loaders for node in pair))
+    t.group("3. A pass each", *passes, decoded)
+    t.group("4. Look", before, after)
+    return t
+
+
+def into_photo() -> Template:
+    t = Template("Concept into a photograph")
+    demo = _demo(t)
+    photo = t.add("ConceptSplitDemoPhoto", 0, "Photograph, painted place")
+    t.note(
+        "Puts a concept into a picture that you have. Outside the painted place every pixel stays as it was.\n\n"
+        "A piece of the photograph, as large as the model likes, is painted again where the mask is white. **Mark "
+        "Concept Words** makes *background* a second concept, so the run sees where `<pixa>` is and where not. "
+        "**Concept Masks** cuts it out, and *Image Composite Masked* puts it into the photograph.\n\n"
+        "**Your own:** *Load Image* in the place of *Demo Photograph*, *Open in MaskEditor* for the place; `x`, `y` "
+        "and size of the piece in three nodes.\n\n*Photograph: SpaceX, public domain.*",
+        470,
+    )
+    loader = t.add(
+        "ConceptSplitLoraLoader", 1, "The concept: <pixa>",
+        model=demo[0], clip=demo[1], lora="demo_pixa_lora.safetensors", concept_name="pixa", words="star",
+    )  # fmt: skip
+    words = t.add("ConceptSplitMarkWords", 1, "What is not the concept", clip=loader[1], words="background")
+    prompts = _prompts(t, words[0], "a <pixa> on a navy background", 1)
+    piece = {"x": 168, "y": 0, "width": 128, "height": 128}
+    encoded = t.add("VAEEncode", 2, pixels=photo[0], vae=demo[2])
+    part = t.add("LatentCrop", 2, "A piece of it", samples=encoded[0], **piece)
+    place = t.add("CropMask", 2, "The same piece of the mask", mask=photo[1], **piece)
+    masked = t.add("SetLatentNoiseMask", 2, samples=part[0], mask=place[0])
+    sampler = _sampled("ConceptSplitKSampler", t, loader[0], prompts, masked, seed=1, steps=16, cfg=3.0)
+    decoded = _decoded(t, sampler, demo[2], 3)
+    found = t.add("ConceptSplitMasks", 4, "Where it is", attention_maps=sampler[1], images=decoded[0],
+                  concept_name="pixa", kind="soft")  # fmt: skip
+    grown = t.add("GrowMask", 4, "To its edges", mask=found[0], expand=12)
+    inside = t.add("MaskComposite", 4, "In the place", destination=grown[0], source=place[0], x=0, y=0,
+                   operation="multiply")  # fmt: skip
+    whole = t.add("ImageCompositeMasked", 4, "Into the photograph", destination=photo[0], source=decoded[0],
+                  mask=inside[0], x=piece["x"], y=piece["y"], resize_source=False)  # fmt: skip
+    before = _shown(t, photo[0], "The photograph", 330)
+    after = _saved_image(t, whole, "With <pixa> in it", "into_photo", 330)
+    own = _shown(t, decoded[0], "The piece", 330)
+    t.group("1. The concept", loader, words, *prompts)
+    t.group("2. A piece of it", encoded, part, place, masked)
+    t.group("3. Paint it", sampler, decoded)
+    t.group("4. Put it in", found, grown, inside, whole, before, after, own)
+    return t
+
+
+def settings_grid() -> Template:
+    t = Template("Grid of a setting")
+    demo = _demo(t)
+    t.note(
+        "Many pictures over one setting, in one run.\n\n**Setting Values** holds the numbers. All that comes after it "
+        "runs once for each; **Setting Sheet** makes one picture of them, a row per value. Here it is the `strength` "
+        "of the first LoRA: at 0 the star is the base model's, at 1.5 its pink begins to reach the triangle.\n\n"
+        "**Another setting:** draw FLOAT or INT to any number input of any node, such as `cfg`, `steps` or "
+        "`loda_strength`. Seed and noise stay the same, so rows differ by that alone.",
+        400,
+    )
+    values = t.add("ConceptSplitValues", 1, values="0, 0.5, 1, 1.5")
+    first = t.add(
+        "ConceptSplitLoraLoader", 1, "First LoRA: <pixa>", model=demo[0], clip=demo[1], strength=values[0],
+        lora="demo_pixa_lora.safetensors", concept_name="pixa", words="star",
+    )  # fmt: skip
+    second = t.add(
+        "ConceptSplitLoraLoader", 1, "Second LoRA: <nero>",
+        model=first[0], clip=first[1], lora="demo_nero_lora.safetensors", concept_name="nero", words="triangle",
+    )  # fmt: skip
+    prompts = _prompts(t, second[1], f"a <pixa> and a <nero> {GREY}")
+    latent = _latent(t, batch=3)
+    sampler = _sampled("ConceptSplitKSampler", t, second[0], prompts, latent, seed=1000, steps=16, cfg=3.0)
+    decoded = _decoded(t, sampler, demo[2])
+    sheet = t.add("ConceptSplitSheet", 4, images=decoded[0], values=values[0])
+    ours = _saved_image(t, sheet, "A row per value", "grid", 760)
+    t.group("1. Values", values, first, second)
+    t.group("2. Prompt and size", *prompts, latent)
+    t.group("3. Sample", sampler)
+    t.group("4. Look", decoded, sheet, ours)
+    return t
+
+
 def style() -> Template:
     t = Template("Style LoRA with concepts")
     demo = _demo(t)
@@ -792,13 +1032,44 @@ def templates() -> list[Template]:
         regions(),
         inpaint(),
         image_to_image(),
+        into_photo(),
+        detailers(),
         style(),
         plain_words(),
+        settings_grid(),
         train(),
         own_checkpoint("SD1.5", "v1-5-pruned-emaonly-fp16.safetensors", 768, 512, 7.0),
         own_checkpoint("SDXL", "sd_xl_base_1.0.safetensors", 1216, 832, 6.0),
         three_loras("sd_xl_base_1.0.safetensors", 1216, 832),
     ]
+
+
+def two_concepts_blueprint() -> Blueprint:
+    t = Blueprint("Two concepts")
+    t.text = "Two LoRAs in one picture, each on its own concept: give it a model and write both names in the prompt."
+    source: tuple[Output, Output] = (t.take("model"), t.take("clip"))
+    vae = t.take("vae")
+    for nth, name, words in (("first", "pixa", "star"), ("second", "nero", "triangle")):
+        loader = t.add(
+            "ConceptSplitLoraLoader", 1, model=source[0], clip=source[1],
+            lora=t.take(f"{nth}_lora", f"demo_{name}_lora.safetensors"),
+            concept_name=t.take(f"{nth}_name", name), words=t.take(f"{nth}_words", words),
+            mask=t.take(f"{nth}_mask"),
+        )  # fmt: skip
+        source = loader[0], loader[1]
+    prompts = _prompts(t, source[1], "")
+    for prompt, name, text in zip(prompts, ("prompt", "negative"), ("a <pixa> and a <nero>", ""), strict=True):
+        prompt.given["text"] = t.take(name, text)
+    latent = t.add(
+        "EmptyLatentImage", 2, width=t.take("width", 128), height=t.take("height", 128),
+        batch_size=t.take("batch_size", 1),
+    )  # fmt: skip
+    sampler = _sampled(
+        "ConceptSplitKSampler", t, source[0], prompts, latent,
+        seed=t.take("seed", 1000), steps=t.take("steps", 16), cfg=t.take("cfg", 3.0),
+    )  # fmt: skip
+    t.gives = [("IMAGE", _decoded(t, sampler, vae)[0]), ("LATENT", sampler[0]), ("attention_maps", sampler[1])]
+    return t
 
 
 def main(addresses: Sequence[str]) -> None:
@@ -810,6 +1081,9 @@ def main(addresses: Sequence[str]) -> None:
         for folder, form in (("workflows", as_graph), ("tests/workflows_api", as_prompt)):
             text = json.dumps(form(template, info), indent=1, ensure_ascii=False)
             (ROOT / folder / f"{template.name}.json").write_text(text + "\n", encoding="utf-8")
+    blueprint = two_concepts_blueprint()
+    text = json.dumps(as_blueprint(blueprint, info), indent=1, ensure_ascii=False)
+    (ROOT / "subgraphs" / f"{blueprint.name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

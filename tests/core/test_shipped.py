@@ -52,6 +52,7 @@ def test_the_archive_is_small_and_complete(tmp_path):
     assert {"conceptsplit_core/demo/demo.safetensors", "workflows/Train a concept.json"} <= names
     assert {"pyproject.toml", "requirements.txt", "README.md", "docs/troubleshooting.md"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "tools/", "docs/images/", "."))]
+    assert "subgraphs/Two concepts.json" in names
 
 
 def test_pip_installs_the_terminal_program_from_the_archive(tmp_path):

@@ -10,7 +10,8 @@ const PICTURE = "conceptsplit_picture";
 const FILES = { ConceptSplitLoader: ["adapter", "adapter"], ConceptSplitLoraLoader: ["lora", "lora"] };
 
 /** Lines of text in a field below the node's inputs; none removes it. The field is no input and is not saved. */
-function show(node, lines) {
+function show(node, said) {
+  const lines = [...new Set(said)]; // a node that runs once per value of a list says the same each time
   const text = lines.join("\n");
   let widget = node.widgets?.find((one) => one.name === WIDGET);
   if (!text) return remove(node, widget);

@@ -126,7 +126,7 @@ def test_every_input_has_a_tooltip_and_every_node_a_help_page():
     from .conftest import REPO
 
     ours = {key: node for key, node in nodes.NODE_CLASS_MAPPINGS.items() if key.startswith("ConceptSplit")}
-    assert len(ours) == 17
+    assert len(ours) == 20
     for key, node in ours.items():
         schema = node.GET_SCHEMA()
         assert schema.description and schema.display_name and schema.category.startswith("ConceptSplit")

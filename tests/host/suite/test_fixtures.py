@@ -158,7 +158,7 @@ def widgets(kind):
     """Widgets as the page draws them, in order: (name, type, options). A seed brings a second one."""
     found = []
     for name, (type_, options, _) in declared(kind).items():
-        if isinstance(type_, list) or type_ in WIDGETS:
+        if (isinstance(type_, list) or type_ in WIDGETS) and not options.get("forceInput"):
             found.append((name, type_, options))
             if options.get("control_after_generate", name in ("seed", "noise_seed")):
                 found.append(("control_after_generate", ["fixed", "increment", "decrement", "randomize"], {}))

@@ -1,23 +1,27 @@
-"""The page itself, in a browser without a window: every template opens readable and queues what its API form says, and
-what a run has to say stands on the nodes."""
+"""The page itself, in a browser without a window: every template opens readable, queues its API form and gives the same
+pictures, and what a run has to say stands on the nodes.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from .conftest import HOST, REPO
 from .test_fixtures import lacks
-from .test_http import Program
+from .test_http import RUN_SECONDS, RUNNABLE, Program
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TEMPLATES = sorted((REPO / "workflows").glob("*.json"))
@@ -30,6 +34,20 @@ OVERLAPS = """(() => {
   }));
   return found;
 })()"""
+# What the newer canvas really draws, as far as it stands in the window.
+DRAWN_OVERLAPS = """(() => {
+  const nodes = [...document.querySelectorAll(".lg-node")];
+  const boxes = nodes.map((node) => [node.dataset.nodeId, node.getBoundingClientRect()]);
+  const found = [];
+  boxes.forEach(([a, one], i) => boxes.slice(i + 1).forEach(([b, other]) => {
+    const across = Math.min(one.right, other.right) - Math.max(one.left, other.left);
+    const down = Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top);
+    if (across > 1 && down > 1) found.push([a, b]);
+  }));
+  return [boxes.length, found];
+})()"""
+# A run of seconds that still goes through every node.
+SHORT = {"steps": 3, "batch_size": 1, "count": 2}
 TEXTS = f"""app.graph._nodes.map((node) => [node.title, node.widgets?.find((one) => one.name === "{SAID}")?.value])"""
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser here")
@@ -115,18 +133,66 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def program(tmp_path_factory):
     base = tmp_path_factory.mktemp("page") / "base"
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
-    program = Program(base)
-    try:
-        opened = Page(program, str(base / "browser"))
-        yield opened
-        opened.close()
-    finally:
-        program.stop()
+    running = Program(base)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def page(program):
+    opened = Page(program, str(program.base / "browser"))
+    yield opened
+    opened.close()
+
+
+def queued_by_page(page, program):
+    """The history entry of what is on the canvas now, queued by the page."""
+    before = json.loads(program.get("/history")).keys()
+    page.value("app.queuePrompt(0, 1).then(() => 0)")
+    end = time.monotonic() + RUN_SECONDS
+    while time.monotonic() < end:
+        history = json.loads(program.get("/history"))
+        for key in history.keys() - before:
+            assert history[key]["status"]["status_str"] == "success", history[key]["status"]["messages"][-1]
+            return history[key]
+        assert program.process.poll() is None, program.tail()
+        time.sleep(0.2)
+    raise AssertionError(f"the page queued nothing that ended within {RUN_SECONDS} s")
+
+
+def pictures(program, entry):
+    """Node to its pictures' pixels."""
+    found = {}
+    for key, outputs in entry["outputs"].items():
+        for image in outputs.get("images", []):
+            query = f"filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
+            with Image.open(io.BytesIO(program.get(f"/view?{query}"))) as opened:
+                found.setdefault(key, []).append(np.asarray(opened.convert("RGB")))
+    return found
+
+
+def run_anew(program, prompt):
+    """The history entry of a queued form, with nothing kept from an earlier run."""
+    program.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1)  # the program empties its cache between two prompts
+    entry = program.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    assert not [kind for kind, facts in entry["status"]["messages"] if kind == "execution_cached" and facts["nodes"]]
+    return entry
+
+
+def assert_same_pictures(given, wanted):
+    assert given.keys() == wanted.keys() != set()
+    for key, images in wanted.items():
+        assert len(given[key]) == len(images), key
+        for one, other in zip(given[key], images, strict=True):
+            assert one.shape == other.shape and one.std() > 4, key
+            assert np.array_equal(one, other), key
 
 
 NEWER = (HOST / "comfyui_version.py").read_text().partition('"')[2] >= "0.33"
@@ -142,12 +208,78 @@ def test_templates_open_as_saved_and_queue_their_api_form(page, vue):
         page.open(text, path.stem)
         assert page.value("app.canvas.ds.scale") == json.loads(text)["extra"]["ds"]["scale"], path.stem
         assert page.value(OVERLAPS) == [], path.stem
+        if vue:
+            count, found = page.value(DRAWN_OVERLAPS)
+            assert (count, found) == (len(json.loads(text)["nodes"]), []), path.stem
         queued = page.value("app.graphToPrompt().then((prompt) => prompt.output)")
         wanted = json.loads((REPO / "tests" / "workflows_api" / path.name).read_text(encoding="utf-8"))
         assert {key: (node["class_type"], node["inputs"]) for key, node in queued.items()} == {
             key: (node["class_type"], node["inputs"]) for key, node in wanted.items()
         }, path.stem
     page.value("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false).then(() => 0)")
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_a_template_queued_by_the_page_gives_the_pictures_of_its_api_form(page, program, path):
+    # On the canvas that the other tests of a run do not use.
+    page.value(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {json.dumps(NEWER)}).then(() => 0)")
+    page.open((REPO / "workflows" / path.name).read_text(encoding="utf-8"), path.stem)
+    page.value(f"""(() => {{
+      const short = {json.dumps(SHORT)};
+      for (const node of app.graph._nodes)
+        for (const widget of node.widgets ?? []) if (widget.name in short) widget.value = short[widget.name];
+    }})()""")
+    prompt = json.loads(path.read_text(encoding="utf-8"))
+    for node in prompt.values():
+        node["inputs"] |= {name: value for name, value in SHORT.items() if name in node["inputs"]}
+    given = pictures(program, queued_by_page(page, program))
+    page.wait(f"{OVERLAPS}.length", 0, 10)  # with what the run shows on the nodes
+    page.value("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false).then(() => 0)")
+    assert_same_pictures(given, pictures(program, run_anew(program, prompt)))
+
+
+def test_two_concepts_as_one_node(page, program):
+    """The blueprint stands in the list, is put on the canvas as the page does it, and runs with what it holds."""
+    if not NEWER:
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            program.get("/global_subgraphs")
+        return
+    listed = json.loads(program.get("/global_subgraphs"))
+    (key,) = [key for key, one in listed.items() if one["info"]["node_pack"] == "custom_nodes.comfyui-conceptsplit"]
+    assert listed[key]["name"] == "Two concepts"
+    page.open('{"nodes": [], "links": [], "version": 0.4}', "blueprint")
+    store = "document.getElementById('vue-app').__vue_app__.config.globalProperties.$pinia._s.get('subgraph')"
+    page.wait(f"{store}.subgraphBlueprints.some((one) => one.name.endsWith({json.dumps(key)}))", True, 30)
+    page.value(f"""(() => {{
+      const saved = {store}.getBlueprint("SubgraphBlueprint." + {json.dumps(key)});
+      const added = app.canvas._deserializeItems(
+        {{nodes: saved.nodes, subgraphs: saved.definitions.subgraphs}}, {{position: [400, 0]}});
+      const [both] = added.nodes.values();
+      const demo = LiteGraph.createNode("ConceptSplitDemoCheckpoint"), seen = LiteGraph.createNode("PreviewImage");
+      app.graph.add(demo);
+      app.graph.add(seen);
+      for (const slot of [0, 1, 2]) demo.connect(slot, both, slot);
+      both.connect(0, seen, 0);
+      const values = {{steps: 3, width: 96, prompt: "a <pixa> beside a <nero>", second_name: "nero"}};
+      for (const widget of both.widgets) if (widget.name in values) widget.value = values[widget.name];
+    }})()""")
+    assert page.value("app.graph._nodes.find((node) => node.subgraph).widgets.map((one) => one.name)") == [
+        *("first_lora", "first_name", "first_words", "second_lora", "second_name", "second_words", "prompt"),
+        *("negative", "width", "height", "batch_size", "seed", "steps", "cfg"),
+    ]
+    entry = queued_by_page(page, program)
+    ((seen,),) = pictures(program, entry).values()
+    loaders = [one["said"][0] for one in entry["outputs"].values() if "stands for" in str(one.get("said"))]
+    assert [line.partition(":")[0] for line in loaders] == ["<pixa> stands for 'star'", "<nero> stands for 'triangle'"]
+    prompt = json.loads((REPO / "tests" / "workflows_api" / "Two LoRAs, two characters.json").read_text())
+    for node in prompt.values():
+        changed = {"width": 96, "steps": 3, "batch_size": 1}
+        node["inputs"] |= {name: value for name, value in changed.items() if name in node["inputs"]}
+        if node["_meta"]["title"] == "Prompt":
+            node["inputs"]["text"] = "a <pixa> beside a <nero>"
+    (saved,) = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    (wanted,) = pictures(program, run_anew(program, prompt))[saved]
+    assert seen.shape == (128, 96, 3) and np.array_equal(seen, wanted)
 
 
 def test_what_files_hold_and_what_a_run_warns_of_stands_on_the_nodes(page):

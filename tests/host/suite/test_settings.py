@@ -86,6 +86,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "ConceptSplitCorrectWords": {"correction": 0.375, "correction_sharpness": 5.0},
     "ConceptSplitSampler": {},
     "ConceptSplitPreview": {},
+    "ConceptSplitValues": {"values": "0.25, 3"},
+    "ConceptSplitSheet": {},
+    "ConceptSplitDemoPhoto": {},
 }  # fmt: skip
 
 
