@@ -139,12 +139,19 @@ def measure(bench: run.Bench, loda: LodaConfig, args: argparse.Namespace, until:
     out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     for group in groups:
         if group.name == "main":
-            report.grid(bench, plan.arms_of(group, table), group.key_sets()[:4], out.with_suffix(".jpg"))
+            arms = plan.arms_of(group, table)
+            columns = {name: [(arm, names) for names in group.key_sets()[:4]] for name, arm in arms.items()}
+            report.grid(bench, columns, out.with_suffix(".jpg"))
+    if data["kinds"]:
+        cells = lambda pair: [(table[pair[g.size > 1]], names) for g in groups for names in g.key_sets()]
+        report.grid(
+            bench, {row: cells(pair) for row, pair in plan.KINDS.items()}, out.with_suffix(".jpg"), 1, None, 300_000
+        )
     page = args.page or (None if args.quick else Path("docs/tables/separation.md"))
     if page is not None:
         blocks = report.tables(data) if not args.section else {args.section: report.section(data)}
         if args.groups and not args.section:  # what is said of all groups stays
-            blocks = {k: v for k, v in blocks.items() if k.startswith(("group_", "by_set_", "comparisons_"))}
+            blocks = {k: v for k, v in blocks.items() if k.startswith(("group_", "by_set_", "comparisons_", "kinds"))}
         missing = [name for name in report.fill(page, blocks) if not name.startswith("comparisons_")]
         if missing:
             bench.say(f"{page} has no place for {', '.join(missing)}")
@@ -166,10 +173,14 @@ def whole(
     pairs = report.merged([found[g.name] for g in groups if not g.apart])
     used = {name: table[name] for group in groups for name in group.arms}
     drift: dict[str, Any] = {}
-    single = next((g for g in groups if g.name == "single"), None)
-    if single is not None and found["single"] and not args.report_only:
-        drift = report.drift(bench, plan.arms_of(single, table), methods.concept_sets("reporting", 2, 1)[0],
-                             list(range(methods.REPORT_FROM, methods.REPORT_FROM + 8)))  # fmt: skip
+    kinds: dict[str, Any] = {}
+    alone = [g for g in groups if g.size == 1 and found[g.name]]
+    if alone and not args.report_only:
+        arms = {name: table[name] for group in alone for name in group.arms}
+        seeds = list(range(methods.REPORT_FROM, methods.REPORT_FROM + 8))
+        drift = report.drift(bench, arms, methods.concept_sets("reporting", 2, 1)[0], seeds)
+        if "kinds_alone" in found:
+            kinds = report.kinds(bench, arms, plan.KINDS_OF, drift)
     return {
         "what_this_shows": "The mechanism on a small model of drawn shapes; nothing about photographic quality.",
         "machine": report.machine(),
@@ -196,6 +207,7 @@ def whole(
             for g in groups
         },
         "drift": drift,
+        "kinds": kinds,
         "detector": confusion.report(drawings, 1, report.vae_round_trip(bench.model)) if drawings else None,
     }
 

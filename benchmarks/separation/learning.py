@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,9 @@ from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train.data import TrainBatch
 from conceptsplit_core.train.loop import train
 from conceptsplit_core.train.subject import with_masks
+
+SECONDS = "processor_seconds"
+"""What learning took, all of it, on one thread."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ RECIPES = {
     "key": Recipe("key"),
     "key_value": Recipe("key_value"),
     "lora": Recipe("lora", scope="everywhere"),  # an ordinary LoRA, which knows no rows
+    "lora_kind": Recipe("lora"),
     "lora_key_value": Recipe("lora_key_value"),
     "tara": Recipe("tara", align=1.0),
+    "tara_kind": Recipe("tara"),  # as the trainer does it
     "perfusion": Recipe("perfusion"),
     "infusion": Recipe("infusion"),
     "para": Recipe("para"),
@@ -113,12 +119,13 @@ def learn(
     model: host.DiffusersModel, name: str, recipe_name: str, learning: Learning, cache: Path,
     on_event: Callable[[Any], None] | None = None,
 ) -> Any:  # fmt: skip
-    """The adapter of one concept, from the cache if it was learned before on this very model.
+    """The adapter of one concept, from the cache if it was learned before on this very model; it says its `SECONDS`.
 
     on_event: called with the core's TrainEvent after each step; may raise to stop.
     """
+    began = time.process_time()
     recipe = RECIPES[recipe_name]
-    facts = [fingerprint(model, pictures=False), name, asdict(recipe), asdict(learning)]
+    facts = [fingerprint(model, pictures=False), name, asdict(recipe), asdict(learning), SECONDS]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     path = cache / f"{recipe_name}-{name}-{key}.safetensors"
     if path.exists():
@@ -142,6 +149,7 @@ def learn(
         data = with_masks(data, host.network_map(model), model.alphas_cumprod[levels], denoise, config)
         train(adapter, data, model.alphas_cumprod[levels], denoise, config, on_event=on_event, penalty=align)
     path.parent.mkdir(parents=True, exist_ok=True)
+    adapter = adapter.with_info(training={SECONDS: time.process_time() - began})
     save_adapter(adapter, path, dtype=None)
     return adapter
 

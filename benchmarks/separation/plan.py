@@ -19,7 +19,8 @@ class Group:
     """Arms compared with one another.
 
     size: concepts per set (1: each concept alone); sets and seeds: how many, seeds per set; same_class: sets whose
-    concepts share a class word; of: only sets of these concepts; title: for the page.
+    concepts share a class word; of: only sets of these concepts, each of them where
+    they are alone; title: for the page.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Group:
     def key_sets(self) -> list[Key]:
         if self.size == 1:
             pairs = methods.concept_sets("reporting", 2, self.sets)
-            return [(name,) for name in dict.fromkeys(name for names in pairs for name in names)]
+            return [(name,) for name in self.of or dict.fromkeys(name for names in pairs for name in names)]
         split = "all" if self.same_class else "reporting"
         found = methods.concept_sets(split, self.size, None, self.same_class)
         return [names for names in found if not self.of or set(names) <= set(self.of)][: self.sets]
@@ -50,6 +51,22 @@ class Group:
 
 MAIN = ("lora_merged", "tara", "tova", "tova_loda", "tova_loda_afg", "paper_code")
 LORAS = ("lora_merged", "tara", "tova_loda_afg", "lora_routed", "lora_routed_no_loda")
+
+KINDS = {
+    "value": ("tova", "tova_loda_afg"),
+    "key": ("tok_key", "tok_key_loda_afg"),
+    "key_value": ("tok_key_value", "tok_key_value_loda_afg"),
+    "lora": ("lora_kind", "lora_kind_loda_afg"),
+    "LoRA file": ("lora_routed_alone", "lora_routed"),
+    "LoRA file, merged": ("lora_merged", "lora_merged"),
+    "tara": ("tara_kind", "tara_kind_loda_afg"),
+    "lora_key_value": ("lora_key_value", "lora_key_value_loda_afg"),
+    "perfusion": ("perfusion", "perfusion_loda_afg"),
+    "infusion": ("infusion", "infusion_loda_afg"),
+    "para": ("para", "para_loda_afg"),
+}
+"""Rows of the table of kinds: the arm that draws a concept alone, and the one that draws several by the default."""
+KINDS_OF = ("bobo", "lumo", "nero")
 
 SAYABLE = ("bobo", "pixa", "ozzy")
 """Reported concepts whose look the model draws in four of five pictures when it is described in words, without any
@@ -94,6 +111,9 @@ FULL = (
         "as_routed_single", "The same, each concept alone", 1, 2, 16,
         ("lora_merged", "lora_as_routed", "lora_as_routed_masked"),
     ),
+    Group("kinds_alone", "Every kind, each concept alone", 1, 3, 16, tuple(a for a, _ in KINDS.values()), of=KINDS_OF),
+    Group("kinds_pairs", "Every kind, two concepts", 2, 2, 16, tuple(a for _, a in KINDS.values()), of=KINDS_OF),
+    Group("kinds_three", "Every kind, three concepts", 3, 1, 16, tuple(a for _, a in KINDS.values()), of=KINDS_OF),
     Group(
         "beyond", "Two concepts, beyond the paper", 2, 2, 32,
         ("tova", "tova_loda", "tova_loda_afg", "tova_loda_sign", "tova_loda_raw", "tova_loda_iou",

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from conceptsplit_core.adapters import KINDS, AdapterInfo, adapter_bytes
 from conceptsplit_core.demo.looks import CLASSES, CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.hosts.diffusers.configs import UNET_CONFIGS
+from conceptsplit_core.network.site import Site
 
-from . import methods
+from . import learning, methods, plan
 from .methods import Arm
 from .metrics import METRICS, difference, interval, mcnemar, wanted_matrix
 from .run import Bench, Key, Results, strip_path
@@ -82,15 +85,16 @@ def merged(parts: Sequence[Results]) -> Results:
     return out
 
 
-def drift(bench: Bench, arms: Mapping[str, Arm], names: Key, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
-    """What loaded adapters do to a prompt that names none of their concepts: mean |difference| to the base, 0..1.
+def drift(bench: Bench, arms: Mapping[str, Arm], names: Key, seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What loaded adapters do to a prompt that names none of their concepts: mean |difference| to the base, 0..1, and
+    its interval over seeds.
 
     `other_class` draws a class that no loaded concept has.
     """
     free = next(w for w in CLASSES if w not in [CONCEPTS[n].class_word for n in names])
     texts = {"other_class": [f"a {free} on a {methods.background_for(names, s)} background" for s in seeds]}
     base = Arm(None, "plain")
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, Any]] = {}
     for what, lines in texts.items():
         plain, _ = methods.draw(bench.model, base, names, seeds, {}, bench.sampling, lines)
         for name, arm in arms.items():
@@ -98,8 +102,43 @@ def drift(bench: Bench, arms: Mapping[str, Arm], names: Key, seeds: Sequence[int
                 learned = bench.learned(names, arm.recipe)
                 images, _ = methods.draw(bench.model, arm, names, seeds, learned, bench.sampling, lines)
                 values = np.abs(images.astype(float) - plain).mean(axis=(1, 2, 3)) / 255
-                out.setdefault(name, {})[what] = float(values.mean())
+                records = {"+".join(names): {seed: {what: float(v)} for seed, v in zip(seeds, values, strict=True)}}
+                out.setdefault(name, {})[what] = interval(records, what)
     return out
+
+
+def kinds(bench: Bench, arms: Mapping[str, Arm], names: Sequence[str], drifts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table of kinds says besides success, by row: bytes of a file in half precision, on this model and on
+    SD1.5; processor seconds of learning one concept, mean and range over `names`; drift.
+    """
+    shapes = sd15_shapes()
+    out = {}
+    for row, (alone, _) in plan.KINDS.items():
+        recipe = arms[alone].recipe
+        assert recipe is not None
+        learned = list(bench.learned(names, recipe).values())
+        kind = learned[0].info.kind
+        changed = {site: shape for site, shape in shapes.items() if KINDS[kind].changes(Site(site, "", "text"))}
+        rank = bench.learning.rank
+        info = AdapterInfo(names[0], CONCEPTS[names[0]].class_word, "sd15", 768, rank, float(rank), kind=kind)
+        seconds = [one.info.training[learning.SECONDS] for one in learned]
+        out[row] = {
+            "bytes": len(adapter_bytes(learned[0])),
+            "bytes_sd15": len(adapter_bytes(KINDS[kind].create(changed, info, 0))),
+            "seconds": {"mean": float(np.mean(seconds)), "lo": min(seconds), "hi": max(seconds)},
+            "drift": drifts[alone]["other_class"],
+        }
+    return out
+
+
+def sd15_shapes() -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of every linear layer of SD1.5's UNet."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET_CONFIGS["sd15"])
+    layers = ((name, layer) for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear))
+    return {name: (layer.in_features, layer.out_features) for name, layer in layers}
 
 
 def machine() -> dict[str, Any]:
@@ -246,10 +285,12 @@ def tables(data: Mapping[str, Any]) -> dict[str, str]:
     if data.get("comparisons"):
         out["comparisons"] = comparison_table(data["comparisons"])
     if data.get("drift"):
-        rows = [f"| {name} | {100 * row['other_class']:.1f} |" for name, row in data["drift"].items()]
+        rows = [f"| {name} | {100 * row['other_class']['mean']:.1f} |" for name, row in data["drift"].items()]
         out["drift"] = "\n".join(
             ["| arm | mean change of another class's picture, % of full scale |", "|---|---|", *rows]
         )
+    if data.get("kinds"):
+        out["kinds"] = f"{out['facts']}\n\n{kinds_table(data)}"
     if data.get("detector"):
         lines = ["| drawings | pictures | shape right | texture right | count right |", "|---|---|---|---|---|"]
         for name, row in data["detector"].items():
@@ -257,6 +298,25 @@ def tables(data: Mapping[str, Any]) -> dict[str, str]:
             lines.append(f"| {name.replace('_', ' ')} | {row['pictures']} | {cells} |")
         out["detector"] = "\n".join(lines)
     return out
+
+
+def kinds_table(data: Mapping[str, Any]) -> str:
+    """A row per kind; success as strict / lenient."""
+    size = lambda count: f"{count / 1e6:.1f} MB" if count >= 999_500 else f"{count / 1e3:.0f} KB"
+    lines = [
+        "| kind | file, SD1.5 | file, here | training, s | alone | pairs | three | drift |",
+        "|---" * 8 + "|",
+    ]
+    for row, (alone, together) in plan.KINDS.items():
+        facts = data["kinds"][row]
+        cells = [size(facts["bytes_sd15"]), size(facts["bytes"]), _cell(facts["seconds"], 1.0)]
+        for group, arm in (("kinds_alone", alone), ("kinds_pairs", together), ("kinds_three", together)):
+            found = data["groups"].get(group, {"arms": {}})["arms"].get(arm)
+            cells.append(f"{_cell(found['success'])} / {_cell(found['loose_success'])}" if found else "–")
+        drifts = facts["drift"]
+        cells.append(f"{100 * drifts['mean']:.1f} ({100 * drifts['lo']:.1f}–{100 * drifts['hi']:.1f})")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def section(data: Mapping[str, Any]) -> str:
@@ -284,17 +344,24 @@ def fill(page: Path, blocks: Mapping[str, str]) -> list[str]:
 
 
 def grid(
-    bench: Bench, arms: Mapping[str, Arm], sets: Sequence[Key], path: Path, per: int = 2, seed: int | None = None
+    bench: Bench,
+    columns: Mapping[str, Sequence[tuple[Arm, Key]]],
+    path: Path,
+    per: int = 2,
+    seed: int | None = None,
+    most: int = 600_000,
 ) -> None:
-    """One picture: a column per arm, `per` seeds of each concept set as rows, the same noise along a row."""
+    """One picture of at most about `most` bytes: `per` seeds of each arm and concept set of a column below each other,
+    the same noise along a row.
+    """
     side, left, top = 128, 96, 26
     first = methods.REPORT_FROM if seed is None else seed
-    rows = len(sets) * per
-    sheet = Image.new("RGB", (left + len(arms) * side, top + rows * side), "white")
+    rows = per * max(len(cells) for cells in columns.values())
+    sheet = Image.new("RGB", (left + len(columns) * side, top + rows * side), "white")
     pen = ImageDraw.Draw(sheet)
-    for c, (name, arm) in enumerate(arms.items()):
-        pen.text((left + c * side + 3, 6), name, fill="black")
-        for s, names in enumerate(sets):
+    for c, (title, cells) in enumerate(columns.items()):
+        pen.text((left + c * side + 3, 6), title, fill="black")
+        for s, (arm, names) in enumerate(cells):
             strip = strip_path(bench, arm, names, first)
             picture = Image.open(strip) if strip.exists() else None
             for k in range(per):
@@ -309,5 +376,5 @@ def grid(
         return
     for quality in (90, 80, 70, 60, 50):
         sheet.save(path, quality=quality)
-        if path.stat().st_size <= 600_000:
+        if path.stat().st_size <= most:
             return

@@ -20,26 +20,32 @@ def stretched(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low).clamp(min=1e-8)
 
 
-def attention_masks(cross: Tensor, own: Tensor | None = None) -> Tensor:
-    """norm(self⁴ · norm(cross²)): the words' maps, spread over the pixels that look at each other (AttenCraft, arXiv
-    2405.17965). Of several things, each pixel is left to the strongest.
+SPREAD = 2
+"""AttenCraft's 4 reaches from one thing to another."""
+CUT = 0.35
+
+
+def attention_masks(cross: Tensor, own: Tensor | None = None, spread: int = SPREAD, cut: float = CUT) -> Tensor:
+    """norm(self² · norm(cross²)) ≥ cut: the words' maps, spread over the pixels that look at each other (after
+    AttenCraft, arXiv 2405.17965). Of several things, each pixel is left to the strongest.
 
     Args:
         cross: each thing's map over the pixels [n, P].
         own: from each pixel its attention to all pixels [P, P], of which rows are made to sum to 1; None leaves the
             spreading out.
+        spread: how often. cut: share of a map's greatest value from which on a pixel is the thing's.
 
     Returns:
-        [n, P] in 0…1.
+        [n, P] of 0 and 1; a flat map is 0 everywhere.
     """
     masks = stretched(cross**2)
     if own is not None:
-        spread = (own / own.sum(dim=-1, keepdim=True)).t()
-        for _ in range(4):
-            masks = masks @ spread
+        among = (own / own.sum(dim=-1, keepdim=True)).t()
+        for _ in range(spread):
+            masks = masks @ among
         masks = stretched(masks)
     strongest = torch.zeros_like(masks).scatter(0, masks.argmax(dim=0, keepdim=True), 1.0)
-    return masks * strongest
+    return (masks >= cut).to(masks.dtype) * strongest
 
 
 def map_overlap(maps: Tensor, sigma: float = 1.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,9 +21,10 @@ from ..network.site import AttentionSite, NetworkMap
 from ..settings import TrainConfig
 from .data import TrainBatch, TrainData
 
-LEVEL = 0.3
-"""Share of the noise schedule at which the model looks at a picture: objects are there, and fine detail is not."""
-NOISES = 4
+LEVELS = (0.3, 0.5)
+"""Shares of the noise schedule at which the model looks at a picture: objects are there, and fine detail is not."""
+NOISES = 2
+"""Draws of noise at each level."""
 LARGEST = 64**2
 """Pixels of the largest maps that are read: attention among pixels takes the square of it."""
 
@@ -108,17 +109,42 @@ def _mask(
     config: TrainConfig,
 ) -> Tensor:
     """The mask [1, h, w] of one picture."""
-    place = int(LEVEL * len(levels))
+    cross, own, grid = look(data, index, network, levels, denoise, config)
+    masks = attention_masks(cross, own)
+    if not masks[0].any():
+        raise ConceptSplitError(
+            f'The model does not find "{data.prompts[0].text}" in training image {index + 1}: give masks, or another '
+            "class word."
+        )
+    size = data.latents.shape[-2:]
+    return F.interpolate(masks[:1].view(1, 1, *grid), size=size, mode="bilinear", align_corners=False)[0]
+
+
+def look(
+    data: TrainData,
+    index: int,
+    network: NetworkMap,
+    levels: Tensor,
+    denoise: Callable[[TrainBatch], Tensor],
+    config: TrainConfig,
+    shares: Sequence[float] = LEVELS,
+) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """`_attention` of the first prompt on one picture with noise of the levels at `shares` of the schedule.
+
+    Words are those of the concept and of all that stands beside it.
+    """
+    places = torch.tensor([int(share * len(levels)) for share in shares]).repeat_interleave(NOISES)
+    count = len(places)
     prompt, latent = data.prompts[0], data.latents[index : index + 1].float()
     device, size = latent.device, (latent.shape[-2], latent.shape[-1])
-    noise = torch.randn(NOISES, *latent.shape[1:], generator=torch.Generator().manual_seed(index)).to(device)
-    level = levels[place].to(device, torch.float32).expand(NOISES)
+    noise = torch.randn(count, *latent.shape[1:], generator=torch.Generator().manual_seed(index)).to(device)
+    level = levels.to("cpu", torch.float32)[places].to(device)
     x_t, _ = PARAMETERISATIONS[config.prediction_type].noised(latent.expand_as(noise), noise, level)
-    many = lambda tensor: tensor.to(device).expand(NOISES, *tensor.shape)
+    many = lambda tensor: tensor.to(device).expand(count, *tensor.shape)
     rows = many(prompt.owners())
     batch = TrainBatch(
         x_t,
-        torch.full((NOISES,), place, device=device),
+        places.to(device),
         many(prompt.context),
         rows[..., :1] * 0.0,
         {key: many(value) for key, value in prompt.extra.items()},
@@ -126,36 +152,31 @@ def _mask(
         None,
         area=torch.zeros_like(x_t[:, :1]),
     )
-    cross, own = _attention(network, rows, size, lambda: denoise(batch))
-    masks = attention_masks(cross, own)
-    if not masks[0].any():
-        raise ConceptSplitError(
-            f'The model does not find "{prompt.text}" in training image {index + 1}: give masks, or another class word.'
-        )
-    grid = map_size(masks.shape[-1], size)
-    assert grid is not None
-    return F.interpolate(masks[:1].view(1, 1, *grid), size=size, mode="bilinear", align_corners=False)[0]
+    return _attention(network, rows, size, lambda: denoise(batch))
 
 
 def _attention(
     network: NetworkMap, rows: Tensor, latent: tuple[int, int], run: Callable[[], Any]
-) -> tuple[Tensor, Tensor | None]:
-    """What pixels look at in the pass that `run` makes: the maps of words [n, P], and from each pixel to all [P, P] or
-    None where the network has no attention among pixels alone.
+) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """What pixels look at in the pass that `run` makes: the maps of words [n, P], from each pixel to all [P, P] or None
+    where the network has no attention among pixels alone, and the size (h, w) of both, P = h · w.
 
-    Means over batch rows, heads, and the layers of the largest size that is not above `LARGEST`.
+    Words are read where LODA reads them, since finer layers also see a word on what merely looks like it; pixels in the
+    layers of the largest size that is not above `LARGEST`. Means over batch rows, heads and layers.
     """
     area = latent[0] * latent[1]
-    factors = sorted({site.downscale for site in network.attention})
-    factor = next((one for one in factors if area <= LARGEST * one**2), factors[-1])
-    cross = [site for site in network.attention if site.downscale == factor]
-    among = [_among_pixels(site) for site in cross if _among_pixels(site).q in network.sites]
+    factors = {site.name: site.downscale for site in network.attention}
+    finest = next((one for one in sorted(set(factors.values())) if area <= LARGEST * one**2), max(factors.values()))
+    factor, names = choose_layers(factors)
+    cross = [site for site in network.attention if site.name in names]
+    among = [_among_pixels(site) for site in network.attention if site.downscale == finest]
+    among = [site for site in among if site.q in network.sites]
     both = replace(network, attention=(*network.attention, *among))
 
     def read(site: AttentionSite, layer: nn.Module, query: Tensor, key: Tensor, text: Tensor) -> Tensor:
         heads: int = layer.heads  # type: ignore[assignment]
         if site in cross:
-            return bound_attention(query, key, heads, rows).mean(dim=0)
+            return bound_attention(query, key, heads, rows).mean(dim=0, keepdim=True)
         q, k = (side.float().unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for side in (query, key))
         total = q.new_zeros(q.shape[1], k.shape[1])
         for one, other in zip(q, k, strict=True):  # all heads at once would take gigabytes
@@ -168,8 +189,14 @@ def _attention(
         run()
     finally:
         probe.remove()
-    mean = lambda sites: torch.stack([probe.found[site.name] for site in sites]).mean(dim=0)
-    return mean(cross), mean(among) if among else None
+    sizes = level_sizes(latent)
+    words = aggregate([probe.found[site.name] for site in cross], sizes[factor], latent)
+    if not among:
+        return words[0].flatten(1), None, sizes[factor]
+    own = torch.stack([probe.found[site.name] for site in among]).mean(dim=0)
+    size = map_size(len(own), latent)
+    assert size is not None
+    return F.interpolate(words, size=size, mode="bilinear", align_corners=False)[0].flatten(1), own, size
 
 
 def _among_pixels(site: AttentionSite) -> AttentionSite:

@@ -15,9 +15,12 @@ from PIL import Image
 from benchmarks.separation import learning, methods, plan, report, run, tune
 from benchmarks.separation.confusion import backgrounds_for
 from benchmarks.separation.metrics import METRICS
+from conceptsplit_core.adapters import KINDS
 from conceptsplit_core.demo import captions, scenes
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.demo.looks import CONCEPTS
+from conceptsplit_core.kinds import FILES
+from conceptsplit_core.network.site import Site
 from conceptsplit_core.settings import LodaConfig
 
 
@@ -131,11 +134,33 @@ def test_report_of_a_run(bench, tmp_path):
     assert "| bobo, orange and cyan striped circle; lumo, " in report.by_set_table(each)
     assert " | 100 / 100 | 0 / 0 |" in report.by_set_table(each)
     json.dumps([summed, compared, each])
-    report.grid(bench, arms, sets, tmp_path / "grid.jpg")
+    columns = {name: [(arm, names) for names in sets] for name, arm in arms.items()}
+    report.grid(bench, columns, tmp_path / "grid.jpg")
     sheet = np.asarray(Image.open(tmp_path / "grid.jpg"))
     assert sheet.shape == (26 + 4 * 128, 96 + 2 * 128, 3)
     # Arms differ within a row: the second draws one object only.
     assert np.abs(sheet[26:154, 96:224].astype(int) - sheet[26:154, 224:352]).mean() > 3
+
+
+def test_the_table_of_kinds():
+    share = lambda mean, lo, hi: {"mean": mean, "lo": lo, "hi": hi}
+    facts = {
+        "bytes": 51_200,
+        "bytes_sd15": 3_241_000,
+        "seconds": share(31.4, 29.6, 40),
+        "drift": share(0.014, 0.01, 0.02),
+    }
+    rows = dict.fromkeys(plan.KINDS, facts)
+    won = {"success": share(0.5, 0.25, 0.75), "loose_success": share(0.75, 0.5, 1)}
+    groups = {"kinds_alone": {"arms": {"perfusion": won}}, "kinds_three": {"arms": {"perfusion_loda_afg": won}}}
+    shown = report.kinds_table({"kinds": rows, "groups": groups})
+    cell = "50 (25–75) / 75 (50–100)"
+    row = f"| perfusion | 3.2 MB | 51 KB | 31 (30–40) | {cell} | – | {cell} | 1.4 (1.0–2.0) |"
+    assert row in shown.splitlines() and len(shown.splitlines()) == 2 + len(plan.KINDS)
+    assert set(FILES) < set(plan.KINDS)
+    shapes = report.sd15_shapes()
+    values = {shapes[name] for name in shapes if KINDS["value"].changes(Site(name, "", "text"))}
+    assert values == {(768, 320), (768, 640), (768, 1280)}
 
 
 def test_time_limit_leaves_what_is_balanced(bench):
@@ -166,7 +191,8 @@ def test_the_plan_names_known_arms_and_sets():
     table = methods.arms(LodaConfig(), 16)
     for group in (*plan.FULL, *plan.QUICK):
         assert set(group.arms) <= set(table), group.name
-        assert len(group.key_sets()) == (group.sets if group.size > 1 else 2 * group.sets), group.name
+        alone = len(group.of) or 2 * group.sets
+        assert len(group.key_sets()) == (group.sets if group.size > 1 else alone), group.name
         assert all(len(names) == group.size for names in group.key_sets())
     assert {name for pair in plan.PAIRS for name in pair} <= {name for group in plan.FULL for name in group.arms}
     # Groups of two concepts share their first sets and seeds.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import REX, every_family
 
+from benchmarks.separation.masks import unseen
 from conceptsplit_core.adapters import load_adapter
 from conceptsplit_core.adapters.file import save_trained
 from conceptsplit_core.adapters.lora import trained_words
@@ -19,12 +20,13 @@ from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.files import read_header
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers.lora import read_lora
+from conceptsplit_core.network.grid import choose_layers
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train import subject
 from conceptsplit_core.train.data import Process, make_batch
 from conceptsplit_core.train.loop import train
-from conceptsplit_core.train.subject import LEVEL, NOISES, separating, with_masks
+from conceptsplit_core.train.subject import separating, with_masks
 
 TEMPLATES = ("a photo of a {}", "the bright {} on a table")
 needs_demo = pytest.mark.skipif(not DEMO_FILE.exists(), reason="the demo model is not in this checkout")
@@ -41,21 +43,39 @@ def found(model, data, adapter=None, **options):
         return with_masks(data, host.network_map(model), model.alphas_cumprod, denoise, config)
 
 
+def enlarged(maps, size):
+    """Maps [n, h, w] as [n, H·W]: straight lines between the middles of pixels, one side after the other."""
+    for axis, wanted in ((1, size[0]), (2, size[1])):
+        here = maps.shape[axis]
+        middles = (np.arange(wanted) + 0.5) * here / wanted - 0.5
+        maps = np.apply_along_axis(lambda line, at=middles: np.interp(at, np.arange(len(line)), line), axis, maps)
+    return maps.reshape(len(maps), -1)
+
+
 def attention_of(model, data, index, things):
-    """What the finest layers look at, from their own inputs by numpy: words' maps [n, P], and among pixels [P, P]."""
+    """From the layers' own inputs by numpy: words' maps [n, P] where LODA reads them, enlarged to what the finest
+    layers see, and what pixels of the finest layers look at [P, P].
+    """
     sites = host.network_map(model).attention
-    finest = [site.name for site in sites if site.downscale == min(one.downscale for one in sites)]
+    least = min(site.downscale for site in sites)
+    finest = [site.name for site in sites if site.downscale == least]
+    factor, coarse = choose_layers({site.name: site.downscale for site in sites})
+    assert factor > least, "words are read elsewhere than pixels"
     seen, hooks = {}, []
-    for name in [*finest, *(name.replace("attn2", "attn1") for name in finest)]:
+    for name in [*coarse, *(name.replace("attn2", "attn1") for name in finest)]:
         keep = lambda m, args, kwargs, name=name: seen.__setitem__(name, (args[0], kwargs["encoder_hidden_states"]))
         hooks.append(model.unet.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
-    place = int(LEVEL * len(model.alphas_cumprod))
-    alpha, x0, prompt = float(model.alphas_cumprod[place]), data.latents[index], data.prompts[0]
-    noise = torch.randn(NOISES, *x0.shape, generator=torch.Generator().manual_seed(index))
-    pooled = prompt.extra["pooled"].expand(NOISES, -1) if "pooled" in prompt.extra else None
-    x = alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
+    x0, prompt = data.latents[index], data.prompts[0]
+    noises = torch.randn(4, *x0.shape, generator=torch.Generator().manual_seed(index))
+    places = [int(share * len(model.alphas_cumprod)) for share in (0.3, 0.3, 0.5, 0.5)]
+    noised = []
+    for place, noise in zip(places, noises, strict=True):
+        alpha = float(model.alphas_cumprod[place])
+        noised.append(alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise)
+    pooled = prompt.extra["pooled"].expand(4, -1) if "pooled" in prompt.extra else None
     with torch.no_grad():
-        host.call_unet(model, x, place, prompt.context.expand(NOISES, -1, -1), pooled)
+        context = prompt.context.expand(4, -1, -1)
+        host.call_unet(model, torch.stack(noised), torch.tensor(places), context, pooled)
     for hook in hooks:
         hook.remove()
     cross, own = [], []
@@ -72,12 +92,14 @@ def attention_of(model, data, index, things):
             own.append(share)
         else:
             cross.append(np.stack([share[:, list(rows)].mean(-1) for rows in things]))
-    return np.mean(cross, 0), np.mean(own, 0)
+    h, w = data.latents.shape[-2:]
+    words = np.mean(cross, 0).reshape(-1, h // factor, w // factor)
+    return enlarged(words, (h // least, w // least)), np.mean(own, 0)
 
 
 @every_family
-def test_masks_are_made_of_what_the_finest_layers_look_at(load, family, monkeypatch):
-    """The equation itself is a test of the core; on random weights its fourth power would be noise."""
+def test_masks_are_made_of_words_where_loda_reads_them_and_of_what_fine_pixels_look_at(load, family, monkeypatch):
+    """The equation itself is a test of the core; on random weights powers would be noise."""
     model, given = load(family), []
     real = subject.attention_masks
     monkeypatch.setattr(subject, "attention_masks", lambda *maps: given.append(maps) or real(*maps))
@@ -218,6 +240,25 @@ def test_masks_of_the_demo_model_lie_on_the_subject():
     concept = Concept("lumo", looks.CONCEPTS["lumo"].class_word)
     made = found(model, host.training_data(model, images, concept, model.templates), None)
     assert (overlap(made.masks, given[:, :1]) > 0.6).all()
+
+
+@needs_demo
+def test_found_masks_split_pictures_of_several_things():
+    """On scenes on which nothing was chosen: a mask covers its thing and leaves the others alone."""
+    model, right, kept = host.load_model("demo"), [], []
+    for seed in range(8100, 8112):
+        images, given = tensors([unseen(seed)])
+        there = F.adaptive_avg_pool2d(given, (16, 16))[0]
+        words = [thing.class_word for thing in unseen(seed).objects]
+        for own, word in enumerate(words):
+            concept, beside = Concept("it", word), ", ".join(w for w in words if w != word)
+            data = host.training_data(model, images, concept, model.templates, beside=beside)
+            mask = found(model, data, host.new_adapter(model, concept, 2, 0.0, 0)).masks[0, 0]
+            covered = [float((mask * thing).sum() / thing.sum()) for thing in there]
+            other = max(share for at, share in enumerate(covered) if at != own)
+            right.append(covered[own] >= 0.8 and other < 0.05)
+            kept.append((word, covered))
+    assert len(right) == 30 and sum(right) >= 27, [one for one, fits in zip(kept, right, strict=True) if not fits]
 
 
 @pytest.fixture(scope="module")
