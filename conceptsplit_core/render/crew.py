@@ -101,7 +101,7 @@ class Crew:
         explain: Callable[[Exception], str],
         tell: Callable[[str], None],
         stepped: Callable[[Task, int, int], None] = lambda task, done, total: None,
-        patience: float = 60.0,
+        patience: float = 300.0,
     ):
         self.waiting = deque(tasks)
         self.workers = workers
