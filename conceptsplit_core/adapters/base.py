@@ -34,6 +34,7 @@ BASES = {
     "qwen_image": "Qwen-Image",
     "sd3": "SD3 or SD3.5",
     "krea2": "Krea 2",
+    "wan": "Wan",
     "anima": "Anima",
 }
 

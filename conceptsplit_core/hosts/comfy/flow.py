@@ -135,13 +135,16 @@ def _copied_norms(denoiser: nn.Module) -> Iterator[None]:
 @contextmanager
 def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
     """While it is on, blocks keep nothing but what they read, and are computed again in the backward pass."""
+    before = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
             block.forward = _again(block.forward)
         yield
     finally:
-        for block in blocks:
+        for block, own in zip(blocks, before, strict=True):
             vars(block).pop("forward", None)
+            if own is not None:
+                block.forward = own
 
 
 def _again(forward: Callable) -> Callable:

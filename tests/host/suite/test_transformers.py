@@ -598,7 +598,7 @@ def check_values(family: str, blocks: list[dict[str, Any]], acting: Any) -> int:
     return positive
 
 
-JOINT = pytest.mark.parametrize("family", [name for name in tiny.here() if name != "anima"])
+JOINT = pytest.mark.parametrize("family", [name for name in tiny.here() if name not in CROSS])
 
 
 @JOINT
@@ -631,18 +631,19 @@ def test_pixels_alone_read_the_values_of_two_adapters(models, family):
         assert sum(one > 1e-3 for one in off) == 2 and sum(one < 1e-5 for one in off) == 2
 
 
-def test_values_of_a_cross_attention_change_at_their_rows():
-    """Anima: pixels alone read the text, so the projection's own output changes."""
-    if "anima" not in tiny.here():
-        pytest.skip("anima: this ComfyUI has no such model")
-    model = tiny.build("anima")
+@pytest.mark.parametrize("family", CROSS)
+def test_values_of_a_cross_attention_change_at_their_rows(family):
+    """Pixels alone read the text, so the projection's own output changes."""
+    if family not in tiny.here():
+        pytest.skip(f"{family}: this ComfyUI has no such model")
+    model = tiny.build(family)
     anna = values_of(model)
-    module = tiny.FAMILIES["anima"].text
+    module = tiny.FAMILIES[family].text
     ours = with_values(model, anna, strength=0.7)
     with outputs(model, [module]) as stock:
-        sample(model, *conds("anima"), tiny.latent("anima", *SIZE), steps=1)
+        sample(model, *conds(family), tiny.latent(family, *SIZE), steps=1)
     with outputs(model, [module]) as got:
-        sample(ours, *conds("anima"), tiny.latent("anima", *SIZE), steps=1)
+        sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=1)
     site = next(name for name, one in network_of(model).sites.items() if one.path == module and one.values)
     changed = 0
     for (read, base), (_, new) in zip(stock[module], got[module], strict=True):
@@ -762,6 +763,7 @@ def test_a_file_of_values_is_for_its_own_family(models, base, family):
         ("qwen_image", "qwen-image"),
         ("sd3", "sd3 T5 alone"),
         ("anima", "anima"),
+        ("wan", "wan"),
     ],
 )
 def test_two_loaders_one_sampler_the_prompt_typed_once(models, write_path, family, encoder):

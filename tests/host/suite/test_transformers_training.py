@@ -180,6 +180,7 @@ def train(model: Any, clip: Any, family: str, **options: Any) -> Any:
         ("z_image", "z-image"),
         ("qwen_image", "qwen-image"),
         ("anima", "anima"),
+        ("wan", "wan"),
     ],
 )
 def test_a_training_by_the_node(models, caplog, family, encoder):  # noqa: F811
