@@ -284,7 +284,7 @@ def as_blueprint(blueprint: Blueprint, info: dict[str, Any]) -> dict[str, Any]:
         given.append({**one, "pos": place})
     fields = [take for take in blueprint.takes if "widget" in outer[take.slot]]
     last = len(blueprint.nodes) + 1
-    instance = {
+    shown: dict[str, Any] = {
         "id": last,
         "type": key("graph"),
         "pos": [0, 0],
@@ -300,7 +300,7 @@ def as_blueprint(blueprint: Blueprint, info: dict[str, Any]) -> dict[str, Any]:
     }
     state = {"lastGroupId": 0, "lastNodeId": last, "lastLinkId": len(links), "lastRerouteId": 0}
     graph = {
-        "id": instance["type"],
+        "id": shown["type"],
         "version": 1,
         "state": state,
         "revision": 0,
@@ -322,7 +322,7 @@ def as_blueprint(blueprint: Blueprint, info: dict[str, Any]) -> dict[str, Any]:
         "revision": 0,
         "last_node_id": last,
         "last_link_id": 0,
-        "nodes": [instance],
+        "nodes": [shown],
         "links": [],
         "version": 0.4,
         "extra": {"BlueprintDescription": blueprint.text, "BlueprintSearchAliases": ["two loras", "two characters"]},
