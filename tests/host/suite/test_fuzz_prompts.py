@@ -39,7 +39,7 @@ PARTS = [
 ]  # fmt: skip
 JOINTS = [" ", " ", " ", "", ", ", "\n"]
 UNKNOWN = ("<nobody>",)
-NAMES = re.compile(r"<(rex|tom|twin|teddy|Ärger|A\u0308rger)>", re.IGNORECASE)
+NAMES = re.compile(r"[<\uff1c]\s*(rex|tom|twin|teddy|Ärger|A\u0308rger)\s*[>\uff1e]", re.IGNORECASE)
 
 
 def name_of(match: re.Match[str]) -> str:
