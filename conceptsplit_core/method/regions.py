@@ -74,7 +74,7 @@ def region_logits(region: Tensor, size: tuple[int, int], positive: float, negati
     return (torch.where(fitted, positive, negative) * has).float()
 
 
-def suppression_bias(maps: Tensor, mask: Tensor, keep: float = 0.0) -> Tensor:
+def suppression_bias(maps: Tensor, mask: Tensor, keep: float) -> Tensor:
     """Cross-token non-maximum suppression (T2I-Zero, arXiv 2310.07419): at each pixel only the concept with the
     strongest map keeps its attention; the rows of the others lose all but a share of theirs there.
 
@@ -89,7 +89,7 @@ def suppression_bias(maps: Tensor, mask: Tensor, keep: float = 0.0) -> Tensor:
     return on_rows(suppression_logits(maps, keep), mask)
 
 
-def suppression_logits(maps: Tensor, keep: float = 0.0) -> Tensor:
+def suppression_logits(maps: Tensor, keep: float) -> Tensor:
     """The same per concept and pixel, [B, n, h·w] in fp32."""
     weaker = (maps < maps.amax(dim=1, keepdim=True)).flatten(2)
     return weaker.float() * math.log(max(keep, 1e-9))

@@ -435,7 +435,7 @@ def test_suppressed_rows_keep_their_share_where_another_concept_is_stronger():
     expected = torch.zeros(2, 3, 6)
     expected[0, 1, [1, 2]] = expected[0, 0, 4] = math.log(0.25)  # a tie suppresses nobody
     torch.testing.assert_close(bias, expected)
-    none_left = torch.softmax(suppression_bias(maps, mask), dim=-1)[0]
+    none_left = torch.softmax(suppression_bias(maps, mask, 0.0), dim=-1)[0]
     assert none_left[1, [1, 2]].max() < 1e-8 and none_left[1, 4] == pytest.approx(1 / 4)
 
 

@@ -209,6 +209,8 @@ def test_masks_are_of_the_finest_attention_that_memory_allows(monkeypatch, large
         torch.testing.assert_close(masks[index], wanted.float(), atol=2e-3, rtol=1e-3)
         assert 0 < masks[index].mean() < 1
     assert not any(module._forward_hooks for module in root.modules())
+    one = make_batch(given, ALPHAS, TrainConfig(batch_size=1), 0, Process())
+    assert torch.equal(one.extra["y"], torch.arange(3.0)[None])
 
 
 def test_a_word_that_the_model_does_not_find_is_named_with_its_picture():

@@ -326,6 +326,8 @@ def test_templates_may_be_long_and_are_quoted_in_part():
         expand_templates([most, "x"], "dog")
     with pytest.raises(ConceptSplitError, match='Template "' + "y" * 120 + '" needs exactly one {}'):
         expand_templates(["y" * 130], "dog")
+    with pytest.raises(ConceptSplitError, match='Template "two lines" needs exactly one {}'):
+        expand_templates(["a {}", "two \n lines"], "dog")
     assert len(DEFAULT_TEMPLATES) == 10 and all("photo of" in t or "rendering" in t for t in DEFAULT_TEMPLATES)
     assert expand_templates(DEFAULT_TEMPLATES, "dog")[2] == "a cropped photo of the dog"
     assert all(re.fullmatch(r"[a-z -]+ \{\}", template) for template in DEFAULT_TEMPLATES)
