@@ -99,9 +99,10 @@ def _conditions(model: Any, batch: TrainBatch, x: Tensor) -> dict[str, Any]:
     Raises:
         ConceptSplitError: it reads another picture too.
     """
-    cond = {
+    cond: dict[str, Any] = {
         "cross_attn": batch.context[:1],
         "guidance": GUIDANCE,
+        "pooled_output": None,  # of encoders that have none
         **{key: value[0] for key, value in batch.extra.items()},
         "model_conds": {},
     }
