@@ -15,6 +15,7 @@ from conceptsplit_core.adapters.base import AdapterInfo
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.subject import WHOLE, acting_areas, attention_masks, map_overlap
+from conceptsplit_core.network.grid import choose_layers
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
@@ -22,7 +23,7 @@ from conceptsplit_core.train import subject
 from conceptsplit_core.train.data import Process, TrainData, make_batch
 from conceptsplit_core.train.loop import train
 from conceptsplit_core.train.prompts import EncodedText, Prompt, encode_templates, others_beside
-from conceptsplit_core.train.subject import LEVEL, NOISES, separating, with_masks
+from conceptsplit_core.train.subject import LEVELS, NOISES, separating, with_masks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -184,27 +185,33 @@ def two_things():
     [(64**2, ("fine", "twin"), True), (64**2, ("fine", "twin"), False), (54, ("fine", "twin"), True),
      (14, ("middle",), True), (13, ("coarse",), True), (0, ("coarse",), True)],
 )  # fmt: skip
-def test_masks_are_of_the_finest_attention_that_memory_allows(monkeypatch, largest, read, among):
-    """Against numpy: noise of the picture's own seed at 0.3 of the schedule, means over noises, heads and layers."""
+def test_masks_are_words_where_loda_reads_them_spread_by_the_finest_pixels(monkeypatch, largest, read, among):
+    """Against numpy: noise of the picture's own seed at two levels, means over noises, heads and layers."""
     monkeypatch.setattr(subject, "LARGEST", largest)
     network, denoise, seen = attentions(among)
     given, root = two_things(), network.root()
     masks = with_masks(given, network, ALPHAS, denoise, TrainConfig(mask_from="attention")).masks
     assert masks.shape == (2, 1, *LATENT) and given.masks is None and len(seen) == 2
-    grid = GRIDS[read[0]][1]
+    assert len(LEVELS) == 2 and choose_layers({name: factor for name, (factor, _) in GRIDS.items()}) == (4, ["coarse"])
+    count = 2 * NOISES
     for index, batch in enumerate(seen):
-        level = float(ALPHAS[int(LEVEL * 50)])
-        noise = torch.randn(NOISES, 4, *LATENT, generator=torch.Generator().manual_seed(index))
+        places = [int(share * 50) for share in LEVELS for _ in range(NOISES)]
+        level = torch.tensor([float(ALPHAS[place]) for place in places]).view(-1, 1, 1, 1)
+        noise = torch.randn(count, 4, *LATENT, generator=torch.Generator().manual_seed(index))
         x = level**0.5 * given.latents[index] + (1 - level) ** 0.5 * noise
         torch.testing.assert_close(batch.x_t, x)
-        assert batch.timesteps.tolist() == [15] * NOISES and batch.area.shape == (NOISES, 1, *LATENT)
+        assert batch.timesteps.tolist() == places and batch.area.shape == (count, 1, *LATENT)
         assert not batch.mask.any() and not batch.area.any(), "adapters stay silent"
-        assert torch.equal(batch.extra["y"], torch.arange(3.0).expand(NOISES, 3)) and batch.mask.shape[2] == 1
-        text = given.prompts[0].context.expand(NOISES, -1, -1)
-        words = [looked_at(root, name, "attn2", x, text).mean(0) for name in read]
-        cross = np.mean([[w[:, rows].mean(-1) for rows in ([2, 3], [6])] for w in words], axis=0)
-        own = np.mean([looked_at(root, name, "attn1", x, None).mean(0) for name in read], axis=0)
-        wanted = attention_masks(torch.tensor(cross), torch.tensor(own) if among else None)[0].view(1, 1, *grid)
+        assert torch.equal(batch.extra["y"], torch.arange(3.0).expand(count, 3)) and batch.mask.shape[2] == 1
+        text = given.prompts[0].context.expand(count, -1, -1)
+        word = looked_at(root, "coarse", "attn2", x, text).mean(0)
+        words = torch.tensor(
+            np.stack([word[:, rows].mean(-1) for rows in ([2, 3], [6])]).reshape(2, *GRIDS["coarse"][1])
+        )
+        grid = GRIDS[read[0]][1] if among else GRIDS["coarse"][1]
+        cross = F.interpolate(words[None], grid, mode="bilinear", align_corners=False)[0].flatten(1)
+        own = torch.tensor(np.mean([looked_at(root, name, "attn1", x, None).mean(0) for name in read], axis=0))
+        wanted = attention_masks(cross, own if among else None)[0].view(1, 1, *grid)
         wanted = F.interpolate(wanted, LATENT, mode="bilinear", align_corners=False)[0]
         torch.testing.assert_close(masks[index], wanted.float(), atol=2e-3, rtol=1e-3)
         assert 0 < masks[index].mean() < 1
