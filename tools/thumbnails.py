@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
-SIDE, BYTES = 384, 16_000
+SIDE, BYTES = 384, 20_000
 
 
 def shrink(path: Path) -> bool:

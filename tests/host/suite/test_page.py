@@ -245,7 +245,7 @@ def test_two_concepts_as_one_node(page, program):
             program.get("/global_subgraphs")
         return
     listed = json.loads(program.get("/global_subgraphs"))
-    (key,) = [key for key, one in listed.items() if one["info"]["node_pack"] == "custom_nodes.comfyui-conceptsplit"]
+    (key,) = [key for key, one in listed.items() if one["info"]["node_pack"] == "custom_nodes.conceptsplit"]
     assert listed[key]["name"] == "Two concepts"
     page.open('{"nodes": [], "links": [], "version": 0.4}', "blueprint")
     store = "document.getElementById('vue-app').__vue_app__.config.globalProperties.$pinia._s.get('subgraph')"
