@@ -30,7 +30,8 @@ def _scaled(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor
 
 
 def unet_config(family: str) -> dict[str, Any]:
-    """Small shapes of each family; SDXL's is Segmind Vega's depth, an SDXL with two text encoders and size ids."""
+    """Small shapes of each family; SDXL's is Segmind Vega's depth, an SDXL with two text encoders and size ids. 'sd15
+    whole' is SD1.5's own."""
     shared = {
         "image_size": 32,
         "in_channels": 4,
@@ -48,6 +49,17 @@ def unet_config(family: str) -> dict[str, Any]:
             channel_mult=[1, 1],
             transformer_depth=[1, 1],
             transformer_depth_output=[1, 1, 1, 1],
+            transformer_depth_middle=1,
+            context_dim=768,
+            num_heads=8,
+        )
+    if family == "sd15 whole":
+        return dict(
+            shared,
+            num_res_blocks=[2, 2, 2, 2],
+            channel_mult=[1, 2, 4, 4],
+            transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+            transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
             transformer_depth_middle=1,
             context_dim=768,
             num_heads=8,
@@ -127,7 +139,7 @@ def load(family: str, seed: int = 0) -> tuple[Any, Any, Any]:
 
     state = {**unet_state(family, seed), **vae_state(seed + 1)}
     model, _, vae, _ = comfy.sd.load_state_dict_guess_config(state, output_clip=False)
-    return model, clip(family, seed + 2), vae
+    return model, clip(family.split()[0], seed + 2), vae
 
 
 def tiny(demo: Any, context_dim: int = 768, seed: int = 0) -> Any:

@@ -7,12 +7,14 @@ docs/choosing_pictures.md says what these tests find.
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from . import checkpoints
 from .conftest import REPO, run
 from .test_training import PlainVAE
 from .test_training_inputs import spied
@@ -82,6 +84,22 @@ def test_photographs_of_three_formats_are_learned_as_one_concept(sd, cup, coffee
     wanted = torch.from_numpy(np.asarray(middle).astype(np.float32) / 127.5 - 1).movedim(-1, 0)
     assert float((data.latents[2, :3] - wanted).abs().mean()) < 0.06
     assert adapter.info.class_word == "cup" and any(bool(up.any()) for up in adapter.up.values())
+
+
+def test_photographs_train_a_unet_of_sd15s_shape(cup, monkeypatch):
+    """860 million random weights, through the host's own loader; small crops, for a CPU's sake."""
+    with torch.inference_mode():
+        model, clip, vae = checkpoints.load("sd15 whole")
+    whole = SimpleNamespace(model=model, clip=clip, vae=vae)
+    images = [run("LoadImage", image=f"cup/{name}")[0][:, 60:252, 100:292] for name in CROPS]
+    ((data, _, config, adapter),) = spied(
+        monkeypatch, whole, images=images, vae=vae, concept_name="mokka", class_word="cup",
+        file_name="test/mokka15", steps=2, batch_size=1,
+    )  # fmt: skip
+    assert data.latents.shape == (4, 4, 24, 24) and data.latents.isfinite().all() and config.steps == 2
+    assert sum(one.numel() for one in model.model.diffusion_model.parameters()) == 859_520_964
+    assert adapter.info.base == "sd15" and len(adapter.up) == 16 and adapter.info.context_dim == 768
+    assert all(bool(up.any()) and up.isfinite().all() for up in adapter.up.values())
 
 
 def test_the_folder_loader_of_the_host_leaves_a_lying_photograph_lying(cup, coffee):
