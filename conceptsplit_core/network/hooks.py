@@ -264,6 +264,13 @@ def learning(network: NetworkMap, kind: Any, adapter: Any, scope: Scope | None =
         hooks.remove()
 
 
+@contextmanager
+def silent(publish: Callable[..., None]) -> Iterator[None]:
+    """What `learning` publishes to is without the adapter, for sampling between two steps."""
+    publish(None)
+    yield
+
+
 def remove_hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()

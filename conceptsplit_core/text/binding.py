@@ -46,6 +46,11 @@ class BoundPrompt:
     unread: tuple[str, ...] = ()
 
 
+# Positions by concept and weight, and what finds those of a place.
+Owned = dict[tuple[str, float], list[int]]
+Find = Callable[[Place], list[int]]
+
+
 def changed(text: tuple[list[int], list[int]], other: list[int]) -> list[int]:
     """Positions of `text` (see `layout.content`) between the beginning and the end that it shares with ids `other`."""
     ids, positions = text
@@ -81,16 +86,49 @@ def bind(
         ConceptSplitError: an unknown placeholder, a name loaded twice, or a placeholder that cannot be found again
             among the tokens.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # Half of a surrogate pair, as broken clipboards make them; tokenizers die of it with a type error.
-        raise ConceptSplitError(
-            f"The prompt holds a broken character at position {error.start + 1}: delete it and type it again."
-        ) from None
+    _check_signs(text)
     special = special or SpecialTokens()
     prompt = unicodedata.normalize("NFC", text)  # tokenizers read it so
     expanded, placed, unread = expand(prompt, concepts, vocabulary)
+    positions = _finder(expanded, concepts, tokenize, special)
+    owned = _of_placeholders(text, expanded, placed, positions)
+    placeholders = {place.concept.name for place in placed}
+    free = [concept for concept in concepts if concept.name not in placeholders]
+    found = _of_words(expanded, free, placed, owned, positions)
+    order = [concept.name for concept in concepts]
+    bindings = sorted(
+        (Binding(name, tuple(sorted(rows)), weight) for (name, weight), rows in {**owned, **found}.items()),
+        key=lambda one: order.index(one.concept),
+    )
+    bound = {binding.concept for binding in bindings}
+    warnings = (
+        f"Prompt \"{shown(text)}\" contains neither <{concept.name}> nor a free '{concept.class_word}': "
+        f"concept '{concept.name}' has no effect in it."
+        for concept in concepts
+        if concept.name not in bound
+    )
+    told = (
+        f"{brackets} is read as plain words: a concept is written <{order[0]}> or <{order[0]}:0.8> (loaded: "
+        f"{', '.join(f'<{name}>' for name in order)})."
+        for brackets in dict.fromkeys(unread)
+    )
+    return BoundPrompt(expanded, tuple(bindings), tuple(warnings), tuple(told))
+
+
+def _check_signs(text: str) -> None:
+    """Raises:
+    ConceptSplitError: half of a surrogate pair, as broken clipboards make them; tokenizers die of it with a type error.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConceptSplitError(
+            f"The prompt holds a broken character at position {error.start + 1}: delete it and type it again."
+        ) from None
+
+
+def _finder(expanded: str, concepts: Sequence[Concept], tokenize: Tokenize, special: SpecialTokens) -> Find:
+    """What gives the positions of a place: those that change when other words stand there."""
     spelled = content(tokenize(expanded), special)
     stand_ins = {word: _stand_in(word, tokenize, special) for word in {concept.class_word for concept in concepts}}
 
@@ -100,7 +138,16 @@ def bind(
         other = expanded[: place.start] + word + expanded[place.end :]
         return changed(spelled, content(tokenize(other), special)[0])
 
-    owned: dict[tuple[str, float], list[int]] = {}
+    return positions
+
+
+def _of_placeholders(text: str, expanded: str, placed: Sequence[Place], positions: Find) -> Owned:
+    """What the placeholders own.
+
+    Raises:
+        ConceptSplitError: one cannot be found again among the tokens.
+    """
+    owned: Owned = {}
     taken: set[int] = set()
     for place in placed:
         rows = [] if _grown(expanded, place) else positions(place)
@@ -111,15 +158,22 @@ def bind(
             )
         taken.update(rows)
         owned.setdefault((place.concept.name, place.weight), []).extend(rows)
+    return owned
 
-    warnings = []
-    written = {place.concept.name for place in placed}
+
+def _of_words(
+    expanded: str,
+    concepts: Sequence[Concept],
+    placed: Sequence[Place],
+    owned: Owned,
+    positions: Find,
+) -> Owned:
+    """What concepts without a placeholder own: class words that nobody took."""
     free = list(placed)  # characters that are somebody's
-    found: dict[str, list[int]] = {}
+    taken = {row for rows in owned.values() for row in rows}
+    found: Owned = {}
     # Longer words first: the bear of a polar bear belongs to the polar bear.
     for concept in sorted(concepts, key=lambda concept: -len(concept.class_word)):
-        if concept.name in written:
-            continue
         for place in _occurrences(expanded, concept):
             if any(place.start < other.end and other.start < place.end for other in free):
                 continue
@@ -127,27 +181,9 @@ def bind(
             if rows and taken.isdisjoint(rows):
                 free.append(place)
                 taken.update(rows)
-                found[concept.name] = rows
+                found[concept.name, 1.0] = rows
                 break
-    for concept in concepts:
-        if concept.name in found:
-            owned[concept.name, 1.0] = found[concept.name]
-        elif concept.name not in written:
-            warnings.append(
-                f"Prompt \"{shown(text)}\" contains neither <{concept.name}> nor a free '{concept.class_word}': "
-                f"concept '{concept.name}' has no effect in it."
-            )
-    order = [concept.name for concept in concepts]
-    bindings = sorted(
-        (Binding(name, tuple(sorted(rows)), weight) for (name, weight), rows in owned.items()),
-        key=lambda one: order.index(one.concept),
-    )
-    told = (
-        f"{brackets} is read as plain words: a concept is written <{order[0]}> or <{order[0]}:0.8> (loaded: "
-        f"{', '.join(f'<{name}>' for name in order)})."
-        for brackets in dict.fromkeys(unread)
-    )
-    return BoundPrompt(expanded, tuple(bindings), tuple(warnings), tuple(told))
+    return found
 
 
 def bind_stages(

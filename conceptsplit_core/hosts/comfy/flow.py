@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...adapters.base import TrainedAdapter, kind_of
 from ...errors import ConceptSplitError
-from ...network.hooks import learning, remove_hooks
+from ...network.hooks import learning, remove_hooks, silent
 from ...network.tokens import CallTokens
 from ...train.data import TrainBatch
 from .autograd import plain_kernels
@@ -72,12 +73,7 @@ def flow_objective(
                 clean = model.apply_model(x, sigma, transformer_options=options, **_conditions(model, batch, x))
                 return ((x - clean.float()) / sigma.view(-1, *[1] * (x.ndim - 1))).view(batch.x_t.shape)
 
-            @contextmanager
-            def pause() -> Iterator[None]:
-                publish(None)
-                yield
-
-            yield denoise, pause
+            yield denoise, partial(silent, publish)
     finally:
         if attention is not None:
             attention.remove()

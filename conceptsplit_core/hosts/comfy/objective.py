@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...adapters.base import TrainedAdapter, kind_of
-from ...network.hooks import learning
+from ...network.hooks import learning, silent
 from ...train.data import TrainBatch
 from .model import compute_dtype, network_map
 
@@ -57,12 +58,7 @@ def objective(
                     transformer_options={"optimized_attention_override": attention},
                 ).float()
 
-            @contextmanager
-            def pause() -> Iterator[None]:
-                publish(None)
-                yield
-
-            yield denoise, pause
+            yield denoise, partial(silent, publish)
     finally:
         for module in wrapped:
             del module.forward

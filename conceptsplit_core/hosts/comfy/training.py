@@ -23,7 +23,7 @@ from ...method.diffusion import Parameterisation
 from ...settings import TrainConfig
 from ...text.concepts import Concept
 from ...train.adapter import begin, new_adapter, training_facts
-from ...train.checkpoint import training_files
+from ...train.checkpoint import TrainingFiles, training_files
 from ...train.data import TrainData
 from ...train.identity import digest
 from ...train.images import NATIVE_SIZES, TRANSFORMER_SIZE, check_images, one_size
@@ -168,12 +168,37 @@ def train_adapter(
         covers = None if covers is None else covers.to(device)
         data = TrainData(latents.to(device), prompts, covers, given, one_text=flow)
 
-    progress = ProgressBar(config.steps, concept.name)
+    def drawn(step: int) -> None:
+        assert on_sample is not None
+        on_sample(step, draw(model, clip, vae, adapter.detached(), concept, templates[0], latents))
+
+    every = config.sample_every if on_sample else 0
+    return _learned(model, adapter, data, (levels, timesteps), config, written, on_event, every, drawn)
+
+
+def _learned(
+    model: comfy.model_patcher.ModelPatcher,
+    adapter: TrainedAdapter,
+    data: TrainData,
+    schedule: tuple[Tensor, Tensor | None],
+    config: TrainConfig,
+    written: TrainingFiles | None,
+    on_event: Callable[[TrainEvent], None] | None,
+    every: int,
+    drawn: Callable[[int], None],
+) -> TrainResult:
+    """The steps themselves on a model that is loaded whole, and the file that they end in.
+
+    Args:
+        schedule: noise levels [T], and what the UNet is told for each of them.
+        every, drawn: after so many steps, and the last, a sample picture; 0 for none.
+    """
+    network = network_map(model.model)
+    progress = ProgressBar(config.steps, adapter.info.concept)
 
     def sample(step: int) -> None:
-        assert on_sample is not None
         with pause():
-            on_sample(step, draw(model, clip, vae, adapter.detached(), concept, templates[0], latents))
+            drawn(step)
         adopt_parameters(model.model)  # sampling may have loaded the model anew
 
     def write(result: TrainResult) -> None:
@@ -181,15 +206,16 @@ def train_adapter(
             save_trained(result.trained(), written.adapter)
             log.info("[ConceptSplit] wrote %s after %d steps", written.adapter.name, len(result.losses))
 
-    watched = _watcher([progress, *([on_event] if on_event else [])], config.sample_every if on_sample else 0, sample)
+    watched = _watcher([progress, *([on_event] if on_event else [])], every, sample)
     state = None if written is None else written.state
     stops = (KeyboardInterrupt, comfy.model_management.InterruptProcessingException)
+    levels, timesteps = schedule
+    checkpointing = config.gradient_checkpointing
     try:
-        checkpointing = config.gradient_checkpointing
         with (
-            flow_objective(model.model, adapter, levels, checkpointing)
-            if flow
-            else objective(model.model, adapter, checkpointing, timesteps)
+            objective(model.model, adapter, checkpointing, timesteps)
+            if network.sequence is None
+            else flow_objective(model.model, adapter, levels, checkpointing)
         ) as (denoise, pause):
             data = with_masks(data, network, levels, denoise, config)
             with separating(network, data, denoise, config) as (run, penalty):
