@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 import sys
 import time
 import zlib
@@ -203,12 +202,9 @@ def main() -> None:
         found["parameters"] = sum(p.numel() for p in base()[0].model.diffusion_model.parameters())
         draws = {name: (arm(one["arm"], family), Task.read(one["task"])) for name, one in jobs["costs"].items()}
         for known in costs(draws, jobs["rounds"]):
-            last = known
+            found["costs"] = known
+            keep()
             print({name: [f"{s:.2f}" for s in one["seconds"]] for name, one in known.items()}, flush=True)
-        for one in last.values():
-            one["seconds"] = statistics.median(one["seconds"])
-        found["costs"] = last
-        keep()
     cases = found.setdefault("cases", {})
     begin(jobs["case_width"])
     for name in jobs["arms"]:
