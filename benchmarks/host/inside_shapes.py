@@ -29,6 +29,7 @@ import comfy.sample  # isort: skip
 
 from benchmarks import card
 from benchmarks.host.inside import ARMS, MODEL, Task, base, counted, file_of
+from benchmarks.host.shapes import AFTERWARDS
 from benchmarks.speed.meter import measured
 
 RANK = 16
@@ -218,11 +219,9 @@ def main() -> None:
             rows[case["name"]] = verdict(draw, Task.read(case["task"]), tuple(case["named"]), between)
             print(f"{name}, {case['name']}: {rows[case['name']]} ({time.time() - began:.0f} s)", flush=True)
         whole = digest() == before
-        unchanged = torch.equal(inside.stock(Task.read(jobs["cases"][0]["task"]))["samples"], own)
-        rows["the model afterwards"] = (
-            "ok" if whole and unchanged else "its weights differ" if not whole else "its picture differs"
-        )
-        print(f"{name}, the model afterwards: {rows['the model afterwards']}", flush=True)
+        same = torch.equal(inside.stock(Task.read(jobs["cases"][0]["task"]))["samples"], own)
+        rows[AFTERWARDS] = "ok" if whole and same else "its picture differs" if whole else "its weights differ"
+        print(f"{name}, {AFTERWARDS}: {rows[AFTERWARDS]}", flush=True)
         cases[name] = rows
         keep()
 

@@ -33,6 +33,8 @@ def named(text: str, names: Sequence[str] = NAMES[:2], **changes: Any) -> dict[s
 
 
 PLAIN = "a photo of a {} and a {} on a beach"
+AFTERWARDS = "the model afterwards"
+"""The last row: what all pictures of an arm have left of the model."""
 
 
 def cases() -> list[dict[str, Any]]:
