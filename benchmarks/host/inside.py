@@ -256,7 +256,7 @@ def freefuse(task: Task, region: str = "output_late", block: int = 0, mended: bo
             use_morphological_cleaning=False, **values, **task.sampling,
         )  # fmt: skip
         covered = [float(masks["masks"][name].mean()) if name in masks["masks"] else 1.0 for name in task.names]
-        if max(covered) == 1.0:
+        if min(covered) == 1.0:
             raise RuntimeError("no regions found")
         (model,) = run(
             "FreeFuseMaskApplicator", model=planned, masks=masks, freefuse_data=data, latent=latent(task),

@@ -98,12 +98,13 @@ def table(data: Mapping[str, Any]) -> str:
         f"({data['parameters'] / 1e6:,.0f} million parameters), latent {COST_CELLS[0]} × {COST_CELLS[1]}, "
         f"{data['steps']} steps. ComfyUI {data['host']}, {machine['processor']}, one thread, torch {machine['torch']}; "
         f"*s* is the median of {len(data['costs']['merged']['seconds'])} pictures.\n",
-        "| nodes | UNet calls (rows) | work | s | to merged | more in the first picture, s | peak MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| nodes | UNet calls (rows) | work | operations | s | to merged | more in the first picture, s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, one in data["costs"].items():
         lines.append(
             f"| {name} | {one['calls']} ({one['rows']}) | {one['gflop'] / merged['gflop']:.2f} | "
+            f"{one['started'] / merged['started']:.2f} | "
             f"{seconds(one):.1f} | {seconds(one) / seconds(merged):.2f} | {one['first_seconds']:.1f} | "
             f"{one['peak_mib']:.0f} |"
         )
