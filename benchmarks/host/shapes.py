@@ -97,7 +97,7 @@ def table(data: Mapping[str, Any]) -> str:
         f"{data['model']} with random weights, {data['width']} channels wide at the top in place of 320 "
         f"({data['parameters'] / 1e6:,.0f} million parameters), latent {COST_CELLS[0]} × {COST_CELLS[1]}, "
         f"{data['steps']} steps. ComfyUI {data['host']}, {machine['processor']}, one thread, torch {machine['torch']}; "
-        f"*s* is the median of {len(data['costs']['merged']['seconds'])} pictures.\n",
+        f"*s*: median of {len(merged['seconds'])}, in turn.\n",
         "| nodes | UNet calls (rows) | work | operations | s | to merged | more in the first picture, s | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
