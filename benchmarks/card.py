@@ -91,7 +91,7 @@ def build(model: Model, precision: str) -> Any:
         if tensor.is_floating_point():
             values = torch.empty(tensor.shape, device=device, dtype=torch.bfloat16 if cast else stored)
             if tensor.ndim < 2:
-                values.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                values.fill_(0.0 if name.endswith("bias") else 1.0)  # a norm is not always named so
             else:
                 values.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
             tensor.copy_(values)

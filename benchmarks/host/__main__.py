@@ -2,10 +2,12 @@
 
     python -m benchmarks.host                               without FreeFuse
     python -m benchmarks.host --freefuse FOLDER             with it: the folder freefuse_comfyui of its checkout
+    python -m benchmarks.host --model sdxl                  what a picture costs and which inputs are drawn at all, on a
+                                                            model of SDXL's (or sd15: SD1.5's) shape (`shapes.py`)
 
 The laboratory's concepts, prompts, seeds and detector; its LoRAs as kohya files. Every arm draws the same pictures from
 the same noise, one at a time. What was drawn is kept under --cache and never drawn twice. Writes --out and the block
-`host` of --page.
+`host` of --page; for another model the block `host_MODEL`.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from conceptsplit_core.adapters.file import lora_bytes
 from conceptsplit_core.demo.looks import CONCEPTS
 from tests.host.run import find_hosts, host_python, tools, version
 
+from . import shapes
+
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).with_name("inside.py")
-RESULTS = ROOT / "benchmarks" / "results" / "separation_host.json"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "tables" / "separation.md"
 ARMS = ("merged", "hooks_slices", "ours_slices", "hooks_our_regions", "ours", "ours_loda")
 FREEFUSE = ("freefuse", "freefuse_mended")
@@ -121,31 +125,44 @@ def table(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + report.comparison_table(data["comparisons"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--freefuse", type=Path, help="folder freefuse_comfyui of FreeFuse's checkout")
-    parser.add_argument("--arms", help="comma separated, instead of the usual")
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=24, help="of each pair")
-    parser.add_argument("--tune", action="store_true", help="a pair and seeds that nothing is reported of")
-    parser.add_argument("--minutes", type=float, default=1e6, help="draw nothing more after this time")
-    parser.add_argument("--cache", type=Path, default=Path("out/host"))
-    parser.add_argument("--adapters", type=Path, default=run.CACHE, help="cache of the laboratory")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def newest_host() -> tuple[Path, Path]:
+    """The newest ComfyUI that is found, and its Python."""
+    hosts = [(one, python) for one in find_hosts() if (python := host_python(one)) is not None]
+    if not hosts:
+        sys.exit("No ComfyUI was found: set COMFYUI_PATH to its folder.")
+    return max(hosts, key=lambda one: [int(part) for part in version(one[0]).split(".") if part.isdigit()])
+
+
+def draw_in(host: Path, python: Path, script: Path, jobs: Mapping[str, Any], file: Path) -> None:
+    """Runs a script in a ComfyUI's own Python, with these jobs in a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    environment = dict(os.environ, CONCEPTSPLIT_HOST=str(host), PYTHONDONTWRITEBYTECODE="1")
+    paths = [str(ROOT), *map(str, tools(python)), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    subprocess.run([str(python), str(script), str(file)], cwd=ROOT, env=environment, check=True)
+
+
+def on_shapes(family: str, args: argparse.Namespace) -> None:
+    host, python = newest_host()
+    arms = args.arms.split(",") if args.arms else [*shapes.ARMS, *(shapes.FREEFUSE if args.freefuse else ())]
+    drawn = args.cache / f"{family}.json"
+    jobs = shapes.jobs(family, arms, args.steps, args.rounds, args.freefuse, drawn)
+    draw_in(host, python, shapes.INSIDE, jobs, args.cache / "jobs.json")
+    data = {"host": version(host), "machine": report.machine(), **shapes.described(family, jobs)}
+    data |= json.loads(drawn.read_text(encoding="utf-8"))
+    out = args.out or RESULTS / f"host_{family}.json"
+    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(shapes.table(data))
+    report.fill(args.page, {f"host_{family}": shapes.table(data)})
+
+
+def on_demo(args: argparse.Namespace) -> None:
     arms = args.arms.split(",") if args.arms else [*ARMS, *(FREEFUSE if args.freefuse else ())]
     sets = methods.concept_sets("tuning" if args.tune else "reporting", 2, args.pairs)
     first = 100 if args.tune else REPORT_FROM
     seeds = range(first, first + args.seeds)
-    hosts = [one for one in find_hosts() if host_python(one) is not None]
-    if not hosts:
-        sys.exit("No ComfyUI was found: set COMFYUI_PATH to its folder.")
-    host = max(hosts, key=lambda one: [int(part) for part in version(one).split(".") if part.isdigit()])
-    python = host_python(host)
-    assert python is not None
-
+    host, python = newest_host()
     bench = run.Bench(learning.open_model("demo"), cache=args.adapters)
     loras = args.cache / "loras"
     loras.mkdir(parents=True, exist_ok=True)
@@ -154,14 +171,9 @@ def main() -> int:
     jobs = jobs_of(arms, sets, seeds, args.cache.resolve())
     todo = [job for job in jobs if not Path(job["out"]).exists()]
     if todo:
-        file = args.cache / "jobs.json"
-        freefuse = str(args.freefuse.resolve()) if args.freefuse else ""
-        until = time.time() + 60 * args.minutes
-        file.write_text(json.dumps({"jobs": todo, "loras": str(loras.resolve()), "freefuse": freefuse, "until": until}))
-        environment = dict(os.environ, CONCEPTSPLIT_HOST=str(host), PYTHONDONTWRITEBYTECODE="1")
-        paths = [str(ROOT), *map(str, tools(python)), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        subprocess.run([str(python), str(INSIDE), str(file)], cwd=ROOT, env=environment, check=True)
+        given = {"jobs": todo, "loras": str(loras.resolve()), "until": time.time() + 60 * args.minutes}
+        given["freefuse"] = str(args.freefuse.resolve()) if args.freefuse else ""
+        draw_in(host, python, INSIDE, given, args.cache / "jobs.json")
     results, costs = records(jobs, arms)
     data = {
         "what_this_shows": "The mechanism on a small model of drawn shapes; nothing about photographic quality.",
@@ -173,10 +185,36 @@ def main() -> int:
         "costs": costs,
         "comparisons": report.comparisons(results, PAIRS),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    out = args.out or RESULTS / "separation_host.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(table(data))
     report.fill(args.page, {"host": table(data)})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--freefuse", type=Path, help="folder freefuse_comfyui of FreeFuse's checkout")
+    parser.add_argument("--model", choices=("demo", *shapes.LABELS), default="demo")
+    parser.add_argument("--arms", help="comma separated, instead of the usual")
+    parser.add_argument("--cache", type=Path, default=Path("out/host"))
+    parser.add_argument("--out", type=Path, help="instead of the usual file of benchmarks/results")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    demo = parser.add_argument_group("the demo model")
+    demo.add_argument("--pairs", type=int, default=4)
+    demo.add_argument("--seeds", type=int, default=24, help="of each pair")
+    demo.add_argument("--tune", action="store_true", help="a pair and seeds that nothing is reported of")
+    demo.add_argument("--minutes", type=float, default=1e6, help="draw nothing more after this time")
+    demo.add_argument("--adapters", type=Path, default=run.CACHE, help="cache of the laboratory")
+    others = parser.add_argument_group("other models")
+    others.add_argument("--steps", type=int, default=10, help="of a picture whose cost is measured")
+    others.add_argument("--rounds", type=int, default=3, help="of timed pictures")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.model == "demo":
+        on_demo(args)
+    else:
+        on_shapes(args.model, args)
     return 0
 
 

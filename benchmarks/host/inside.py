@@ -28,19 +28,27 @@ import nodes  # isort: skip
 
 from benchmarks.speed.meter import measured
 
-SIDE, CHANNELS = 128, 8  # of the demo model's pictures and latents
-SAMPLING = {"steps": 16, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
-DRAW = {**SAMPLING, "denoise": 1.0}
-
 
 @dataclass(frozen=True)
 class Task:
-    """One picture: concepts in the order of the prompt, their class words, the prompt with placeholders."""
+    """One picture: concepts in the order of the prompt, their class words, the prompt with placeholders.
+
+    cells: height and width of the latent.
+    """
 
     names: tuple[str, ...]
     words: tuple[str, ...]
     text: str
     seed: int
+    negative: str = ""
+    cells: tuple[int, int] = (16, 16)
+    batch: int = 1
+    steps: int = 16
+
+    @classmethod
+    def read(cls, given: dict[str, Any]) -> Task:
+        """From a job's JSON, which knows no tuples."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
     @property
     def plain(self) -> str:
@@ -49,18 +57,31 @@ class Task:
             text = text.replace(f"<{name}>", word)
         return text
 
+    @property
+    def pixels(self) -> tuple[int, int]:
+        return 8 * self.cells[0], 8 * self.cells[1]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {"steps": self.steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+MODEL: list[Any] = []
+"""What makes the MODEL, the CLIP and the VAE, if it is not the demo model that is drawn with."""
+
 
 @lru_cache(maxsize=1)
 def base() -> tuple[Any, Any, Any]:
-    return run("ConceptSplitDemoCheckpoint")
+    return MODEL[0]() if MODEL else run("ConceptSplitDemoCheckpoint")
 
 
 def file_of(name: str) -> str:
     return f"{name}.safetensors"
 
 
-def latent() -> dict[str, Any]:
-    return {"samples": torch.zeros(1, CHANNELS, SIDE // 8, SIDE // 8)}
+def latent(task: Task) -> dict[str, Any]:
+    channels = base()[0].model.latent_format.latent_channels
+    return {"samples": torch.zeros(task.batch, channels, *task.cells)}
 
 
 def encode(clip: Any, text: str) -> Any:
@@ -68,14 +89,20 @@ def encode(clip: Any, text: str) -> Any:
 
 
 def sampled(model: Any, positive: Any, negative: Any, task: Task) -> Any:
-    given = {"model": model, "positive": positive, "negative": negative, "latent_image": latent(), "seed": task.seed}
-    return run("KSampler", **given, **DRAW)[0]
+    given = {"model": model, "positive": positive, "negative": negative, "latent_image": latent(task)}
+    return run("KSampler", **given, seed=task.seed, denoise=1.0, **task.sampling)[0]
 
 
-def slices(count: int) -> list[Any]:
+def stock(task: Task) -> Any:
+    """The model's own picture, without any LoRA."""
+    model, clip, _ = base()
+    return sampled(model, encode(clip, task.plain), encode(clip, task.negative), task)
+
+
+def slices(count: int, pixels: tuple[int, int]) -> list[Any]:
     """The picture in `count` upright parts, masks [1, H, W], from left to right."""
-    owner = torch.arange(SIDE) * count // SIDE
-    return [(owner == i).float().expand(1, SIDE, SIDE).clone() for i in range(count)]
+    owner = torch.arange(pixels[1]) * count // pixels[1]
+    return [(owner == i).float().expand(1, *pixels).clone() for i in range(count)]
 
 
 # --- merged, and the core's hooks -----------------------------------------------------------------------------
@@ -93,7 +120,7 @@ def merged_model(names: tuple[str, ...]) -> Any:
 
 def merged(task: Task) -> Any:
     model, clip = merged_model(tuple(sorted(task.names)))
-    return sampled(model, encode(clip, task.plain), encode(clip, ""), task)
+    return sampled(model, encode(clip, task.plain), encode(clip, task.negative), task)
 
 
 @lru_cache(maxsize=32)
@@ -104,7 +131,7 @@ def hook(name: str) -> Any:
 def hooks(task: Task, masks: list[Any]) -> Any:
     """One pass per LoRA, blended by masks; the whole prompt in each."""
     model, clip, _ = base()
-    positive, negative = encode(clip, task.plain), encode(clip, "")
+    positive, negative = encode(clip, task.plain), encode(clip, task.negative)
     pairs = [
         run(
             "PairConditioningSetProperties", positive_NEW=positive, negative_NEW=negative, strength=1.0,
@@ -124,11 +151,11 @@ def hooks(task: Task, masks: list[Any]) -> Any:
 
 
 @lru_cache(maxsize=32)
-def our_model(names: tuple[str, ...], words: tuple[str, ...], placed: bool) -> Any:
-    """placed: the concepts stand side by side in the order of the names."""
+def our_model(names: tuple[str, ...], words: tuple[str, ...], placed: tuple[int, int] | None) -> Any:
+    """placed: the concepts stand side by side in the order of the names, in a picture of this size."""
     model, clip, _ = base()
     for i, (name, word) in enumerate(zip(names, words, strict=True)):
-        mask = slices(len(names))[i] if placed else None
+        mask = slices(len(names), placed)[i] if placed else None
         model, clip, _ = run(
             "ConceptSplitLoraLoader", model=model, clip=clip, lora=file_of(name), concept_name=name, words=word,
             mask=mask,
@@ -137,8 +164,8 @@ def our_model(names: tuple[str, ...], words: tuple[str, ...], placed: bool) -> A
 
 
 def ours(task: Task, placed: bool = False) -> Any:
-    model, clip = our_model(task.names, task.words, placed)
-    return sampled(model, encode(clip, task.text), encode(clip, ""), task)
+    model, clip = our_model(task.names, task.words, task.pixels if placed else None)
+    return sampled(model, encode(clip, task.text), encode(clip, task.negative), task)
 
 
 def ours_loda(task: Task, **options: Any) -> Any:
@@ -146,23 +173,24 @@ def ours_loda(task: Task, **options: Any) -> Any:
 
 
 def ours_with_maps(task: Task, **options: Any) -> Any:
-    model, clip = our_model(task.names, task.words, False)
-    given = {"model": model, "positive": encode(clip, task.text), "negative": encode(clip, "")}
-    return run_with_options("ConceptSplitKSampler", **given, latent_image=latent(), seed=task.seed, **DRAW, **options)
+    model, clip = our_model(task.names, task.words, None)
+    given = {"model": model, "positive": encode(clip, task.text), "negative": encode(clip, task.negative)}
+    given |= {"latent_image": latent(task), "seed": task.seed, "denoise": 1.0, **task.sampling}
+    return run_with_options("ConceptSplitKSampler", **given, **options)
 
 
 def our_regions(task: Task) -> list[Any]:
     """The areas that our node finds for this very picture, as masks."""
     _, maps = ours_with_maps(task, loda_steps=0)
-    blank = torch.zeros(1, SIDE, SIDE, 3)
+    blank = torch.zeros(1, *task.pixels, 3)
     find = partial(run, "ConceptSplitMasks", attention_maps=maps, images=blank, kind="area")
     return [find(concept_name=name)[0] for name in task.names]
 
 
 # --- FreeFuse, from its own checkout --------------------------------------------------------------------------
 
-WORKFLOW = {"collect_step": 5, "top_k_ratio": 0.1, "temperature": 500.0, "gravity_weight": 0.01, "bias": (5.0, 7.0)}
-"""The values of its SDXL workflow, which collects at a third of the steps."""
+WORKFLOW = {"top_k_ratio": 0.1, "temperature": 500.0, "gravity_weight": 0.01, "bias": (5.0, 7.0)}
+"""The values of its SDXL workflow. It collects at a third of the steps, and so do we."""
 MENDED: list[bool] = [False]
 
 
@@ -205,9 +233,9 @@ def freefuse_model(names: tuple[str, ...], key: Any) -> Any:
     return model, clip, data
 
 
-def freefuse(task: Task, region: str = "output_late", mended: bool = False, **changes: Any) -> Any:
+def freefuse(task: Task, region: str = "output_late", block: int = 0, mended: bool = False, **changes: Any) -> Any:
     MENDED[0] = mended
-    values = {**WORKFLOW, **changes}
+    values = {**WORKFLOW, "collect_step": task.steps // 3, **changes}
     low, high = values.pop("bias")
     with redirect_stdout(open(os.devnull, "w")):
         model, clip, data = freefuse_model(tuple(sorted(task.names)), (mended, region))
@@ -216,22 +244,22 @@ def freefuse(task: Task, region: str = "output_late", mended: bool = False, **ch
             concepts |= {f"adapter_name_{i}": name, f"concept_text_{i}": word}
         (data,) = run("FreeFuseConceptMap", freefuse_data=data, enable_background=False, **concepts)
         (data,) = run("FreeFuseTokenPositions", clip=clip, prompt=task.plain, freefuse_data=data)
-        positive, negative = encode(clip, task.plain), encode(clip, "")
+        positive, negative = encode(clip, task.plain), encode(clip, task.negative)
         full = next(
             k
             for k in nodes.NODE_CLASS_MAPPINGS["FreeFusePhase1Sampler"].INPUT_TYPES()["optional"]["collect_region"][0]
             if k.startswith(region)
         )
         planned, masks, _ = run(
-            "FreeFusePhase1Sampler", model=model, conditioning=positive, neg_conditioning=negative, latent=latent(),
-            freefuse_data=data, seed=task.seed, collect_region=full, collect_tf_index=0,
-            use_morphological_cleaning=False, **values, **SAMPLING,
+            "FreeFusePhase1Sampler", model=model, conditioning=positive, neg_conditioning=negative, latent=latent(task),
+            freefuse_data=data, seed=task.seed, collect_region=full, collect_tf_index=block,
+            use_morphological_cleaning=False, **values, **task.sampling,
         )  # fmt: skip
-        covered = [float(masks["masks"][name].mean()) for name in task.names]
-        if max(covered) == 1.0:
-            raise RuntimeError(f"FreeFuse found no regions for {task}")
+        covered = [float(masks["masks"][name].mean()) if name in masks["masks"] else 1.0 for name in task.names]
+        if min(covered) == 1.0:
+            raise RuntimeError("no regions found")
         (model,) = run(
-            "FreeFuseMaskApplicator", model=planned, masks=masks, freefuse_data=data, latent=latent(),
+            "FreeFuseMaskApplicator", model=planned, masks=masks, freefuse_data=data, latent=latent(task),
             bias_scale=low, positive_bias_scale=high, bias_blocks="all",
         )  # fmt: skip
         return sampled(model, positive, negative, task)
@@ -243,7 +271,7 @@ Draw = Callable[[Task], Any]
 
 ARMS: dict[str, tuple[Draw, Callable[[Task], Any] | None]] = {
     "merged": (merged, None),
-    "hooks_slices": (lambda task: hooks(task, slices(len(task.names))), None),
+    "hooks_slices": (lambda task: hooks(task, slices(len(task.names), task.pixels)), None),
     "ours_slices": (lambda task: ours(task, placed=True), None),
     "hooks_our_regions": (hooks, our_regions),
     "freefuse": (freefuse, None),
@@ -309,7 +337,7 @@ def main() -> None:
             break
         images, facts = [], []
         for one in job["tasks"]:
-            task = Task(tuple(one["names"]), tuple(one["words"]), one["text"], one["seed"])
+            task = Task.read(one)
             if job["meter"]:
                 picture(job["arm"], task, False)  # what is made once per model is not counted
             image, fact = picture(job["arm"], task, job["meter"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.host import shapes
 from tools import charts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,15 @@ def test_costs_on_transformers_are_those_of_the_results_file():
         shares = f"{100 * row['two_loras']:.1f} % | {100 * row['afg']:.1f} % | {row['reading']:.2f}"
         line = f"| {row['model']} | {row['steps']}, {row['plan_steps']} | {shares} | {row['routed_to_merged']:.2f} |"
         assert line in page
+
+
+@pytest.mark.parametrize("family", shapes.LABELS)
+def test_costs_and_odd_inputs_in_a_host_are_those_of_the_results_file(family):
+    results = json.loads((ROOT / "benchmarks" / "results" / f"host_{family}.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "tables" / "separation.md").read_text(encoding="utf-8")
+    assert shapes.table(results) in page
+    for rows in results["cases"].values():
+        assert {*rows} == {case["name"] for case in shapes.cases()} | {shapes.AFTERWARDS}
 
 
 def test_the_settings_page_says_what_tuning_measured():
