@@ -78,6 +78,18 @@ def test_a_routed_lora_acts_on_its_subject_and_its_side_of_a_line():
     assert 0 < found[0].mean() < 1 and found[3].all()
 
 
+def test_what_lies_just_on_the_line_is_on_this_side_and_half_as_strong_is_the_subject():
+    """A line across x, at the subject's own edge and half way from it to the picture's."""
+    masks = torch.zeros(3, 1, 4, 6, dtype=torch.float64)
+    masks[:, 0, 1, 2], masks[:, 0, 0, 3] = 1.0, 0.5
+    masks[0, 0, 0, 3] = 0.49
+    found = acting_areas(masks, torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.25], [0.0, 0.5, 0.9]]))
+    wanted = torch.zeros(3, 4, 6, dtype=torch.float64)
+    for image, last in enumerate((2, 3, 4)):  # a draw of just `WHOLE` takes no whole picture
+        wanted[image, :, : last + 1] = 1
+    assert torch.equal(found[:, 0], wanted)
+
+
 def lora():
     layer = "mid_block.attentions.0.transformer_blocks.0.attn2"
     info = AdapterInfo("rex", "dog", rank=2, alpha=2.0, kind="lora")
@@ -266,6 +278,16 @@ def test_what_stands_beside_a_concept_is_in_its_prompts():
     assert seen[-1] == "<rex>"
 
 
+def gaussian(maps):
+    """Maps [B, n, h, w] smoothed by a Gaussian of σ = 1 cut off at 3, the borders repeated."""
+    weights = np.exp(-0.5 * np.arange(-3, 4) ** 2)
+    for axis in (-2, -1):
+        places = np.arange(maps.shape[axis])
+        near = [np.take(maps, (places + d).clip(0, len(places) - 1), axis) for d in range(-3, 4)]
+        maps = sum(w * m for w, m in zip(weights / weights.sum(), near, strict=True))
+    return maps
+
+
 def test_the_overlap_of_maps_is_their_iou():
     random = np.random.default_rng(8)
     maps = random.random((2, 3, 4, 5)) ** 2
@@ -276,6 +298,14 @@ def test_the_overlap_of_maps_is_their_iou():
         for other in (1, 2)
     ]
     assert float(map_overlap(torch.tensor(maps), sigma=0.0)) == pytest.approx(np.mean(values), rel=1e-5)
+    wide = gaussian(maps)
+    p = wide / wide.sum(axis=(-2, -1), keepdims=True)
+    smooth = [
+        np.minimum(p[image, 0], p[image, other]).sum() / np.maximum(p[image, 0], p[image, other]).sum()
+        for image in range(2)
+        for other in (1, 2)
+    ]
+    assert float(map_overlap(torch.tensor(maps))) == pytest.approx(np.mean(smooth), rel=1e-5), "smoothed by one pixel"
     same, apart = torch.ones(1, 2, 6, 6), torch.zeros(1, 2, 6, 6)
     apart[0, 0, 0], apart[0, 1, 5] = 1.0, 1.0
     assert float(map_overlap(same)) == pytest.approx(1.0) and float(map_overlap(apart)) < 0.05
