@@ -15,6 +15,7 @@ from conceptsplit_core.kinds import FILES
 from conceptsplit_core.method.tova import TokenMask, add_at
 from conceptsplit_core.network.hooks import Member
 from conceptsplit_core.network.site import Site
+from conceptsplit_core.train import captions
 from conceptsplit_core.train.captions import COUNT, given_captions, neutral_captions, read_captions
 
 ROOT = Path(__file__).parents[2]
@@ -185,10 +186,18 @@ def test_captions_are_many_and_each_another():
     assert len(found) == len(set(found)) == COUNT == 300 and "a photo of a dog on a beach" in found
     words = {word for caption in found for word in re.findall(r"\w+", caption)}
     assert len(words) > 120 and all(re.fullmatch("[a-z -]+", caption) for caption in found)
-    assert "dog" not in " ".join(neutral_captions("demo")), "the demo model's are of what it knows"
+    assert [found[i] for i in (8, 61, 299)] == [
+        "children on a hill", "there is a brown horse on a roof", "there is a herd of sheep on a beach",
+    ]  # fmt: skip
+    assert len(neutral_captions("demo", 7)) == 7 and neutral_captions("demo", 4) == [
+        "a close photo of a triangle right of a black and green dotted ring",
+        "a plain star right of a pink triangle",
+        "a photo of a star at the bottom",
+        "a picture of a green and purple checked triangle on the left on a white background",
+    ], "the demo model's are of what it knows, and the same on every machine"
 
 
-def test_captions_of_a_user(tmp_path):
+def test_captions_of_a_user(tmp_path, monkeypatch):
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeffa café\n\n  two dogs \r\n".encode())
     assert read_captions(file) == ["a café", "two dogs"]
@@ -202,6 +211,16 @@ def test_captions_of_a_user(tmp_path):
         read_captions(tmp_path / "nowhere.txt")
     with pytest.raises(ConceptSplitError, match="captions has 10001 captions"):
         given_captions(["a"] * 10_001, "captions")
+    assert len(given_captions([" a "] * 10_000, "captions")) == 10_000 and given_captions(["a"], "captions") == ["a"]
+    file.write_bytes("café\n".encode("latin-1"))
+    assert read_captions(file) == ["caf\ufffd"]
+    assert captions.MAX_BYTES == 4 * 1024**2
+    monkeypatch.setattr(captions, "MAX_BYTES", 30)
+    file.write_bytes(b"x" * 30)
+    assert read_captions(file) == ["x" * 30]
+    file.write_bytes(b"x" * 31)
+    with pytest.raises(ConceptSplitError, match=r"mine\.txt is no list of captions: give"):
+        read_captions(file)
 
 
 # --- size -----------------------------------------------------------------------------------------------------

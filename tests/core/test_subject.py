@@ -258,8 +258,8 @@ def test_separating_reads_the_maps_of_the_steps_own_batch():
 
 
 def test_what_stands_beside_a_concept_is_in_its_prompts():
-    others = others_beside(Concept("rex", "dog"), " cat, , old owl ")
-    assert [other.class_word for other in others] == ["cat", "old owl"]
+    others = others_beside(Concept("rex", "dog"), " cat, , Old owl ")
+    assert [(other.name, other.class_word) for other in others] == [("rex.beside1", "cat"), ("rex.beside2", "Old owl")]
     assert len({other.name for other in others} | {"rex"}) == 3
     seen = []
 
