@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from conceptsplit_core import adapters
-from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
+from conceptsplit_core.adapters.base import BASES, KINDS, AdapterInfo, check_family, compute_dtype, kind_of
 from conceptsplit_core.adapters.file import (
     FORMAT,
+    MAX_BYTES,
     MAX_VALUE,
     adapter_bytes,
     canonical_key,
@@ -700,3 +701,126 @@ def test_what_each_kind_changes_and_where():
         own = [site for site in names if kind.changes(Site(site, "", "text"))]
         assert kind.scope == scope and kind.label and kind.name == name
         assert [site.rpartition("attn")[2].replace(".to_", " ") for site in own] == changed
+
+
+@pytest.mark.parametrize("one", ["value", "lora", "infusion", "para", "perfusion"])
+def test_a_kind_says_how_it_is_called_and_how_fast_it_learns(one):
+    said = {
+        "value": ("value adapter (ToVA)", 1.0),
+        "lora": ("LoRA, routed to the concept's rows and region", 1.0),
+        "infusion": ("a residual on the values of the concept's word (Infusion)", 5.0),
+        "para": ("parameter rank reduction (PaRa), routed to the concept's rows and region", 1.0),
+        "perfusion": ("gated rank-one edit with locked keys (Perfusion)", 5.0),
+    }
+    assert (KINDS[one].label, KINDS[one].rate) == said[one]
+
+
+def test_every_family_is_called_by_its_name():
+    """An adapter of SD1.5 on a model of each, and the reverse; nobody knows what an unknown one fits."""
+    names = {
+        "sd21": "SD2.1", "sdxl": "SDXL", "demo": "the ConceptSplit demo model", "flux": "Flux.1", "chroma": "Chroma",
+        "flux2": "Flux.2 or Klein", "z_image": "Z-Image", "lumina2": "Lumina 2", "qwen_image": "Qwen-Image",
+        "sd3": "SD3 or SD3.5", "krea2": "Krea 2", "wan": "Wan", "anima": "Anima", "another": "another",
+    }  # fmt: skip
+    assert {*names, "sd15", "unknown"} - {"another"} == set(BASES)
+    for base, name in names.items():
+        for theirs, model, said in (
+            ("sd15", base, f"SD1.5, but the model is {name}:"),
+            (base, "sd15", f"{name}, but the model is SD1.5:"),
+        ):
+            with pytest.raises(ConceptSplitError, match=re.escape(f"'rex' was made for {said} load")):
+                check_family(AdapterInfo("rex", "dog", theirs), model)
+        for theirs, model in ((base, base), ("unknown", base), (base, "unknown")):
+            check_family(AdapterInfo("rex", "dog", theirs), model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float64, torch.float64),
+     (torch.float8_e4m3fn, torch.float32), (torch.int8, torch.float32), (torch.float32, torch.float32)],
+)  # fmt: skip
+def test_storage_that_cannot_be_computed_in_is_computed_in_single(dtype, computed):
+    assert compute_dtype(dtype) == computed
+
+
+def test_limits_of_a_files_numbers_are_what_they_say():
+    """The largest that is possible is read, the next is refused."""
+    assert MAX_BYTES == 512 * 2**20 and MAX_VALUE == torch.finfo(torch.float16).max
+    for key, fine, beyond in (
+        ("rank", "65536", "65537"),
+        ("alpha", "999999.5", "1000000.0"),
+        ("alpha", "-999999.5", "-1000000.0"),
+        ("format_version", "2", "3"),
+        ("context_dim", str(2**53 - 1), str(2**53)),
+    ):
+        written = lambda value, key=key: rewrite(good_bytes(), lambda h: h["__metadata__"].update({key: value}))
+        assert getattr(parse_adapter(written(fine)).info, key) == json.loads(fine)
+        with pytest.raises(ConceptSplitError, match=r"not possible|is written in format version 3"):
+            parse_adapter(written(beyond))
+    layer = next(iter(LAYERS))
+    low = make()
+    low.up[layer][2, 1] = -1.01 * MAX_VALUE
+    with pytest.raises(ConceptSplitError, match=rf"far too large in {re.escape(layer)}\.lora_B"):
+        adapter_bytes(low, torch.float32)
+    with pytest.raises(ConceptSplitError, match=r"far too large \(6\.62e\+04\)"):
+        parse_adapter(save(pairs_of(low)))
+
+
+@pytest.mark.parametrize(
+    ("file", "concept"),
+    [
+        ("__.safetensors", "concept"),
+        ("-my dog!.v2_.safetensors", "my_dog_.v2"),
+        ("犬.safetensors", "犬"),
+        ("", "concept"),
+    ],
+)
+def test_a_file_that_names_no_concept_is_called_by_its_own_name(file, concept):
+    tensors = pairs_of(make())
+    assert parse_adapter(save(tensors), file).info.concept == concept
+    said = parse_adapter(save(tensors, metadata={"concept": "tom", "class_word": "cat", "other": "x"}), file).info
+    assert (said.concept, said.class_word, said.library_version) == ("tom", "cat", "")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_a_config_lies_beside_a_file_of_pefts_own_name_and_is_small(tmp_path, name):
+    adapter, path = make(rank=4, alpha=4.0), tmp_path / name
+    save_file(pairs_of(adapter), path)
+    assert peft_scale(load_adapter(path), adapter) == {1.0}
+    config = json.dumps({"lora_alpha": 8, "r": 4})
+    for size, wanted in ((2**20, 2.0), (2**20 + 1, 1.0)):
+        (tmp_path / "adapter_config.json").write_text(" " * (size - len(config)) + config)
+        assert peft_scale(load_adapter(path), adapter) == {wanted}
+
+
+def test_ranks_that_are_possible():
+    info = AdapterInfo("rex", "dog", rank=1, alpha=1.0)
+    thin = LowRankAdapter.create(LAYERS, info, 0)
+    assert {thin.rank_of(layer) for layer in LAYERS} == {1} and not thin.moved()
+    with pytest.raises(ConceptSplitError, match="Rank 0 is not possible: use 1 or more"):
+        LowRankAdapter.create(LAYERS, AdapterInfo("rex", "dog", rank=0), 0)
+    assert make().truncated(1)[0].rank_of(next(iter(LAYERS))) == 1
+    with pytest.raises(ConceptSplitError, match="Cannot truncate to rank 0"):
+        make().truncated(0)
+    empty, error = thin.truncated(1)
+    assert error == 0.0 and not empty.moved() and empty.info.training == {"truncated_to_rank": 1}
+    layer = next(iter(LAYERS))
+    one_side = LowRankAdapter(info, {layer: torch.ones(3, 8, dtype=torch.float64)}, {layer: torch.ones(12, 3)})
+    same = one_side.factor(layer, torch.device("cpu"), torch.float64)
+    assert same[0].dtype == same[1].dtype == torch.float64, "both sides in the precision asked for"
+    one_side.up[layer].requires_grad_(True)
+    learning = one_side.factor(layer, torch.device("cpu"), torch.float16)
+    assert learning[1] is one_side.up[layer] and learning[0] is one_side.down[layer]
+
+
+def test_copies_move_and_change_precision_and_keep_what_they_say():
+    adapter = make()
+    half = adapter.detached(torch.float16)
+    assert {t.dtype for t in half.parameters()} == {torch.float16} and half.info == adapter.info
+    assert all(torch.equal(a, b.half()) for a, b in zip(half.parameters(), adapter.parameters(), strict=True))
+    moved = adapter.to("cpu")
+    assert all(a is b for a, b in zip(moved.parameters(), adapter.parameters(), strict=True))
+    assert [tuple(t.shape) for t in adapter.parameters()] == [
+        shape for layer in sorted(LAYERS) for shape in ((3, 8), (LAYERS[layer][1], 3))
+    ]
+    assert adapter.nbytes(torch.float64) == 8 * sum(t.numel() for t in adapter.parameters())

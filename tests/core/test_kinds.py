@@ -258,3 +258,52 @@ def test_the_page_tells_what_a_file_of_each_kind_weighs():
         found[kind] = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
     assert said == found
     assert file_size("perfusion") < 100_000, "the paper's size"
+
+
+@pytest.mark.parametrize("kind", ["perfusion", "infusion", "para"])
+def test_tables_move_and_are_copied_with_all_they_hold(kind):
+    one = made(kind, VALUE, 4)
+    half = one.detached(torch.float16)
+    table = lambda adapter: KINDS[kind].tensors(adapter)
+    assert {t.dtype for t in table(half).values()} == {torch.float16} and half.info == one.info
+    assert all(torch.equal(table(half)[name], tensor.half()) for name, tensor in table(one).items())
+    assert all(tensor is table(one.to("cpu"))[name] for name, tensor in table(one).items())
+    whole = one.detached()
+    assert all(t.data_ptr() != table(one)[name].data_ptr() for name, t in table(whole).items())
+    assert one.nbytes() == 2 * sum(t.numel() for t in table(one).values())
+    assert one.parameters()[0] is one.own[VALUE] and one.layers == {VALUE: tuple(one.own[VALUE].shape)}
+    if kind != "perfusion":
+        assert one.moved()
+        one.own[VALUE].zero_()
+    assert not one.moved()
+
+
+def test_a_tensor_that_learns_is_made_ready_each_time_where_it_is_asked_for():
+    one = made("infusion", VALUE, 4)
+    cpu = torch.device("cpu")
+    one.own[VALUE].requires_grad_(True)
+    first, second = (one.ready(VALUE, cpu, torch.float16) for _ in range(2))
+    assert first is not second and first.requires_grad and first.dtype == torch.float16
+    one.own[VALUE] = one.own[VALUE].detach().double()
+    plain = one.ready(VALUE, cpu, torch.float32)
+    assert plain.dtype == torch.float32 and not plain.requires_grad
+    one.own[VALUE] = one.own[VALUE] * 2
+    torch.testing.assert_close(one.ready(VALUE, cpu, torch.float32), 2 * plain)
+
+
+def test_members_that_do_nothing_leave_the_output_alone(layer, rows):
+    x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1))
+    two = [made("infusion", VALUE, seed) for seed in (4, 9)]
+    change = lambda strengths, mask, site=VALUE: KINDS["infusion"].change(
+        [Member(a, s) for a, s in zip(two, strengths, strict=True)],
+        Site(site, "", "text"),
+        layer,
+        x,
+        layer(x),
+        TokenMask(mask),
+    )
+    assert change((0.0, 0.0), rows) is None and change((1.0, 1.0), rows * 0) is None
+    assert change((1.0, 1.0), rows, QUERY) is None
+    places, added = change((0.0, 2.0), rows)
+    torch.testing.assert_close(added[places == 4][0], 2.0 * two[1].own[VALUE])
+    assert not added[places != 4].any()

@@ -568,7 +568,9 @@ def closest(p, parts):
     return found[min(found)]
 
 
-@pytest.mark.parametrize(("seed", "heavy", "parts"), [(7, 6, 2), (19, 6, 2), (21, 6, 2), (17, 7, 3), (14, 7, 3), (26, 7, 3)])
+@pytest.mark.parametrize(
+    ("seed", "heavy", "parts"), [(7, 6, 2), (19, 6, 2), (21, 6, 2), (17, 7, 3), (14, 7, 3), (26, 7, 3)]
+)
 def test_of_several_starts_the_closest_clusters_count(seed, heavy, parts):
     """Maps that each start alone but one divides worse: slices along y, along x, and cells far apart, in this order."""
     generator = torch.Generator().manual_seed(seed)
@@ -605,7 +607,9 @@ def test_layers_of_another_shape_give_each_cell_to_who_holds_most_of_it(size):
     region = owner == torch.arange(3).view(1, 3, 1, 1)
     shares = torch.zeros(2, 3, *size)
     for y, x in itertools.product(*map(range, size)):
-        rows, columns = (range(at * old // new, -(-(at + 1) * old // new)) for at, old, new in ((y, 3, size[0]), (x, 5, size[1])))
+        rows, columns = (
+            range(at * old // new, -(-(at + 1) * old // new)) for at, old, new in ((y, 3, size[0]), (x, 5, size[1]))
+        )
         held = [[region[:, :, r, c].float() for c in columns] for r in rows]
         shares[..., y, x] = sum(sum(line) for line in held) / (len(rows) * len(columns))
     torch.testing.assert_close(resize_areas(region.float(), size), shares)

@@ -131,6 +131,10 @@ def test_routed_training_says_what_it_lacks(masks):
         train(adapter, data(masks=masks), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, routed=True))
 
 
+def test_maps_are_read_up_to_64_by_64_pixels():
+    assert subject.LARGEST == 64 * 64
+
+
 def test_masks_come_from_one_place():
     given = data(masks=True)
     assert with_masks(given, None, ALPHAS, None, TrainConfig()) is given
@@ -204,7 +208,9 @@ def test_masks_are_words_where_loda_reads_them_spread_by_the_finest_pixels(monke
     given, root = two_things(), network.root()
     masks = with_masks(given, network, ALPHAS, denoise, TrainConfig(mask_from="attention")).masks
     assert masks.shape == (2, 1, *LATENT) and given.masks is None and len(seen) == 2
-    assert len(LEVELS) == 2 and choose_layers({name: factor for name, (factor, _) in GRIDS.items()}) == (4, ["coarse"])
+    assert (LEVELS, NOISES) == ((0.3, 0.5), 2) and choose_layers(
+        {name: factor for name, (factor, _) in GRIDS.items()}
+    ) == (4, ["coarse"])
     count = 2 * NOISES
     for index, batch in enumerate(seen):
         places = [int(share * 50) for share in LEVELS for _ in range(NOISES)]

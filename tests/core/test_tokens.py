@@ -524,3 +524,31 @@ def test_layouts_of_text_encoders(tokenizer, name, parts, cropped):
         assert layout.rows((0, 9), 30, 30) == (0, 9)
         with pytest.raises(ConceptSplitError, match=f"The {name} text encoder makes 29 rows"):
             layout.rows((9,), 30, 29)
+
+
+@pytest.mark.parametrize(
+    ("parts", "clip"),
+    [(["l"], True), (["h"], True), (["g", "l"], True), (["l", "g", "h"], True), (["qwen3_4b"], False)],
+)
+def test_text_encoders_of_clip_models_or_of_one_other_need_no_entry(parts, clip):
+    layout = layout_of(["Some_Tokenizer_"], parts)
+    assert layout.clip is clip and layout.groups == (tuple(parts),) and layout.name == "Some_"
+    assert not layout_of(["SD3Tokenizer"], ["l", "g", "t5xxl"]).clip
+    assert layout_of(["SD3Tokenizer"], ["l", "g", "t5xxl"]).without({"t5xxl"}).clip
+    assert layout_of(["Tokenizer"], parts).name == "Tokenizer"
+    with pytest.raises(ConceptSplitError, match="behind the Mine text encoder"):
+        layout_of(["MineTokenizer", "Other"], ["l", "t5xxl"])
+
+
+def test_no_positions_are_no_rows_whatever_is_cut():
+    layout = layout_of(["QwenImageTokenizer"], ["qwen25_7b"])
+    assert layout.rows((), 50, 16) == () and layout.rows((34, 40), 50, 16) == (0, 6)
+    with pytest.raises(ConceptSplitError, match="makes 16 rows of the 50 tokens"):
+        layout.rows((33, 40), 50, 16)
+
+
+def test_the_frames_of_clip_are_the_usual_ones():
+    assert SpecialTokens() == SpecialTokens(49406, 49407, 49407)
+    chunks = lambda text: [[49406, *(ord(sign) for sign in text), 49407, 49407]]
+    bound = bind("a <rex> b", [REX], chunks)
+    assert bound.text == "a dog b" and bound.bindings == (Binding("rex", (3, 4, 5), 1.0),)

@@ -355,7 +355,11 @@ def test_a_loss_that_is_not_finite_says_what_is_kept(tmp_path):
         return denoise
 
     told = {}
-    for name, path, save_every in (("kept", tmp_path / "x.checkpoint", 2), ("unsaved", tmp_path / "y", 0), ("none", None, 2)):
+    for name, path, save_every in (
+        ("kept", tmp_path / "x.checkpoint", 2),
+        ("unsaved", tmp_path / "y", 0),
+        ("none", None, 2),
+    ):
         adapter = new_adapter()
         config = TrainConfig(steps=9, save_every=save_every, learning_rate=0.0125)
         with pytest.raises(ConceptSplitError) as raised:

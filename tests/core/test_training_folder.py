@@ -84,7 +84,20 @@ def test_every_usual_ending_is_a_picture_and_may_be_a_mask(tmp_path, ending):
     assert mask_files(tmp_path / "masks", [photo]) == [cover]
 
 
-@pytest.mark.parametrize("name", ["{}_masklabel", "{}-mask", "{} masks", "{}.matte", "{}-segmentation", "{}_SEG", "{}-._mask", "mask-{}", "Masks_{}"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{}_masklabel",
+        "{}-mask",
+        "{} masks",
+        "{}.matte",
+        "{}-segmentation",
+        "{}_SEG",
+        "{}-._mask",
+        "mask-{}",
+        "Masks_{}",
+    ],
+)
 def test_every_usual_name_of_a_mask_is_known(tmp_path, name):
     photo, cover = draw(tmp_path / "my.red-dog.png"), draw(tmp_path / (name.format("my.red-dog") + ".png"))
     found = picture_folder(tmp_path)
@@ -136,7 +149,9 @@ def test_a_photograph_of_a_phone_is_named_where_nothing_opens_it(tmp_path, monke
     assert Image.ID.count(heic.FORMAT) == 1
     for given in (path, str(path), io.BytesIO(path.read_bytes())):
         named = "The picture" if isinstance(given, io.BytesIO) else "IMG 1.HEIC"
-        with pytest.raises(heic.HeicError, match=rf"^{named} is a HEIC photograph, and this Python has nothing that opens it"):
+        with pytest.raises(
+            heic.HeicError, match=rf"^{named} is a HEIC photograph, and this Python has nothing that opens it"
+        ):
             Image.open(given)
     for other in (b"\0\0\0\x18ftypavif" + b"\0" * 40, b"\0\0\0\x18free" + brand.encode() + b"\0" * 40):
         path.write_bytes(other)
@@ -150,7 +165,9 @@ def test_a_photograph_of_a_phone_is_named_where_nothing_opens_it(tmp_path, monke
 @pytest.mark.parametrize("ending", [".heic", ".heif"])
 def test_with_pillow_heif_photographs_of_phones_are_pictures(tmp_path, monkeypatch, pillow, ending):
     calls = []
-    plugin = types.SimpleNamespace(register_heif_opener=lambda: calls.append(1) or Image.EXTENSION.update({ending: "PNG"}))
+    plugin = types.SimpleNamespace(
+        register_heif_opener=lambda: calls.append(1) or Image.EXTENSION.update({ending: "PNG"})
+    )
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
     draw(tmp_path / "b.png").rename(tmp_path / f"b{ending}")
     assert names(picture_folder(tmp_path).pictures) == [f"b{ending}"] and calls

@@ -227,6 +227,28 @@ def test_b6_a_stop_before_anything_was_learned_hands_over_nothing():
     assert not given
 
 
+def test_b6_the_key_that_interrupts_is_a_stop_unless_others_are_named():
+    def interrupt(event):
+        if event.step == 2:
+            raise KeyboardInterrupt
+
+    given = []
+    for stops in ({}, {"stops": (Stop,)}):
+        adapter = new_adapter()
+        with pytest.raises(KeyboardInterrupt):
+            train(
+                adapter,
+                data(),
+                ALPHAS,
+                toy_denoise(adapter),
+                TrainConfig(steps=9),
+                interrupt,
+                on_stop=given.append,
+                **stops,
+            )
+    assert [len(result.losses) for result in given] == [2]
+
+
 def test_b6_a_fault_is_no_stop():
     given = []
     with pytest.raises(ZeroDivisionError):
@@ -401,7 +423,9 @@ def test_a_state_is_as_large_as_its_tensors_and_losses_may_be(tmp_path, monkeypa
 
 def test_room_for_a_state_is_looked_for_once_and_only_where_one_will_be_written(tmp_path, monkeypatch):
     written, genuine = [], checkpoint.write_whole
-    monkeypatch.setattr(checkpoint, "write_whole", lambda path, data: written.append((path.name, len(data))) or genuine(path, data))
+    monkeypatch.setattr(
+        checkpoint, "write_whole", lambda path, data: written.append((path.name, len(data))) or genuine(path, data)
+    )
     adapter, path = new_adapter(), tmp_path / "x.checkpoint"
     config = TrainConfig(steps=3, batch_size=2, save_every=2)
     train(adapter, data(), ALPHAS, toy_denoise(adapter), config, None, path)
