@@ -129,6 +129,10 @@ def test_every_spelling_of_a_tensors_name_is_read():
     assert canonical_key(f"{layer}.lora_down.weight") == (layer, "lora_A")
     assert canonical_key(f"unet.{layer}.alpha") == (layer, "alpha")
     assert canonical_key(f"unet.{attention}.to_out.0.lora_B.weight") == (f"{attention}.to_out.0", "lora_B")
+    for block, side in (("transformer_blocks.7.attn.add_v_proj", "A"), ("single_transformer_blocks.12.attn.to_v", "B")):
+        assert canonical_key(f"transformer.{block}.lora_{side}.weight") == (block, f"lora_{side}")
+        assert canonical_key(f"transformer.x.{block}.lora_{side}.weight") is None
+        assert canonical_key(f"transformer.{block}.lora_{side}.bias") is None
     assert canonical_key(f"unet.{attention}.processor.to_out_lora.up.weight") == (f"{attention}.to_out.0", "lora_B")
     for key in (
         f"unet.{layer}.weight",
@@ -336,6 +340,19 @@ def test_missing_files_and_folders_are_one_sentence(tmp_path):
         with pytest.raises(ConceptSplitError, match="There is no file") as error:
             load_adapter(path)
         one_sentence(error)
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path, monkeypatch):
+    path = tmp_path / "rex.safetensors"
+    save_adapter(make(), path)
+    for error, said in ((OSError(5, "Input/output error"), "Input/output error"), (OSError("odd"), "odd")):
+
+        def broken(self, error=error):
+            raise error
+
+        monkeypatch.setattr(type(path), "read_bytes", broken)
+        with pytest.raises(ConceptSplitError, match=rf"^Cannot read .*rex\.safetensors: {said}\.$"):
+            load_adapter(path)
 
 
 def test_a_file_above_the_limit_is_refused_however_good_it_is(tmp_path):
@@ -694,6 +711,8 @@ def test_what_each_kind_changes_and_where():
         "tara": ("image", [f"{n} {p}" for n in (1, 2) for p in ("q", "k", "v", "out.0")]),
         "lora_key_value": ("everywhere", ["2 k", "2 v"]),
         "perfusion": ("everywhere", ["2 v"]),
+        "infusion": ("rows", ["2 v"]),
+        "para": ("region", [f"{n} {p}" for n in (1, 2) for p in ("q", "k", "v")]),
     }
     assert set(table) <= set(KINDS)
     for name, (scope, changed) in table.items():
@@ -745,7 +764,7 @@ def test_storage_that_cannot_be_computed_in_is_computed_in_single(dtype, compute
 
 def test_limits_of_a_files_numbers_are_what_they_say():
     """The largest that is possible is read, the next is refused."""
-    assert MAX_BYTES == 512 * 2**20 and MAX_VALUE == torch.finfo(torch.float16).max
+    assert MAX_BYTES == 512 * 2**20 and torch.finfo(torch.float16).max == MAX_VALUE
     for key, fine, beyond in (
         ("rank", "65536", "65537"),
         ("alpha", "999999.5", "1000000.0"),

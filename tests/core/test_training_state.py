@@ -421,6 +421,17 @@ def test_a_state_is_as_large_as_its_tensors_and_losses_may_be(tmp_path, monkeypa
     assert read == [3 * own + 64 * 1024**2]
 
 
+def test_a_state_that_cannot_be_read_says_why(tmp_path, monkeypatch):
+    def broken(self):
+        raise OSError(5, "Input/output error")
+
+    path, adapter = tmp_path / "x.checkpoint", new_adapter()
+    path.touch()
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(ConceptSplitError, match=r"^Cannot read .*x\.checkpoint: Input/output error\.$"):
+        train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, resume=True), None, path)
+
+
 def test_room_for_a_state_is_looked_for_once_and_only_where_one_will_be_written(tmp_path, monkeypatch):
     written, genuine = [], checkpoint.write_whole
     monkeypatch.setattr(
