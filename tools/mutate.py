@@ -78,7 +78,7 @@ class Mutant:
     @cached_property
     def text(self) -> str:
         """The file with the change; written out when it is asked for, which for a whole room would take a minute."""
-        return self.module.deep_replace(self.node, self.new).code
+        return cst.ensure_type(self.module.deep_replace(self.node, self.new), cst.Module).code
 
     @cached_property
     def lines(self) -> tuple[str, str]:
@@ -133,8 +133,9 @@ def _is_words(node: cst.CSTNode) -> bool:
         return True
     if isinstance(node, cst.Assign) and cst.Module([]).code_for_node(node.targets[0].target) == "__all__":
         return True
-    spoken = isinstance(node, cst.Call) and isinstance(node.func, cst.Name | cst.Attribute)
-    called = cst.Module([]).code_for_node(node.func) if spoken else ""
+    if not (isinstance(node, cst.Call) and isinstance(node.func, cst.Name | cst.Attribute)):
+        return False
+    called = cst.Module([]).code_for_node(node.func)
     return called.startswith(("log.", "warnings.")) or called in _WORDS
 
 

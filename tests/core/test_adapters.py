@@ -86,6 +86,7 @@ def test_what_was_trained_routed_is_a_lora_file_and_all_else_an_adapter(tmp_path
         said = read_header(path.read_bytes(), "x")["__metadata__"]
         if routed:
             assert float(found[f"{name}.alpha"]) == 6.0 and said == {"modelspec.trigger_phrase": "dog"}
+            assert torch.equal(found[f"{name}.lora_down.weight"], adapter.down[layer]) and len(found) == 9
         else:
             assert load_adapter(path).info == adapter.info
 
@@ -544,6 +545,15 @@ def test_case_5_a_pattern_is_the_end_of_a_name_and_short(pattern, alpha):
     assert peft_alpha(facts, "mid_block.attn2.to_v", 2) == alpha
 
 
+@pytest.mark.parametrize(
+    ("said", "alpha"), [(999_999.5, 999_999.5), (-999_999.5, -999_999.5), (1e6, None), (-1e6, None), ("8", None)]
+)
+def test_an_alpha_of_peft_is_a_number_below_a_million(said, alpha):
+    assert peft_alpha({"lora_alpha": said}, "attn2.to_v", 4) == alpha
+    assert peft_alpha({"lora_alpha": 3, "alpha_pattern": {"to_v": said}}, "attn2.to_v", 4) == alpha
+    assert peft_alpha({"lora_alpha": said, "alpha_pattern": ["to_v"]}, "attn2.to_v", 4) == alpha
+
+
 def test_a_config_beside_a_file_of_another_name_is_not_its_own(tmp_path):
     adapter = make(rank=4, alpha=4.0)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}))
@@ -715,6 +725,8 @@ def test_what_each_kind_changes_and_where():
         "para": ("region", [f"{n} {p}" for n in (1, 2) for p in ("q", "k", "v")]),
     }
     assert set(table) <= set(KINDS)
+    values = Site("transformer_blocks.3.attn.add_v_proj", "", "text", values=True)
+    assert [name for name, kind in KINDS.items() if kind.changes(values)] == ["value"]
     for name, (scope, changed) in table.items():
         kind = KINDS[name]
         own = [site for site in names if kind.changes(Site(site, "", "text"))]
@@ -722,11 +734,15 @@ def test_what_each_kind_changes_and_where():
         assert [site.rpartition("attn")[2].replace(".to_", " ") for site in own] == changed
 
 
-@pytest.mark.parametrize("one", ["value", "lora", "infusion", "para", "perfusion"])
+@pytest.mark.parametrize("one", KINDS)
 def test_a_kind_says_how_it_is_called_and_how_fast_it_learns(one):
     said = {
         "value": ("value adapter (ToVA)", 1.0),
+        "key": ("keys at the concept's rows", 1.0),
+        "key_value": ("keys and values at the concept's rows", 1.0),
         "lora": ("LoRA, routed to the concept's rows and region", 1.0),
+        "tara": ("LoRA whose text side is kept to the concept's rows (TARA)", 1.0),
+        "lora_key_value": ("LoRA on keys and values of all rows", 1.0),
         "infusion": ("a residual on the values of the concept's word (Infusion)", 5.0),
         "para": ("parameter rank reduction (PaRa), routed to the concept's rows and region", 1.0),
         "perfusion": ("gated rank-one edit with locked keys (Perfusion)", 5.0),

@@ -293,6 +293,9 @@ def test_forms_of_a_linear_layer_at_tokens_and_in_whole_rows():
     mask = TokenMask(weights)
     places, tokens = mask.work(x)
     torch.testing.assert_close(weighted_change(factors, layer, tokens, mask), wanted.flatten(0, 1)[places])
+    for some in (factors[:2], factors[1:], factors[::2], factors[1:2]):
+        wanted = sum(weights[..., i : i + 1] * strength * (x @ dense(factor).t()) for i, strength, factor in some)
+        torch.testing.assert_close(weighted_change(some, layer, x, TokenMask(weights, range(2))), wanted)
     broken = x.clone()
     broken[0, 2] = float("inf")
     found = weighted_change(factors, layer, broken, TokenMask(weights, range(2)))
@@ -327,6 +330,8 @@ def test_modules_that_a_lora_does_not_change_are_not_looked_at():
     adapter.check_fits({"mid_block.attn2.to_k": (1, 1), TEXT: (WIDE, TALL), IMAGE: (9, 9)}, "sdxl")
     with pytest.raises(ConceptSplitError, match=r"maps 6 to 8 values .* maps 7 to 8: .* made for another model"):
         adapter.check_fits({IMAGE: (9, 9), TEXT: (WIDE + 1, TALL)}, "sdxl")
+    with pytest.raises(ConceptSplitError, match=r"made for another model and the model is unknown\.$"):
+        adapter.check_fits({TEXT: (WIDE + 1, TALL)})
 
 
 def test_a_peft_file_says_its_alphas_by_module_unless_it_holds_them():

@@ -141,6 +141,7 @@ def test_a_table_reads_back_and_forgets_nothing(kind):
         back.truncated(1)
     with pytest.raises(ConceptSplitError, match=f"Layer {VALUE} of adapter 'rex' does not fit this model"):
         back.check_fits({VALUE: (WIDTH, OUT + 1)})
+    back.with_info(base="sd21").check_fits(dict.fromkeys(back.sites, (WIDTH, OUT)))
     with pytest.raises(ConceptSplitError, match="made for SD2.1, but the model is SDXL"):
         back.with_info(base="sd21").check_fits({VALUE: (WIDTH, OUT)}, "sdxl")
 

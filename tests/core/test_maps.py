@@ -44,6 +44,12 @@ def test_iou_is_the_overlap_that_disendiff_names():
     torch.testing.assert_close(pairwise(p, "iou"), torch.tensor([[1 - 0.5 / 1.5, 1 - 0.5 / 1.5, 1.0]]))
 
 
+def test_thresholds_are_those_that_results_were_made_with():
+    wanted = {"jsd": 0.45, "symmetric_kl": 3.0, "bhattacharyya": 1.0, "kl": 3.0, "iou": 0.9}
+    assert {name: found.threshold for name, found in DIVERGENCES.items()} == wanted
+    assert not any(found.set_wise for found in DIVERGENCES.values())
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_thresholds_are_the_same_overlap_in_every_unit(name):
     """Two blobs of σ = 1/8 of the picture reach it when they are between 2.4 and 2.9 σ apart."""

@@ -261,6 +261,15 @@ def test_a_name_like_one_that_is_loaded_and_a_class_word_in_brackets_are_asked_a
         bind(f"a {text}", [REX, Concept("my-mug", "mug")], tokenize, special=SPECIAL)
 
 
+@pytest.mark.parametrize("text", ["<teapot>", "<TEAPOT>", "<teapot:0.8>"])
+def test_a_class_word_in_brackets_means_its_only_concept_however_that_is_named(text):
+    bob = Concept("bob", "TeaPot")
+    with pytest.raises(ConceptSplitError, match=r"did you mean <bob>\?"):
+        bind(f"a {text}", [REX, bob], tokenize, special=SPECIAL)
+    with pytest.raises(ConceptSplitError, match=r"uses <teapot>.*load it under that name"):
+        bind("a <teapot>", [REX, bob, Concept("jim", "teapot")], tokenize, special=SPECIAL)
+
+
 def test_the_class_word_of_two_concepts_says_nothing():
     with pytest.raises(ConceptSplitError, match=r"uses <dog>.*load it under that name or correct the prompt"):
         bind("a <dog>", [REX, TOM], tokenize, special=SPECIAL)
@@ -401,6 +410,13 @@ def test_a_word_written_together_with_another_is_no_occurrence():
     for text in ("a bobcat", "a catty", "concatenate", "xcats"):
         assert not bind(text, [cat], tokenize, special=SPECIAL).bindings, text
     assert rows(bind("bobcat cat", [cat], tokenize, special=SPECIAL), "tom") == (3,)
+    for word, text, there in (
+        ("a+", "xx a+b", True),
+        ("+a", "xx +ab", False),
+        ("a+", "xa+ b", False),
+        ("+a", "x+a b", True),
+    ):
+        assert bool(bind(text, [Concept("x", word)], tokenize, special=SPECIAL).bindings) is there, text
     star = Concept("fan", "#1")
     assert rows(bind("x#1y", [star], tokenize, special=SPECIAL), "fan") == (2, 3)
 
