@@ -552,19 +552,20 @@ def test_of_a_shared_map_what_exceeds_its_mean_counts():
 
 def closest(p, parts):
     """The heavy cells of p in as many clusters as have the least spread, by trying every division."""
-    weight = (p - p.mean()).clamp(min=0)
-    cells = weight.nonzero()
+    mean = float(p.mean())
+    cells = [(y, x, float(p[y, x]) - mean) for y, x in p.nonzero().tolist() if p[y, x] > mean]
     found = {}
     for rest in itertools.product(range(parts), repeat=len(cells) - 1):
-        groups = [[i for i, part in enumerate((0, *rest)) if part == own] for own in range(parts)]
+        groups = [[cell for cell, part in zip(cells, (0, *rest), strict=True) if part == own] for own in range(parts)]
         if not all(groups):
             continue
         spread = 0.0
         for own in groups:
-            places, heavy = cells[own].double(), weight[tuple(cells[own].T)].double()[:, None]
-            centre = (places * heavy).sum(dim=0) / heavy.sum()
-            spread += float(((places - centre).pow(2) * heavy).sum())
-        found[spread] = {frozenset(map(tuple, cells[own].tolist())) for own in groups}
+            mass = sum(w for _, _, w in own)
+            for axis in (0, 1):
+                centre = sum(cell[axis] * cell[2] for cell in own) / mass
+                spread += sum((cell[axis] - centre) ** 2 * cell[2] for cell in own)
+        found[spread] = {frozenset((y, x) for y, x, _ in own) for own in groups}
     return found[min(found)]
 
 
