@@ -522,6 +522,7 @@ def test_a_report_holds_what_the_run_has_counted():
     [
         ([(1, 0), (0, 2)], [1, 0]),  # a slope of just ½ is two lines
         ([(1, 0), (0, 3)], [0, 1]),  # less is one line
+        ([(0.5, 0.25), (0, 0)], [1, 0]),  # centres lie between cells
         ([(5, 5), (0, 0), (1, 6), (5, 0)], [1, 2, 3, 0]),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.text.binding import Binding, Concept, bind, row_mask
+from conceptsplit_core.text.binding import Binding, Concept, bind, changed, row_mask
 from conceptsplit_core.text.concepts import marked_concepts, shown, without_absent, word_name, written
 from conceptsplit_core.text.layout import SpecialTokens, content, layout_of
 
@@ -568,3 +568,29 @@ def test_the_frames_of_clip_are_the_usual_ones():
     chunks = lambda text: [[49406, *(ord(sign) for sign in text), 49407, 49407]]
     bound = bind("a <rex> b", [REX], chunks)
     assert bound.text == "a dog b" and bound.bindings == (Binding("rex", (3, 4, 5), 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("ids", "other", "wanted"),
+    [
+        ([1, 2, 3, 4, 5], [1, 9, 3, 4, 5], [1]),
+        ([1, 2, 3, 4, 5], [1, 9, 2, 3, 4, 5], []),  # something came in between
+        ([1, 2, 2, 3], [1, 2, 3], [2]),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], []),
+        ([1, 2, 3], [7, 8], [0, 1, 2]),
+        ([4, 4, 4, 5], [4, 5], [1, 2]),
+        ([], [1], []),
+    ],
+)
+def test_what_changed_lies_between_the_beginning_and_the_end_that_are_shared(ids, other, wanted):
+    positions = [10 * at for at in range(len(ids))]
+    assert changed((ids, positions), other) == [10 * at for at in wanted]
+
+
+def test_two_placeholders_in_one_token_are_refused():
+    """Signs of a script without spaces, of which the tokenizer makes one."""
+    both = [Concept("a", "犬"), Concept("b", "猫")]
+    pairs_ = lambda text: [[int.from_bytes(text[at : at + 2].encode(), "big") for at in range(0, len(text), 2)]]
+    with pytest.raises(ConceptSplitError, match="Placeholder <b> in prompt .* does not stand as the word '猫'"):
+        bind("見る<a><b>走る", both, pairs_, SpecialTokens(None, None, -1))
+    assert len(bind("見る<a>と<b>る", both, pairs_, SpecialTokens(None, None, -1)).bindings) == 2

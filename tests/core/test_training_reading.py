@@ -381,6 +381,8 @@ def test_transparent_parts_lie_on_white_in_pictures_and_on_black_in_masks(tmp_pa
     half = np.dstack([np.full((2, 3, 3), [[[255] * 3, [0] * 3, [255] * 3]]), np.full((2, 3), 204)]).astype(np.uint8)
     Image.fromarray(half).save(tmp_path / "m.png")
     assert np.asarray(open_mask(tmp_path / "m.png")).tolist() == [[204, 0, 204]] * 2
+    Image.new("RGBA", (3, 2), (255, 90, 10, 0)).save(tmp_path / "m.png")
+    assert not np.asarray(open_mask(tmp_path / "m.png")).any(), "nothing of it is there"
 
 
 def test_a_mask_of_floats_is_shares_and_values_from_half_white_on_are_strong(tmp_path):

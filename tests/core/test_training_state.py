@@ -1,5 +1,6 @@
 """Stopping a training and continuing it."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -528,6 +530,18 @@ def test_up_to_five_differences_are_all_named(tmp_path, count):
     assert named == (", ".join(said[:-1]) + " and " + said[-1] if count > 1 else said[0])
 
 
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [("images", "other pictures"), ("size", "pictures of another size"), ("masks", "other masks"),
+     ("prompts", "other prompts"), ("layers", "a model of another architecture"), ("model", "another model"),
+     ("text encoder", "another text encoder"), ("vae", "another VAE"), ("captions", "other captions")],
+)  # fmt: skip
+def test_what_only_one_of_two_trainings_knows_differs(key, named):
+    for stored, now in (({key: "a"}, {}), ({}, {key: "a"}), ({key: "a"}, {key: "b"})):
+        assert differences(stored, {"settings": {}, **now}) == [named]
+    assert differences({key: "a"}, {"settings": {}, key: "a"}) == []
+
+
 def test_many_differences_are_counted():
     now = {"settings": {f"option{n}": 1 for n in range(7)}, "layers": "x"}
     assert differences({"settings": {}}, now)[:2] == ["a model of another architecture", "option0 None then and 1 now"]
@@ -557,6 +571,16 @@ def test_a_refusal_names_four_differences_and_counts_the_others(tmp_path):
 )
 def test_digests_tell_shapes_and_parts_apart(one, other):
     assert digest(*one) != digest(*other) and digest(*one) == digest(*one) and len(digest(*one)) == 32
+
+
+def test_a_digest_is_that_of_shape_and_single_precision_values_bytes_and_text():
+    """Version after version, or no stopped training could be continued by the next."""
+    total = hashlib.sha256(b"(2, 1)" + np.array([0.5, -3], np.float32).tobytes() + b"\0\xffx\0'y'\0None\0(1, 2)\0")
+    parts = (torch.tensor([[0.5], [-3.0]], dtype=torch.float64), b"\xffx", "y", None, (1, 2))
+    assert digest(*parts) == total.hexdigest()[:32]
+    half = np.array([0.1, 7.0], np.float16).tobytes() + b"b(1, 1)" + np.array([2], np.float16).tobytes()
+    weights = [("a", torch.tensor([0.1, 7.0])), ("b", torch.tensor([[2.0]]))]
+    assert weights_digest(weights) == hashlib.sha256(b"a(2,)" + half).hexdigest()[:32]
 
 
 def test_weights_are_told_by_name_shape_and_values_but_not_by_precision():
