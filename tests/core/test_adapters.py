@@ -859,3 +859,16 @@ def test_copies_move_and_change_precision_and_keep_what_they_say():
         shape for layer in sorted(LAYERS) for shape in ((3, 8), (LAYERS[layer][1], 3))
     ]
     assert adapter.nbytes(torch.float64) == 8 * sum(t.numel() for t in adapter.parameters())
+
+
+def test_value_adapters_of_transformers_travel_under_their_own_names():
+    sites = {"transformer_blocks.3.attn.add_v_proj": (8, 12), "single_transformer_blocks.0.attn.to_v": (8, 10)}
+    adapter = LowRankAdapter.create(sites, AdapterInfo("rex", "dog", "flux", 8, 2, 1.0), 3)
+    data = adapter_bytes(adapter, torch.float32)
+    assert set(read_header(data, "x")) == {"__metadata__"} | {
+        f"transformer.{site}.lora_{side}.weight" for site in sites for side in "AB"
+    }
+    back = parse_adapter(data)
+    assert back.layers == sites and back.info == adapter.info
+    unsaid = rewrite(data, lambda h: h.pop("__metadata__"))
+    assert parse_adapter(unsaid).info.base == "unknown", "the width of a transformer's text names no family"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.text.binding import Binding, Concept, bind, changed, row_mask
+from conceptsplit_core.text.binding import Binding, Concept, _stand_in, bind, changed, row_mask
 from conceptsplit_core.text.concepts import marked_concepts, shown, without_absent, word_name, written
 from conceptsplit_core.text.layout import SpecialTokens, content, layout_of
 
@@ -244,7 +244,7 @@ def test_a_weight_that_is_no_number_is_refused_with_how_to_write_it(weight):
         bind(f"a <Rex: {weight}>", [REX, MUG], tokenize, special=SPECIAL)
 
 
-@pytest.mark.parametrize("text", ["<lora:rex:0.8>", "<lyco:x:1>", "<the rex>", "<rex!>", "<nobody:0.8>"])
+@pytest.mark.parametrize("text", ["<lora:rex:0.8>", "<lyco:x:1>", "<the rex>", "<rex!>", "<nobody:0.8>", "<!>"])
 def test_brackets_that_stay_text_are_told_as_far_as_they_may_mean_a_concept(text):
     bound = bind(f"a mug {text} a < b > c <3 <>", [MUG, REX], tokenize, special=SPECIAL)
     assert bound.text == f"a mug {text} a < b > c <3 <>" and [one.concept for one in bound.bindings] == ["my-mug"]
@@ -594,3 +594,16 @@ def test_two_placeholders_in_one_token_are_refused():
     with pytest.raises(ConceptSplitError, match="Placeholder <b> in prompt .* does not stand as the word '猫'"):
         bind("見る<a><b>走る", both, pairs_, SpecialTokens(None, None, -1))
     assert len(bind("見る<a>と<b>る", both, pairs_, SpecialTokens(None, None, -1)).bindings) == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "letters"), [("house", True), ("water", True), ("dog", True), ("+", False), ("★", False)]
+)
+def test_another_word_stands_in_that_is_unlike_the_word_at_both_ends(word, letters):
+    """Of the same sort, so that it grows together with what stands beside it as the word does."""
+    found = _stand_in(word, tokenize, SPECIAL)
+    assert found.isalpha() is letters and not any(a.isalpha() != letters for a in found)
+    mine, other = pieces(word), pieces(found)
+    assert mine[0] != other[0] and mine[-1] != other[-1]
+    own = rows(bind(f"a {word} here", [Concept("x", word)], tokenize, special=SPECIAL), "x")
+    assert own == tuple(range(2, 2 + len(mine)))
