@@ -493,6 +493,17 @@ def test_case_5_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, wher
     assert peft_scale(load_adapter(path), adapter) == {wanted}
 
 
+def test_matrices_stay_as_they_are_where_the_files_alpha_is_their_own():
+    """Only another scale than the file's goes into B, in single precision."""
+    half = {name: tensor.half() for name, tensor in pairs_of(make(rank=4, alpha=4.0)).items()}
+    first, second, _ = LAYERS
+    said = {"lora_alpha": 8, "alpha_pattern": {second: 2}}
+    back = parse_adapter(save(half, metadata={"lora_adapter_metadata": json.dumps(said)}))
+    assert torch.equal(back.up[first], half[f"unet.{first}.lora_B.weight"]) and back.scale(first) == 2.0
+    assert (back.up[first].dtype, back.up[second].dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(back.up[second], half[f"unet.{second}.lora_B.weight"].float() * 0.25)
+
+
 @pytest.mark.parametrize("where", ["header", "beside"])
 @pytest.mark.parametrize("stable", [False, True])
 def test_case_5_patterns_of_alpha_and_rank(tmp_path, where, stable):

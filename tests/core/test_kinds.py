@@ -125,6 +125,7 @@ def test_para_learns_by_the_right_gradient(layer):
 def test_an_impossible_rank_names_the_layer():
     with pytest.raises(ConceptSplitError, match=f"Rank 8 is not possible: {VALUE} has 7 outputs, so use 1 to 7"):
         made("para", VALUE, 0, rank=8)
+    assert made("para", VALUE, 0, rank=7).own[VALUE].shape == (7, OUT)
     shapes = {"a": (WIDTH, 9), VALUE: (2, OUT), "z": (1, 8)}
     with pytest.raises(ConceptSplitError, match=f"Rank 0 is not possible: {VALUE} has 7 outputs"):
         KINDS["para"].create(shapes, AdapterInfo("rex", "dog", rank=0), 0)
