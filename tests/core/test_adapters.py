@@ -883,3 +883,13 @@ def test_value_adapters_of_transformers_travel_under_their_own_names():
     assert back.layers == sites and back.info == adapter.info
     unsaid = rewrite(data, lambda h: h.pop("__metadata__"))
     assert parse_adapter(unsaid).info.base == "unknown", "the width of a transformer's text names no family"
+
+
+def test_the_layer_that_lacks_a_matrix_is_named_among_whole_ones():
+    first, second, third = LAYERS
+    tensors = pairs_of(make())
+    del tensors[f"unet.{second}.lora_A.weight"]
+    with pytest.raises(
+        ConceptSplitError, match=f"'x' has no complete layer: layer {second} lacks one of its two matrices"
+    ):
+        parse_adapter(save(tensors), "x.safetensors")

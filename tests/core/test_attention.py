@@ -461,8 +461,9 @@ def joint(heads=2, queries=9, keys=14, width=4, batch=2, rows=5, dtype=torch.flo
     return q, k, v, mask
 
 
-def test_the_attention_that_rows_get_among_all_keys():
-    q, k, _, mask = joint(heads=3)
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_the_attention_that_rows_get_among_all_keys(heads):
+    q, k, _, mask = joint(heads=heads)
     maps = member_attention(q, k, mask)
     full = torch.softmax(q @ k.transpose(-1, -2) / 2.0, dim=-1).mean(dim=1)
     assert maps.shape == (2, 3, 9)
