@@ -150,7 +150,7 @@ def main() -> int:
     loras = args.cache / "loras"
     loras.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(name for names in sets for name in names):
-        (loras / f"{name}.safetensors").write_bytes(lora_bytes(bench.learned([name], "lora")[name]))
+        (loras / f"{name}.safetensors").write_bytes(lora_bytes(bench.learned({name: "lora"})[name]))
     jobs = jobs_of(arms, sets, seeds, args.cache.resolve())
     todo = [job for job in jobs if not Path(job["out"]).exists()]
     if todo:

@@ -98,7 +98,7 @@ def measure(
     """Success of each concept alone, and the mean |difference| to the plain model's picture of another class, 0..1."""
     success, drift = [], []
     for name, before in plain.items():
-        learned = {name: with_gate(bench.learned([name], "perfusion")[name], gate)}
+        learned = {name: with_gate(bench.learned({name: "perfusion"})[name], gate)}
         images, _ = methods.draw(bench.model, ARM, [name], seeds, learned, bench.sampling)
         drawn = zip(images, seeds, strict=True)
         success += [run.measure_picture(image, (name,), seed)[0]["success"] for image, seed in drawn]

@@ -33,6 +33,8 @@ from conceptsplit_core.train.data import TrainBatch
 from conceptsplit_core.train.loop import train
 from conceptsplit_core.train.subject import with_masks
 
+from . import whole as whole  # registers its kind
+
 SECONDS = "processor_seconds"
 """What learning took, all of it, on one thread."""
 
@@ -60,6 +62,7 @@ RECIPES = {
     "key": Recipe("key"),
     "key_value": Recipe("key_value"),
     "lora": Recipe("lora", scope="everywhere"),  # an ordinary LoRA, which knows no rows
+    "lora_whole": Recipe("lora_whole", scope="everywhere"),  # its feed-forward layers and convolutions too
     "lora_kind": Recipe("lora"),
     "lora_key_value": Recipe("lora_key_value"),
     "tara": Recipe("tara", align=1.0),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from conceptsplit_core.demo.looks import CONCEPTS
@@ -65,13 +66,17 @@ def prompt_for(names: Sequence[str], seed: int, style: str) -> str:
     """
     fitting = backgrounds_for(tuple(CONCEPTS[name].look for name in names))
     background = fitting[(seed // 2) % len(fitting)]
-    ordered = list(names) if seed % 2 == 0 else list(reversed(names))
     phrases = []
-    for name in ordered:
+    for name in ordered(names, seed):
         by_style = {"bound": f"a <{name}>", "plain": f"a {CONCEPTS[name].class_word}", "staged": f"<{name}>"}
         phrases.append(by_style.get(style) or described(name))
     listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
     return f"{listed} on a {background} background"
+
+
+def ordered(names: Sequence[str], seed: int) -> list[str]:
+    """The concepts in the order of `prompt_for`."""
+    return list(names) if seed % 2 == 0 else list(reversed(names))
 
 
 def background_for(names: Sequence[str], seed: int) -> str:
@@ -91,11 +96,12 @@ def wanted_of(names: Sequence[str]) -> tuple[Wanted, ...]:
 class Arm:
     """One way to draw several concepts.
 
-    recipe: how its adapters are learned, one of `learning.RECIPES`, or None. style: of the prompt. scope: where the
-    adapters act; their kind's own place when None. both_branches: the unconditional branch binds the concepts too, at
-    the same rows (a defect of the paper's code). corrected: by similarities, as T2I-Zero does. best_of: candidates per
-    picture, of which the one with the best separated maps is taken. more_steps: factor on the sampling steps.
-    guidance: instead of the laboratory's.
+    recipe: how its adapters are learned, one of `learning.RECIPES`, or None; several with "+" between them go to the
+    concepts of a set in turn. style: of the prompt. scope: where the adapters act; their kind's own place when None.
+    both_branches: the unconditional branch binds the concepts too, at the same rows (a defect of the paper's code).
+    corrected: by similarities, as T2I-Zero does. slices: each concept is given a slice of the picture as its region,
+    from left to right in the order of the prompt. best_of: candidates per picture, of which the one with the best
+    separated maps is taken. more_steps: factor on the sampling steps. guidance: instead of the laboratory's.
     """
 
     recipe: str | None = "value"
@@ -105,14 +111,19 @@ class Arm:
     scope: Scope | None = None
     both_branches: bool = False
     corrected: bool = False
+    slices: bool = False
     best_of: int = 1
     more_steps: float = 1.0
     guidance: float | None = None
 
+    def lessons(self, names: Sequence[str]) -> dict[str, str]:
+        """Concept to the recipe of its adapter; empty without adapters."""
+        return dict(zip(names, cycle(self.recipe.split("+")), strict=False)) if self.recipe else {}
+
     @property
     def plain(self) -> bool:
         """Neither LODA nor more compute: what loaded adapters do by themselves."""
-        return self.loda is None and self.best_of == 1 and self.more_steps == 1 and not self.corrected
+        return self.loda is None and self.best_of == 1 and self.more_steps == 1 and not (self.corrected or self.slices)
 
     @property
     def cost(self) -> float:
@@ -134,7 +145,7 @@ def paper(steps: int) -> LodaConfig:
     return LodaConfig(
         loda_steps=max(1, round(steps / 5)), loda_iterations=10, loda_strength=20.0, loda_rule="gradient",
         divergence="kl", threshold=3.0, map_smoothing=1.4, afg=True, afg_inside=3.0, afg_outside=1e8, afg_region=0.1,
-        afg_smoothing=1.5, afg_end=1.0,
+        afg_smoothing=1.5, afg_end=1.0, afg_rule="top",
     )  # fmt: skip
 
 
@@ -159,8 +170,13 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         # Ordinary LoRAs, each in its concept's region: a plan with LODA, or a longer one without.
         "lora_routed": Arm("lora", loda=on),
         "lora_routed_no_loda": Arm("lora", loda=replace(on, loda_steps=0, plan_steps=max(1, round(0.3 * steps)))),
-        "lora_routed_by_place": Arm("lora", loda=replace(on, area_rule="by_place")),
+        "lora_routed_undivided": Arm("lora", loda=replace(on, afg_rule="top", area_rule="argmax")),
         "lora_routed_more_updates": Arm("lora", loda=replace(on, loda_iterations=6)),
+        "lora_routed_slices": Arm("lora", loda=replace(on, loda_steps=0), slices=True),
+        # LoRAs that change feed-forward layers and convolutions besides, and a LoRA beside a value adapter.
+        "lora_whole_merged": Arm("lora_whole", scope="everywhere"),
+        "lora_whole_routed": Arm("lora_whole", loda=on),
+        "lora_and_value": Arm("lora+value", loda=on),
         "lora_as_routed": Arm("lora_as_routed", loda=on),
         "lora_as_routed_masked": Arm("lora_as_routed_masked", loda=on),
         # More of LODA, for more concepts.
@@ -194,7 +210,7 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_loda_sign": Arm(loda=replace(off, loda_rule="sign")),
         "tova_loda_raw": Arm(loda=replace(off, loda_rule="gradient", loda_strength=20.0)),
         "tova_loda_afg_overlapping": Arm(loda=replace(on, afg_rule="overlapping")),
-        "tova_loda_afg_by_place": Arm(loda=replace(on, afg_rule="by_place")),
+        "tova_loda_afg_undivided": Arm(loda=replace(on, afg_rule="top")),
         "tova_masked": Arm("value_masked"),
         "tova_masked_loda_afg": Arm("value_masked", loda=on),
         "tova_attention_masked": Arm("value_attention_masked"),
@@ -214,6 +230,16 @@ def _concepts(names: Sequence[str], style: str = "bound") -> list[Concept]:
     if style == "staged":
         return [Concept(name, f"a {CONCEPTS[name].class_word}; {LOOK_FROM}: {described(name)}") for name in names]
     return [Concept(name, CONCEPTS[name].class_word) for name in names]
+
+
+def slices_of(names: Sequence[str], seeds: Sequence[int], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Concept to its slice of each picture, [B, h, w] in 0…1: equal ones from left to right, in the prompt's order."""
+    masks = {name: torch.zeros(len(seeds), *size) for name in names}
+    for at, seed in enumerate(seeds):
+        for place, name in enumerate(ordered(names, seed)):
+            left, right = (round(size[1] * one / len(names)) for one in (place, place + 1))
+            masks[name][at, :, left:right] = 1.0
+    return masks
 
 
 def conditioning(model: host.DiffusersModel, names: Sequence[str], seed: int, style: str) -> host.Conditioning:
@@ -276,6 +302,7 @@ def _drawn(
         "guidance": sampling.guidance if arm.guidance is None else arm.guidance,
         "adapters": {name: (learned[name], arm.strength) for name in names} if arm.recipe else {},
         "scopes": dict.fromkeys(names, arm.scope) if arm.scope else None,
+        "masks": slices_of(names, seeds, (model.default_size, model.default_size)) if arm.slices else None,
     }  # fmt: skip
     best: np.ndarray | None = None
     scores = np.full(len(seeds), -np.inf)

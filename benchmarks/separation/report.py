@@ -99,7 +99,7 @@ def drift(bench: Bench, arms: Mapping[str, Arm], names: Key, seeds: Sequence[int
         plain, _ = methods.draw(bench.model, base, names, seeds, {}, bench.sampling, lines)
         for name, arm in arms.items():
             if arm.recipe and arm.plain:
-                learned = bench.learned(names, arm.recipe)
+                learned = bench.learned(arm.lessons(names))
                 images, _ = methods.draw(bench.model, arm, names, seeds, learned, bench.sampling, lines)
                 values = np.abs(images.astype(float) - plain).mean(axis=(1, 2, 3)) / 255
                 records = {"+".join(names): {seed: {what: float(v)} for seed, v in zip(seeds, values, strict=True)}}
@@ -114,9 +114,7 @@ def kinds(bench: Bench, arms: Mapping[str, Arm], names: Sequence[str], drifts: M
     shapes = sd15_shapes()
     out = {}
     for row, (alone, _) in plan.KINDS.items():
-        recipe = arms[alone].recipe
-        assert recipe is not None
-        learned = list(bench.learned(names, recipe).values())
+        learned = list(bench.learned(arms[alone].lessons(names)).values())
         kind = learned[0].info.kind
         changed = {site: shape for site, shape in shapes.items() if KINDS[kind].changes(Site(site, "", "text"))}
         rank = bench.learning.rank

@@ -63,21 +63,21 @@ class Bench:
         self.digest = learning.fingerprint(self.model)
         self._learned: dict[tuple[str, str], Any] = {}
 
-    def learned(self, names: Sequence[str], recipe: str) -> dict[str, Any]:
-        """Adapters for the concepts, trained when they are first asked for."""
+    def learned(self, lessons: Mapping[str, str]) -> dict[str, Any]:
+        """Adapters of the concepts, each by its recipe, trained when they are first asked for."""
 
         def ask(event: Any) -> None:
             if self.stop():
                 raise Stopped
 
-        for name in names:
+        for name, recipe in lessons.items():
             if (name, recipe) not in self._learned:
                 began = time.perf_counter()
                 folder = self.cache / "adapters"
                 self._learned[name, recipe] = learning.learn(self.model, name, recipe, self.learning, folder, ask)
                 if time.perf_counter() - began > 1:
                     self.say(f"learned {name} ({recipe}) in {time.perf_counter() - began:.0f} s")
-        return {name: self._learned[name, recipe] for name in names}
+        return {name: self._learned[name, recipe] for name, recipe in lessons.items()}
 
 
 # --- records --------------------------------------------------------------------------------------------------
@@ -85,7 +85,8 @@ class Bench:
 
 def record_path(bench: Bench, arm: Arm, names: Key) -> Path:
     """Where the records of an arm on a concept set are kept: one JSON object a line."""
-    taught = [asdict(RECIPES[arm.recipe]), asdict(bench.learning)] if arm.recipe else None
+    recipes = [asdict(RECIPES[one]) for one in arm.recipe.split("+")] if arm.recipe else []
+    taught = [*recipes, asdict(bench.learning)] if recipes else None
     facts = [VERSION, bench.digest, asdict(bench.sampling) | {"batch": 0}, taught, asdict(arm), names]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bench.cache / "records" / f"{digest}.jsonl"
@@ -145,7 +146,7 @@ def run_arm(
     if not path.exists():
         _append(path, [{"arm": name, "settings": asdict(arm), "set": names}])
     missing = [seed for seed in seeds if seed not in kept]
-    learned = bench.learned(names, arm.recipe) if missing and arm.recipe else {}
+    learned = bench.learned(arm.lessons(names)) if missing else {}
     for at in range(0, len(missing), bench.sampling.batch):
         if bench.stop():
             raise Stopped
@@ -211,11 +212,10 @@ def carry_out(bench: Bench, jobs: Sequence[Job], workers: int = 1, until: float 
             open_jobs.append(job)
     if not open_jobs:
         return True
-    wanted = [(name, job.arm.recipe) for job in open_jobs if job.arm.recipe for name in job.names]
-    lessons = [(name, kind) for name, kind in dict.fromkeys(wanted)]
+    lessons = list(dict.fromkeys(lesson for job in open_jobs for lesson in job.arm.lessons(job.names).items()))
     if workers <= 1:
         for name, kind in lessons:
-            bench.learned([name], kind)
+            bench.learned({name: kind})
         for at, job in enumerate(open_jobs):
             if time.time() > until:
                 bench.say(f"time is up, {len(open_jobs) - at} of {len(open_jobs)} jobs are left")
@@ -300,7 +300,7 @@ def _start_worker(
 def _learn_job(job: tuple[str, str]) -> str:
     assert _worker is not None
     began = time.perf_counter()
-    _worker.learned([job[0]], job[1])
+    _worker.learned(dict([job]))
     return f"{job[0]} ({job[1]}) in {time.perf_counter() - began:.0f} s"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import ConceptSplitError
 from ..method.tova import TokenMask
+from ..network.families import TRANSFORMERS
 from ..network.hooks import Added as Added
 from ..network.hooks import Group, Member, Scope
 from ..network.site import Site
@@ -26,16 +27,7 @@ BASES = {
     "sdxl": "SDXL",
     "demo": "the ConceptSplit demo model",
     "unknown": "unknown",
-    "flux": "Flux.1",
-    "chroma": "Chroma",
-    "flux2": "Flux.2 or Klein",
-    "z_image": "Z-Image",
-    "lumina2": "Lumina 2",
-    "qwen_image": "Qwen-Image",
-    "sd3": "SD3 or SD3.5",
-    "krea2": "Krea 2",
-    "wan": "Wan",
-    "anima": "Anima",
+    **{base: label for family in TRANSFORMERS.values() for base, label in family.bases},
 }
 
 

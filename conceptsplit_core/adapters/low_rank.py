@@ -126,13 +126,13 @@ class LowRankAdapter:
         """A copy that shares nothing, on the CPU, without gradients; usable outside and inside inference mode."""
         with torch.inference_mode(False), torch.no_grad():
             copy = lambda t: t.detach().to("cpu", dtype or t.dtype, copy=True)
-            return LowRankAdapter(
+            return type(self)(
                 self.info, {k: copy(v) for k, v in self.down.items()}, {k: copy(v) for k, v in self.up.items()}
             )
 
     def to(self, device: torch.device | str) -> LowRankAdapter:
         """The adapter with all its tensors on `device`; those already there are shared, not copied."""
-        return LowRankAdapter(
+        return type(self)(
             self.info,
             {layer: tensor.to(device) for layer, tensor in self.down.items()},
             {layer: tensor.to(device) for layer, tensor in self.up.items()},
@@ -140,7 +140,7 @@ class LowRankAdapter:
 
     def with_info(self, **changes: Any) -> LowRankAdapter:
         """The same tensors under other facts, for instance another concept name."""
-        return LowRankAdapter(replace(self.info, **changes), self.down, self.up)
+        return type(self)(replace(self.info, **changes), self.down, self.up)
 
     def nbytes(self, dtype: torch.dtype = torch.float16) -> int:
         """Size of all tensors if stored as `dtype`."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RegionRule = Callable[["Tensor", float], "Tensor"]
 REGION_RULES: dict[str, RegionRule] = {}
 
-SAME_MAP = 0.02
+SAME_MAP = 0.01
 """Two maps of a smaller JSD (nats) are one map: the concepts share their words, or words that mean the same."""
 ROUNDS = 10
 """Of k-means; a map of 16² cells has settled after four or five."""
@@ -86,15 +86,32 @@ def by_place(p: Tensor, fraction: float) -> Tensor:
     Two dogs have one map with two places where it is strong. Its clusters go to the concepts in reading order, in the
     order in which the concepts are bound. Source: ours.
     """
+    return _by_place(p)[0]
+
+
+@region_rule("top_by_place")
+def top_by_place(p: Tensor, fraction: float) -> Tensor:
+    """As `top`, but concepts that share one map have their strongest pixels in their own parts of `by_place`.
+
+    Source: ours. Two concepts of one class would else have the same strongest pixels, and the first would get them.
+    """
+    parts, shared = _by_place(p)
+    return top(p.where(parts | ~shared, 0.0), fraction)
+
+
+def _by_place(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The partition of `by_place`, bool [B, n, h, w], and which concepts share a map, bool [B, n, 1, 1]."""
     out = p.new_zeros(p.shape) > 0
-    for found, image in zip(out, p, strict=True):
+    shares = out[..., :1, :1].clone()
+    for found, sharing, image in zip(out, shares, p, strict=True):
         groups = _sharing(image)
-        shared = image.new_zeros(len(groups), *image.shape[1:])
-        for one, members in zip(shared, groups, strict=True):
+        common = image.new_zeros(len(groups), *image.shape[1:])
+        for one, members in zip(common, groups, strict=True):
             one += image[members].mean(dim=0)
-        for area, one, members in zip(_strongest(shared[None])[0], shared, groups, strict=True):
+        for area, one, members in zip(_strongest(common[None])[0], common, groups, strict=True):
             found[members] = _split(area, one, len(members)) if len(members) > 1 else area[None]
-    return out
+            sharing[members] = len(members) > 1
+    return out, shares
 
 
 def _sharing(p: Tensor) -> list[list[int]]:

@@ -175,16 +175,17 @@ class LodaConfig:
         advanced=True,
     )
     afg_rule: str = option(
-        "top",
+        "top_by_place",
         "AFG regions",
         "How a concept's region is found. top: its strongest pixels, the stronger concept where two claim one. "
         "overlapping: the same, shared, as in the paper. argmax: every pixel to the concept that is strongest there. "
-        "by_place: the same, but concepts of one class divide their part of the picture by place.",
+        "by_place and top_by_place: argmax and top, but concepts of one class divide their part of the picture by "
+        "place.",
         choices=REGION_RULES,
         advanced=True,
     )
     area_rule: str = option(
-        "argmax",
+        "by_place",
         "LoRA regions",
         "The same for the region in which the LoRA of a concept acts.",
         choices=REGION_RULES,

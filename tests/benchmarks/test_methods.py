@@ -1,5 +1,6 @@
 """Arms on the demo model itself, with a handful of steps: what they change and what they must not."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +36,11 @@ def learned(model, tmp_path_factory):
 
 
 def drawn(model, arm, learned, seeds=(0, 1), **options):
-    return methods.draw(model, arm, NAMES, seeds, learned.get(arm.recipe, {}), SAMPLING, **options)[0]
+    return methods.draw(model, arm, NAMES, seeds, taught(arm, learned), SAMPLING, **options)[0]
+
+
+def taught(arm, learned):
+    return {name: learned[recipe][name] for name, recipe in arm.lessons(NAMES).items()}
 
 
 def test_strength_zero_is_the_base_and_strength_one_is_not(model, learned):
@@ -68,10 +73,45 @@ def test_a_picture_does_not_depend_on_its_batch(model, learned):
 
 def test_every_arm_draws(model, learned):
     for name, arm in methods.arms(LodaConfig(loda_steps=1, loda_iterations=1), SAMPLING.steps).items():
-        images, facts = methods.draw(model, arm, NAMES, [3], learned.get(arm.recipe, {}), SAMPLING)
+        images, facts = methods.draw(model, arm, NAMES, [3], taught(arm, learned), SAMPLING)
         assert images.shape == (1, 128, 128, 3) and images.dtype == np.uint8, name
         if arm.loda is not None and arm.loda.loda_strength and arm.loda.loda_steps:
             assert facts[0]["jsd_before"] >= 0, name
+
+
+def test_recipes_go_to_the_concepts_in_turn():
+    names = ("bobo", "lumo", "nero")
+    assert Arm("lora+value").lessons(names) == {"bobo": "lora", "lumo": "value", "nero": "lora"}
+    assert Arm("tara").lessons(names[:2]) == {"bobo": "tara", "lumo": "tara"}
+    assert Arm(None).lessons(names) == {}
+
+
+def test_slices_follow_the_order_of_the_prompt():
+    names = ("bobo", "lumo", "nero")
+    found = methods.slices_of(names, [4, 7], (2, 10))
+    text = methods.prompt_for(names, 7, "bound")
+    assert text.index("<nero>") < text.index("<lumo>") < text.index("<bobo>")
+    columns = {name: [[int(c) for c in row[0]] for row in masks] for name, masks in found.items()}
+    first, middle, last = [1] * 3 + [0] * 7, [0] * 3 + [1] * 4 + [0] * 3, [0] * 7 + [1] * 3
+    assert columns == {"bobo": [first, last], "lumo": [middle, middle], "nero": [last, first]}
+
+
+def test_a_lora_of_convolutions_is_the_merged_one(model, learned):
+    """The whole LoRA of one concept at strength 0.7, against weights to which its product was added by hand."""
+    adapter, merged = learned["lora_whole"]["bobo"], copy.deepcopy(model.unet)
+    kernels = set()
+    for name, down in adapter.down.items():
+        weight = merged.get_submodule(name).weight
+        kernels.add(tuple(weight.shape[2:]))
+        change = adapter.up[name] @ down * (0.7 * adapter.info.alpha / adapter.info.rank)
+        weight.data += change.view_as(weight)
+    assert kernels == {(), (1, 1), (3, 3)}
+    arm = Arm("lora_whole", strength=0.7, scope="everywhere")
+    ours = methods.draw(model, arm, ("bobo",), [5], {"bobo": adapter}, SAMPLING)[0]
+    theirs = methods.draw(replace(model, unet=merged), Arm(None), ("bobo",), [5], {}, SAMPLING)[0]
+    base = methods.draw(model, Arm(None), ("bobo",), [5], {}, SAMPLING)[0]
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    assert np.abs(ours.astype(int) - base).max() > 10
 
 
 def test_learning_is_cached_and_tied_to_the_weights(model, tmp_path):

@@ -72,7 +72,7 @@ class FakeBench:
         self.say = self.lines.append
         self.stop = lambda: False
 
-    def learned(self, names, kind):
+    def learned(self, lessons):
         return {}
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.loda import LodaTrace, separate, step_sizes
-from conceptsplit_core.method.maps import separation_loss
+from conceptsplit_core.method.maps import distributions, separation_loss
 from conceptsplit_core.method.partition import REGION_RULES, _reading_order, _split, _starts, region_rule
 from conceptsplit_core.method.regions import (
     region_bias,
@@ -391,9 +391,33 @@ def test_concepts_that_share_a_map_divide_it_by_place_in_reading_order(places):
         assert region[max(y - 1, 0) : y + 2, x - 1 : x + 2].all(), (x, y)
 
 
-def test_maps_of_different_concepts_are_not_taken_for_one():
+def test_concepts_that_share_a_map_have_the_strongest_pixels_of_their_own_parts():
+    """Without the division the first of them gets every pixel that both have strongest."""
+    shared, other = blob(4, 6) + 0.7 * blob(14, 3), blob(18, 11, sigma=1.0)
+    maps = torch.stack([shared, other, shared])[None]
+    undivided, found = (regions(maps, 0.15, 1.0, rule)[0] for rule in ("top", "top_by_place"))
+    assert undivided[0].any() and not undivided[2].any()
+    parts = regions(maps, 0.15, 1.0, "by_place")[0]
+    smoothed = distributions(maps, 1.0)[0]
+    for i in (0, 2):
+        inside = smoothed[i][parts[i]].sort(descending=True).values
+        weakest = inside[min(round(0.15 * 12 * 20), len(inside)) - 1]
+        assert torch.equal(found[i], parts[i] & (smoothed[i] >= weakest))
+    assert found[0, 6, 4] and found[2, 3, 14] and found[1, 11, 18]
+    assert found.sum(dim=0).max() == 1
+
+
+@pytest.mark.parametrize("divided, undivided", [("by_place", "argmax"), ("top_by_place", "top")])
+def test_maps_of_different_concepts_are_not_taken_for_one(divided, undivided):
     maps = torch.stack([blob(5, 5), blob(7, 5)])[None]
-    assert torch.equal(regions(maps, 0.1, 1.0, "by_place"), regions(maps, 0.1, 1.0, "argmax"))
+    assert torch.equal(regions(maps, 0.1, 1.0, divided), regions(maps, 0.1, 1.0, undivided))
+
+
+def test_two_of_one_class_are_divided_by_default():
+    config, shared = LodaConfig(), blob(4, 6) + blob(15, 5)
+    found = [regions(shared.repeat(1, 2, 1, 1), 0.1, 1.0, rule)[0] for rule in (config.afg_rule, config.area_rule)]
+    for first, second in found:
+        assert first[6, 4] and second[5, 15] and not (first & second).any()
 
 
 @pytest.mark.parametrize("side", [(1, 2), (3, 1), (6, 8), (6, 6), (4, 4)])

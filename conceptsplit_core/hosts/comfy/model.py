@@ -39,7 +39,7 @@ def network_map(model: comfy.model_base.BaseModel) -> NetworkMap:
         return transformer_map(transformer, lambda: model.diffusion_model, _fused(model))
     config = model.model_config.unet_config
     if not ("num_res_blocks" in config and "transformer_depth" in config):
-        known = ", ".join(family.label for family in dict.fromkeys(TRANSFORMERS.values()))
+        known = ", ".join(label for family in dict.fromkeys(TRANSFORMERS.values()) for _, label in family.bases)
         raise ConceptSplitError(
             f"ConceptSplit does not know this kind of model ({type(model).__name__}): it works on SD1.5, SD2.x and "
             f"SDXL checkpoints and on {known}."

@@ -20,7 +20,7 @@ _BLOCK = r"^blocks\.\d+\."
 ANIMA = register(
     Transformer(
         "anima",
-        "Anima",
+        (("anima", "Anima"),),
         ("Anima",),
         (
             (_BLOCK + r"cross_attn\.[kv]_proj$", "text"),

@@ -34,7 +34,11 @@ def _sequence(denoiser: nn.Module) -> TokenSequence:
 FLUX = register(
     Transformer(
         "flux",
-        "Flux, Flux.2, Klein or Chroma",
+        (
+            ("flux", "Flux.1"),
+            ("chroma", "Chroma"),
+            ("flux2", "Flux.2 or Klein"),
+        ),
         ("Flux", "Chroma"),
         (
             (r"^single_blocks\.\d+\.linear[12]$", "joint"),

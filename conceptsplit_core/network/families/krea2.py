@@ -15,7 +15,7 @@ def _sequence(denoiser: Any) -> TokenSequence:
 KREA2 = register(
     Transformer(
         "krea2",
-        "Krea 2",
+        (("krea2", "Krea 2"),),
         ("SingleStreamDiT",),
         (
             (r"^blocks\.\d+\.(attn|mlp)\.|^last\.linear$", "joint"),

@@ -24,7 +24,10 @@ def _sequence(denoiser: Any) -> TokenSequence:
 LUMINA = register(
     Transformer(
         "lumina2",
-        "Z-Image or Lumina 2",
+        (
+            ("z_image", "Z-Image"),
+            ("lumina2", "Lumina 2"),
+        ),
         ("NextDiT",),
         (
             (r"\.adaLN_modulation\.", "time"),

@@ -17,7 +17,7 @@ _BLOCK = r"^transformer_blocks\.\d+\."
 QWEN_IMAGE = register(
     Transformer(
         "qwen_image",
-        "Qwen-Image",
+        (("qwen_image", "Qwen-Image"),),
         ("QwenImageTransformer2DModel",),
         (
             (_BLOCK + r"(attn\.(add_|to_add_out)|txt_mlp\.)|^txt_in$", "text"),

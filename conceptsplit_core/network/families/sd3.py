@@ -18,7 +18,7 @@ _BLOCK = r"^joint_blocks\.\d+\."
 SD3 = register(
     Transformer(
         "sd3",
-        "SD3 or SD3.5",
+        (("sd3", "SD3 or SD3.5"),),
         ("OpenAISignatureMMDITWrapper",),
         (
             (r"\.adaLN_modulation\.", "time"),

@@ -20,7 +20,8 @@ Columns = tuple[int, int]
 class Transformer:
     """A family of transformers, by the names that the host gives their modules.
 
-    name: how files and maps call it.  label: how users do.
+    name: how maps call it.
+    bases: (name, label) of the kinds of model that it is made of: how files call them, and how users do.
     classes: names of the host's denoiser classes.
     reads: what modules read, by patterns of their names, the first that matches; the others read the time or size
         embedding, or cannot be changed by an adapter.
@@ -30,11 +31,11 @@ class Transformer:
     values: from such a module's path, the (first, count) columns that are the values; None where all are.
     readable: shares (first, last) of the way through the network between which attention shows where concepts are.
     sequence: how a denoiser lays out its tokens.
-    base: which base family of adapters a denoiser belongs to; None where the family has one, of its own name.
+    base: which of `bases` a denoiser is; None where the family has one, of its own name.
     """
 
     name: str
-    label: str
+    bases: tuple[tuple[str, str], ...]
     classes: tuple[str, ...]
     reads: tuple[tuple[str, Reads], ...]
     attention: tuple[tuple[str, str], ...]

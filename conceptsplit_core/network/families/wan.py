@@ -24,7 +24,7 @@ _BLOCK = r"^blocks\.\d+\."
 WAN = register(
     Transformer(
         "wan",
-        "Wan",
+        (("wan", "Wan"),),
         ("WanModel",),
         (
             (_BLOCK + r"cross_attn\.[kv]$|^text_embedding\.", "text"),
