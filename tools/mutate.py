@@ -2,7 +2,8 @@
 
 python -m pip install mutmut coverage
 python -m tools.mutate method text                     rooms or files of conceptsplit_core
-python -m tools.mutate --limit 100 --seed 7 adapters   that many of the changes, drawn at random
+python -m tools.mutate --limit 100 --seed 7 adapters   that many of the changes, drawn at random; of several rooms
+                                                       in proportion to their changes
 python -m tools.mutate --table                         the scores of the last runs, for docs/robustness/mutation.md
 
 The changes are mutmut's (`mutmut.mutation.mutators`), and three of ours: a keyword argument goes, a call whose value
@@ -77,7 +78,7 @@ class Mutant:
     @cached_property
     def text(self) -> str:
         """The file with the change; written out when it is asked for, which for a whole room would take a minute."""
-        return self.module.deep_replace(self.node, self.new).code
+        return cst.ensure_type(self.module.deep_replace(self.node, self.new), cst.Module).code
 
     @cached_property
     def lines(self) -> tuple[str, str]:
@@ -132,8 +133,9 @@ def _is_words(node: cst.CSTNode) -> bool:
         return True
     if isinstance(node, cst.Assign) and cst.Module([]).code_for_node(node.targets[0].target) == "__all__":
         return True
-    spoken = isinstance(node, cst.Call) and isinstance(node.func, cst.Name | cst.Attribute)
-    called = cst.Module([]).code_for_node(node.func) if spoken else ""
+    if not (isinstance(node, cst.Call) and isinstance(node.func, cst.Name | cst.Attribute)):
+        return False
+    called = cst.Module([]).code_for_node(node.func)
     return called.startswith(("log.", "warnings.")) or called in _WORDS
 
 
@@ -276,7 +278,9 @@ def _tests(mutant: Mutant, lines: dict[str, dict[str, list[str]]], seconds: dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rooms", nargs="*", help="folders or files of conceptsplit_core")
-    parser.add_argument("--limit", type=int, default=0, help="at most this many changes, drawn at random; 0: all")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="this many changes, drawn at random, from each room by its size; 0: all"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
     parser.add_argument("--table", action="store_true", help="print the scores of the last runs, and stop")
     arguments = parser.parse_args()
@@ -292,9 +296,13 @@ def main() -> int:
         tests = sorted({test for room in arguments.rooms for test in TESTS[room.split("/")[0]]})
         _in_child(lambda: _pytest(tree, [*tests, *ignored], plugin()), 3600)
         known = json.loads(record.read_text(encoding="utf-8"))
-        print(f"{len(known['seconds'])} tests, {sum(known['seconds'].values()):.0f} s", flush=True)
-        for room in arguments.rooms:
-            _room(room, tree, known, arguments.limit, arguments.seed)
+        failing = [name for name, seconds in known["seconds"].items() if seconds == math.inf]
+        usual = sum(seconds for seconds in known["seconds"].values() if seconds < math.inf)
+        print(f"{len(known['seconds'])} tests, {usual:.0f} s; fail here and are left out: {failing}", flush=True)
+        made = {room: _changes_of(room) for room in arguments.rooms}
+        share = min(1.0, arguments.limit / sum(map(len, made.values()))) if arguments.limit else 1.0
+        for room, changes in made.items():
+            _room(room, tree, known, changes, round(share * len(changes)), arguments.seed)
     finally:
         shutil.rmtree(tree, ignore_errors=True)
     return 0
@@ -306,13 +314,17 @@ def _fails(tree: Path, names: list[str], seconds: dict[str, float]) -> bool:
     return _in_child(lambda: _pytest(tree, ["-x", *names]), 30 + 5 * usual) != 0
 
 
-def _room(room: str, tree: Path, known: dict[str, Any], limit: int, seed: int) -> None:
+def _changes_of(room: str) -> list[Mutant]:
     place = ROOT / "conceptsplit_core" / room
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-    made = [mutant for file in files for mutant in mutants(str(file.relative_to(ROOT)))]
+    return [mutant for file in files for mutant in mutants(str(file.relative_to(ROOT)))]
+
+
+def _room(room: str, tree: Path, known: dict[str, Any], made: list[Mutant], count: int, seed: int) -> None:
+    """Tries `count` of the changes of a room."""
     all_made = len(made)
-    if limit and limit < all_made:
-        made = [made[i] for i in sorted(random.Random(seed).sample(range(all_made), limit))]
+    if count < all_made:
+        made = [made[i] for i in sorted(random.Random(seed).sample(range(all_made), count))]
     names = sorted({name for mutant in made for name in _tests(mutant, known["lines"], known["seconds"])})
     if names and _in_child(lambda: _pytest(tree, ["-x", *names]), 900) != 0:
         raise SystemExit(f"{room}: its tests fail without a change, so that they say nothing.")

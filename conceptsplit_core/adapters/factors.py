@@ -9,28 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method.tova import Pair, Product, TokenMask, low_rank_product, stacked
-
-
-class Factor(Protocol):
-    """A change that is no pair of matrices."""
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """(d_in, d_out)"""
-        ...
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Factor: ...
-
-    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """ΔW x in the shape of the layer's output."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +33,6 @@ class ConvPair:
     def to(self, device: torch.device, dtype: torch.dtype) -> ConvPair:
         return ConvPair(self.down.to(device, dtype), self.up.to(device, dtype), self.scale)
 
-    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return F.conv2d(_convolve(layer, x.to(self.down.dtype), self.down), self.up) * self.scale
-
 
 @dataclass(frozen=True, eq=False)
 class Whole:
@@ -67,6 +49,7 @@ class Whole:
         return Whole(self.weight.to(device, dtype), self.scale)
 
     def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """ΔW x in the shape of the layer's output."""
         x = x.to(self.weight.dtype)
         if self.weight.ndim == 4:
             return _convolve(layer, x, self.weight) * self.scale
@@ -91,6 +74,10 @@ class Kronecker:
     def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
         folded = x.to(self.first.dtype).unflatten(-1, (self.first.shape[1], self.second.shape[1]))
         return (self.first @ (folded @ self.second.t())).flatten(-2) * self.scale
+
+
+Factor = ConvPair | Whole | Kronecker
+"""A change that is no pair of matrices."""
 
 
 def widths(one: Pair | Factor) -> tuple[int, int]:

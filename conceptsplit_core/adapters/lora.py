@@ -259,8 +259,8 @@ def peft_alpha(facts: Mapping[str, Any], module: str, rank: int) -> float | None
     matrices have the rank.
     """
     patterns = facts.get("alpha_pattern")
-    fitting = (value for pattern, value in (patterns or {}).items() if _is_end(pattern, module))
-    alpha = next(fitting, facts.get("lora_alpha")) if isinstance(patterns, dict) else facts.get("lora_alpha")
+    own = patterns.items() if isinstance(patterns, dict) else ()
+    alpha = next((value for pattern, value in own if _is_end(pattern, module)), facts.get("lora_alpha"))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e6:
         return None
     # Rank-stabilised LoRA scales by α/√r.

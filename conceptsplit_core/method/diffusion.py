@@ -71,7 +71,7 @@ def _logit_normal(levels: int, count: int, generator: torch.Generator) -> Tensor
     """Mostly the middle of the flow's time, where predicting is hard: logit(t) ~ N(0, 1) (Esser et al. 2024, Scaling
     Rectified Flow Transformers, section 3.1). The schedule's own shift makes noise levels of it."""
     time = torch.sigmoid(torch.randn(count, generator=generator))
-    return (time * levels).long().clamp(max=levels - 1)
+    return (time * levels).long()
 
 
 PARAMETERISATIONS = {

@@ -34,9 +34,7 @@ def step_sizes(config: LodaConfig) -> list[float]:
     """
     if config.loda_steps == AUTO:
         raise ValueError("the number of LODA steps is open: call for_schedule first")
-    return [config.loda_strength * float(s) ** 0.5 for s in torch.linspace(1.0, 0.5, max(config.loda_steps, 1))][
-        : config.loda_steps
-    ]
+    return [config.loda_strength * float(s) ** 0.5 for s in torch.linspace(1.0, 0.5, config.loda_steps)]
 
 
 @dataclass

@@ -18,9 +18,9 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
 
     Borders replicate, so a map of one pixel or one row is fine and a constant map stays constant.
     """
-    if sigma < 0.1:  # the nearest neighbour would get e⁻⁵⁰: no smoothing at all, and no division by almost zero
+    radius = int(3.0 * sigma + 0.5)
+    if radius == 0:  # the nearest neighbour would get less than e⁻¹⁸, and nothing is divided by zero
         return maps
-    radius = max(1, int(3.0 * sigma + 0.5))
     offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()

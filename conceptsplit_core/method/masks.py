@@ -43,7 +43,7 @@ def concept_masks(
     if kind == "soft" and trace.after is not None:
         maps = trace.after[:, index]
         maps = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
-        return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        return F.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
     if kind == "region" and trace.regions is not None:
         found = trace.regions[:, index].float()
     elif trace.areas is not None:

@@ -120,7 +120,7 @@ def _sharing(p: Tensor) -> list[list[int]]:
     there = p.flatten(1).any(dim=1).tolist()
     for i in range(len(p)):
         for group in groups:
-            if there[i] and there[group[0]] and float(jsd(p[i], p[group[0]])) < SAME_MAP:
+            if there[i] and float(jsd(p[i], p[group[0]])) < SAME_MAP:
                 group.append(i)
                 break
         else:
@@ -171,15 +171,9 @@ def _starts(places: Tensor, weight: Tensor, parts: int) -> list[Tensor]:
     for axis in (1, 0):
         order = places[:, axis].argsort(stable=True)
         reached = weight[order].cumsum(dim=0) / weight.sum()
-        cuts = [int((reached < (part + 0.5) / parts).sum()) for part in range(parts)]
-        found.append(places[order[[min(cut, len(order) - 1) for cut in cuts]]])
-    far = [places[weight.argmax()]]
-    for _ in range(parts - 1):
-        distance = (places - far[0]).pow(2).sum(dim=-1)
-        for centre in far[1:]:
-            distance = distance.minimum((places - centre).pow(2).sum(dim=-1))
-        far.append(places[(weight * distance).argmax()])
-    found.append(places.new_zeros(parts, 2))
-    for row, centre in zip(found[-1], far, strict=True):
-        row += centre
-    return found
+        found.append(places[order[[int((reached < (part + 0.5) / parts).sum()) for part in range(parts)]]])
+    far = [int(weight.argmax())]
+    while len(far) < parts:
+        distance = (places[:, None] - places[far]).pow(2).sum(dim=-1).amin(dim=1)
+        far.append(int((weight * distance).argmax()))
+    return [*found, places[far]]

@@ -70,8 +70,7 @@ def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: f
 def region_logits(region: Tensor, size: tuple[int, int], positive: float, negative: float) -> Tensor:
     """The same per concept and pixel, [B, n, h·w] in fp32."""
     fitted = resize_regions(region, size).flatten(2)  # [B, n, hw]
-    has = region.flatten(2).any(dim=-1, keepdim=True) & fitted.any(dim=-1, keepdim=True)
-    return (torch.where(fitted, positive, negative) * has).float()
+    return (torch.where(fitted, positive, negative) * fitted.any(dim=-1, keepdim=True)).float()
 
 
 def suppression_bias(maps: Tensor, mask: Tensor, keep: float) -> Tensor:

@@ -146,11 +146,7 @@ def low_rank_product(x: Tensor, down: Tensor, up: Tensor, factor: Spread) -> Pro
     """
     inner = x.to(down.dtype) @ down.t()  # [..., R]
     # Filled, not multiplied by zero: what one concept's adapter makes of another's token may be infinite.
-    if torch.is_grad_enabled():
-        inner = (inner * factor.factor).masked_fill(factor.unowned, 0.0)
-    else:
-        inner.mul_(factor.factor).masked_fill_(factor.unowned, 0.0)
-    return Product(inner, up.t())
+    return Product(inner.mul_(factor.factor).masked_fill_(factor.unowned, 0.0), up.t())
 
 
 def add_at(out: Tensor, places: Rows, added: Tensor | Product, in_place: bool = False) -> Tensor:

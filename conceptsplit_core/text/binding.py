@@ -94,7 +94,7 @@ def bind(
     owned = _of_placeholders(text, expanded, placed, positions)
     placeholders = {place.concept.name for place in placed}
     free = [concept for concept in concepts if concept.name not in placeholders]
-    found = _of_words(expanded, free, placed, owned, positions)
+    found = _of_words(expanded, free, owned, positions)
     order = [concept.name for concept in concepts]
     bindings = sorted(
         (Binding(name, tuple(sorted(rows)), weight) for (name, weight), rows in {**owned, **found}.items()),
@@ -161,25 +161,15 @@ def _of_placeholders(text: str, expanded: str, placed: Sequence[Place], position
     return owned
 
 
-def _of_words(
-    expanded: str,
-    concepts: Sequence[Concept],
-    placed: Sequence[Place],
-    owned: Owned,
-    positions: Find,
-) -> Owned:
+def _of_words(expanded: str, concepts: Sequence[Concept], owned: Owned, positions: Find) -> Owned:
     """What concepts without a placeholder own: class words that nobody took."""
-    free = list(placed)  # characters that are somebody's
     taken = {row for rows in owned.values() for row in rows}
     found: Owned = {}
     # Longer words first: the bear of a polar bear belongs to the polar bear.
     for concept in sorted(concepts, key=lambda concept: -len(concept.class_word)):
         for place in _occurrences(expanded, concept):
-            if any(place.start < other.end and other.start < place.end for other in free):
-                continue
             rows = positions(place)
             if rows and taken.isdisjoint(rows):
-                free.append(place)
                 taken.update(rows)
                 found[concept.name, 1.0] = rows
                 break

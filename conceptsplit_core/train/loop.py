@@ -174,9 +174,10 @@ def _steps(
             loss = batch_loss(denoise(batch), batch)
             if penalty is not None:
                 loss = loss + penalty(batch)
-            value = loss.detach().double().reshape(1).cpu() if process.world == 1 else loss.detach().reshape(1)
-            process.reduce(value)
-            if not math.isfinite(float(value)):
+            mean = loss.detach().clone()
+            process.reduce(mean)
+            value = float(mean)
+            if not math.isfinite(value):
                 kept = f"; the state of step {saved} is kept in {path.name}" if path and saved > 0 else ""
                 raise ConceptSplitError(
                     f"The training loss is not finite at step {step + 1}{kept}: lower the learning rate "
@@ -201,7 +202,7 @@ def _steps(
                         "model, or a lower loss scale."
                     )
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(value))
+            losses.append(value)
             if path and process.rank == 0 and config.save_every and len(losses) % config.save_every == 0:
                 _save_checkpoint(path, parameters, optimizer, losses, run)
                 saved = len(losses)

@@ -117,7 +117,7 @@ def _mask(
             "class word."
         )
     size = data.latents.shape[-2:]
-    return F.interpolate(masks[:1].view(1, 1, *grid), size=size, mode="bilinear", align_corners=False)[0]
+    return F.interpolate(masks[:1].view(1, 1, *grid), size=size, mode="bilinear")[0]
 
 
 def look(
@@ -196,7 +196,7 @@ def _attention(
     own = torch.stack([probe.found[site.name] for site in among]).mean(dim=0)
     size = map_size(len(own), latent)
     assert size is not None
-    return F.interpolate(words, size=size, mode="bilinear", align_corners=False)[0].flatten(1), own, size
+    return F.interpolate(words, size=size, mode="bilinear")[0].flatten(1), own, size
 
 
 def _among_pixels(site: AttentionSite) -> AttentionSite:

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from conceptsplit_core import adapters
-from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
+from conceptsplit_core.adapters.base import BASES, KINDS, AdapterInfo, check_family, compute_dtype, kind_of
 from conceptsplit_core.adapters.file import (
     FORMAT,
+    MAX_BYTES,
     MAX_VALUE,
     adapter_bytes,
     canonical_key,
@@ -85,6 +86,7 @@ def test_what_was_trained_routed_is_a_lora_file_and_all_else_an_adapter(tmp_path
         said = read_header(path.read_bytes(), "x")["__metadata__"]
         if routed:
             assert float(found[f"{name}.alpha"]) == 6.0 and said == {"modelspec.trigger_phrase": "dog"}
+            assert torch.equal(found[f"{name}.lora_down.weight"], adapter.down[layer]) and len(found) == 9
         else:
             assert load_adapter(path).info == adapter.info
 
@@ -128,6 +130,10 @@ def test_every_spelling_of_a_tensors_name_is_read():
     assert canonical_key(f"{layer}.lora_down.weight") == (layer, "lora_A")
     assert canonical_key(f"unet.{layer}.alpha") == (layer, "alpha")
     assert canonical_key(f"unet.{attention}.to_out.0.lora_B.weight") == (f"{attention}.to_out.0", "lora_B")
+    for block, side in (("transformer_blocks.7.attn.add_v_proj", "A"), ("single_transformer_blocks.12.attn.to_v", "B")):
+        assert canonical_key(f"transformer.{block}.lora_{side}.weight") == (block, f"lora_{side}")
+        assert canonical_key(f"transformer.x.{block}.lora_{side}.weight") is None
+        assert canonical_key(f"transformer.{block}.lora_{side}.bias") is None
     assert canonical_key(f"unet.{attention}.processor.to_out_lora.up.weight") == (f"{attention}.to_out.0", "lora_B")
     for key in (
         f"unet.{layer}.weight",
@@ -337,6 +343,19 @@ def test_missing_files_and_folders_are_one_sentence(tmp_path):
         one_sentence(error)
 
 
+def test_a_file_that_cannot_be_read_says_why(tmp_path, monkeypatch):
+    path = tmp_path / "rex.safetensors"
+    save_adapter(make(), path)
+    for error, said in ((OSError(5, "Input/output error"), "Input/output error"), (OSError("odd"), "odd")):
+
+        def broken(self, error=error):
+            raise error
+
+        monkeypatch.setattr(type(path), "read_bytes", broken)
+        with pytest.raises(ConceptSplitError, match=rf"^Cannot read .*rex\.safetensors: {said}\.$"):
+            load_adapter(path)
+
+
 def test_a_file_above_the_limit_is_refused_however_good_it_is(tmp_path):
     path = tmp_path / "rex.safetensors"
     save_adapter(make(rank=700), path, torch.float64)
@@ -474,6 +493,17 @@ def test_case_5_alpha_is_where_peft_has_written_it(tmp_path, facts, wanted, wher
     assert peft_scale(load_adapter(path), adapter) == {wanted}
 
 
+def test_matrices_stay_as_they_are_where_the_files_alpha_is_their_own():
+    """Only another scale than the file's goes into B, in single precision."""
+    half = {name: tensor.half() for name, tensor in pairs_of(make(rank=4, alpha=4.0)).items()}
+    first, second, _ = LAYERS
+    said = {"lora_alpha": 8, "alpha_pattern": {second: 2}}
+    back = parse_adapter(save(half, metadata={"lora_adapter_metadata": json.dumps(said)}))
+    assert torch.equal(back.up[first], half[f"unet.{first}.lora_B.weight"]) and back.scale(first) == 2.0
+    assert (back.up[first].dtype, back.up[second].dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(back.up[second], half[f"unet.{second}.lora_B.weight"].float() * 0.25)
+
+
 @pytest.mark.parametrize("where", ["header", "beside"])
 @pytest.mark.parametrize("stable", [False, True])
 def test_case_5_patterns_of_alpha_and_rank(tmp_path, where, stable):
@@ -524,6 +554,15 @@ def test_case_5_a_pattern_is_the_end_of_a_name_and_short(pattern, alpha):
     assert len(f"(?:{'z' * 291}|to_v)") == 300
     facts = {"lora_alpha": 4, "alpha_pattern": {"elsewhere": 16, pattern: 8}}
     assert peft_alpha(facts, "mid_block.attn2.to_v", 2) == alpha
+
+
+@pytest.mark.parametrize(
+    ("said", "alpha"), [(999_999.5, 999_999.5), (-999_999.5, -999_999.5), (1e6, None), (-1e6, None), ("8", None)]
+)
+def test_an_alpha_of_peft_is_a_number_below_a_million(said, alpha):
+    assert peft_alpha({"lora_alpha": said}, "attn2.to_v", 4) == alpha
+    assert peft_alpha({"lora_alpha": 3, "alpha_pattern": {"to_v": said}}, "attn2.to_v", 4) == alpha
+    assert peft_alpha({"lora_alpha": said, "alpha_pattern": ["to_v"]}, "attn2.to_v", 4) == alpha
 
 
 def test_a_config_beside_a_file_of_another_name_is_not_its_own(tmp_path):
@@ -693,10 +732,164 @@ def test_what_each_kind_changes_and_where():
         "tara": ("image", [f"{n} {p}" for n in (1, 2) for p in ("q", "k", "v", "out.0")]),
         "lora_key_value": ("everywhere", ["2 k", "2 v"]),
         "perfusion": ("everywhere", ["2 v"]),
+        "infusion": ("rows", ["2 v"]),
+        "para": ("region", [f"{n} {p}" for n in (1, 2) for p in ("q", "k", "v")]),
     }
     assert set(table) <= set(KINDS)
+    values = Site("transformer_blocks.3.attn.add_v_proj", "", "text", values=True)
+    assert [name for name, kind in KINDS.items() if kind.changes(values)] == ["value"]
     for name, (scope, changed) in table.items():
         kind = KINDS[name]
         own = [site for site in names if kind.changes(Site(site, "", "text"))]
         assert kind.scope == scope and kind.label and kind.name == name
         assert [site.rpartition("attn")[2].replace(".to_", " ") for site in own] == changed
+
+
+@pytest.mark.parametrize("one", KINDS)
+def test_a_kind_says_how_it_is_called_and_how_fast_it_learns(one):
+    said = {
+        "value": ("value adapter (ToVA)", 1.0),
+        "key": ("keys at the concept's rows", 1.0),
+        "key_value": ("keys and values at the concept's rows", 1.0),
+        "lora": ("LoRA, routed to the concept's rows and region", 1.0),
+        "tara": ("LoRA whose text side is kept to the concept's rows (TARA)", 1.0),
+        "lora_key_value": ("LoRA on keys and values of all rows", 1.0),
+        "infusion": ("a residual on the values of the concept's word (Infusion)", 5.0),
+        "para": ("parameter rank reduction (PaRa), routed to the concept's rows and region", 1.0),
+        "perfusion": ("gated rank-one edit with locked keys (Perfusion)", 5.0),
+    }
+    assert (KINDS[one].label, KINDS[one].rate) == said[one]
+
+
+def test_every_family_is_called_by_its_name():
+    """An adapter of SD1.5 on a model of each, and the reverse; nobody knows what an unknown one fits."""
+    names = {
+        "sd21": "SD2.1", "sdxl": "SDXL", "demo": "the ConceptSplit demo model", "flux": "Flux.1", "chroma": "Chroma",
+        "flux2": "Flux.2 or Klein", "z_image": "Z-Image", "lumina2": "Lumina 2", "qwen_image": "Qwen-Image",
+        "sd3": "SD3 or SD3.5", "krea2": "Krea 2", "wan": "Wan", "anima": "Anima", "another": "another",
+    }  # fmt: skip
+    assert {*names, "sd15", "unknown"} - {"another"} == set(BASES)
+    for base, name in names.items():
+        for theirs, model, said in (
+            ("sd15", base, f"SD1.5, but the model is {name}:"),
+            (base, "sd15", f"{name}, but the model is SD1.5:"),
+        ):
+            with pytest.raises(ConceptSplitError, match=re.escape(f"'rex' was made for {said} load")):
+                check_family(AdapterInfo("rex", "dog", theirs), model)
+        for theirs, model in ((base, base), ("unknown", base), (base, "unknown")):
+            check_family(AdapterInfo("rex", "dog", theirs), model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float64, torch.float64),
+     (torch.float8_e4m3fn, torch.float32), (torch.int8, torch.float32), (torch.float32, torch.float32)],
+)  # fmt: skip
+def test_storage_that_cannot_be_computed_in_is_computed_in_single(dtype, computed):
+    assert compute_dtype(dtype) == computed
+
+
+def test_limits_of_a_files_numbers_are_what_they_say():
+    """The largest that is possible is read, the next is refused."""
+    assert MAX_BYTES == 512 * 2**20 and torch.finfo(torch.float16).max == MAX_VALUE
+    for key, fine, beyond in (
+        ("rank", "65536", "65537"),
+        ("alpha", "999999.5", "1000000.0"),
+        ("alpha", "-999999.5", "-1000000.0"),
+        ("format_version", "2", "3"),
+        ("context_dim", str(2**53 - 1), str(2**53)),
+    ):
+        written = lambda value, key=key: rewrite(good_bytes(), lambda h: h["__metadata__"].update({key: value}))
+        assert getattr(parse_adapter(written(fine)).info, key) == json.loads(fine)
+        with pytest.raises(ConceptSplitError, match=r"not possible|is written in format version 3"):
+            parse_adapter(written(beyond))
+    layer = next(iter(LAYERS))
+    low = make()
+    low.up[layer][2, 1] = -1.01 * MAX_VALUE
+    with pytest.raises(ConceptSplitError, match=rf"far too large in {re.escape(layer)}\.lora_B"):
+        adapter_bytes(low, torch.float32)
+    with pytest.raises(ConceptSplitError, match=r"far too large \(6\.62e\+04\)"):
+        parse_adapter(save(pairs_of(low)))
+
+
+@pytest.mark.parametrize(
+    ("file", "concept"),
+    [
+        ("__.safetensors", "concept"),
+        ("-my dog!.v2_.safetensors", "my_dog_.v2"),
+        ("犬.safetensors", "犬"),
+        ("", "concept"),
+    ],
+)
+def test_a_file_that_names_no_concept_is_called_by_its_own_name(file, concept):
+    tensors = pairs_of(make())
+    assert parse_adapter(save(tensors), file).info.concept == concept
+    said = parse_adapter(save(tensors, metadata={"concept": "tom", "class_word": "cat", "other": "x"}), file).info
+    assert (said.concept, said.class_word, said.library_version) == ("tom", "cat", "")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_a_config_lies_beside_a_file_of_pefts_own_name_and_is_small(tmp_path, name):
+    adapter, path = make(rank=4, alpha=4.0), tmp_path / name
+    save_file(pairs_of(adapter), path)
+    assert peft_scale(load_adapter(path), adapter) == {1.0}
+    config = json.dumps({"lora_alpha": 8, "r": 4})
+    for size, wanted in ((2**20, 2.0), (2**20 + 1, 1.0)):
+        (tmp_path / "adapter_config.json").write_text(" " * (size - len(config)) + config)
+        assert peft_scale(load_adapter(path), adapter) == {wanted}
+
+
+def test_ranks_that_are_possible():
+    info = AdapterInfo("rex", "dog", rank=1, alpha=1.0)
+    thin = LowRankAdapter.create(LAYERS, info, 0)
+    assert {thin.rank_of(layer) for layer in LAYERS} == {1} and not thin.moved()
+    with pytest.raises(ConceptSplitError, match="Rank 0 is not possible: use 1 or more"):
+        LowRankAdapter.create(LAYERS, AdapterInfo("rex", "dog", rank=0), 0)
+    assert make().truncated(1)[0].rank_of(next(iter(LAYERS))) == 1
+    with pytest.raises(ConceptSplitError, match="Cannot truncate to rank 0"):
+        make().truncated(0)
+    empty, error = thin.truncated(1)
+    assert error == 0.0 and not empty.moved() and empty.info.training == {"truncated_to_rank": 1}
+    layer = next(iter(LAYERS))
+    one_side = LowRankAdapter(info, {layer: torch.ones(3, 8, dtype=torch.float64)}, {layer: torch.ones(12, 3)})
+    same = one_side.factor(layer, torch.device("cpu"), torch.float64)
+    assert same[0].dtype == same[1].dtype == torch.float64, "both sides in the precision asked for"
+    one_side.up[layer].requires_grad_(True)
+    learning = one_side.factor(layer, torch.device("cpu"), torch.float16)
+    assert learning[1] is one_side.up[layer] and learning[0] is one_side.down[layer]
+
+
+def test_copies_move_and_change_precision_and_keep_what_they_say():
+    adapter = make()
+    half = adapter.detached(torch.float16)
+    assert {t.dtype for t in half.parameters()} == {torch.float16} and half.info == adapter.info
+    assert all(torch.equal(a, b.half()) for a, b in zip(half.parameters(), adapter.parameters(), strict=True))
+    moved = adapter.to("cpu")
+    assert all(a is b for a, b in zip(moved.parameters(), adapter.parameters(), strict=True))
+    assert [tuple(t.shape) for t in adapter.parameters()] == [
+        shape for layer in sorted(LAYERS) for shape in ((3, 8), (LAYERS[layer][1], 3))
+    ]
+    assert adapter.nbytes(torch.float64) == 8 * sum(t.numel() for t in adapter.parameters())
+
+
+def test_value_adapters_of_transformers_travel_under_their_own_names():
+    sites = {"transformer_blocks.3.attn.add_v_proj": (8, 12), "single_transformer_blocks.0.attn.to_v": (8, 10)}
+    adapter = LowRankAdapter.create(sites, AdapterInfo("rex", "dog", "flux", 8, 2, 1.0), 3)
+    data = adapter_bytes(adapter, torch.float32)
+    assert set(read_header(data, "x")) == {"__metadata__"} | {
+        f"transformer.{site}.lora_{side}.weight" for site in sites for side in "AB"
+    }
+    back = parse_adapter(data)
+    assert back.layers == sites and back.info == adapter.info
+    unsaid = rewrite(data, lambda h: h.pop("__metadata__"))
+    assert parse_adapter(unsaid).info.base == "unknown", "the width of a transformer's text names no family"
+
+
+def test_the_layer_that_lacks_a_matrix_is_named_among_whole_ones():
+    second = list(LAYERS)[1]
+    tensors = pairs_of(make())
+    del tensors[f"unet.{second}.lora_A.weight"]
+    with pytest.raises(
+        ConceptSplitError, match=f"'x' has no complete layer: layer {second} lacks one of its two matrices"
+    ):
+        parse_adapter(save(tensors), "x.safetensors")

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conceptsplit_core.adapters.base import KINDS, AdapterInfo, kind_of
 from conceptsplit_core.adapters.lora import LoraAdapter
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
-from conceptsplit_core.method.attention import attend, bound_attention, member_attention, with_logits
+from conceptsplit_core.method.attention import attend, bound_attention, member_attention, with_logits, with_rows
 from conceptsplit_core.method.tova import Product, TokenMask, add_at, low_rank_product, stacked
 from conceptsplit_core.network.hooks import Group, Hooks, Member, PassPlan, learning
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
@@ -461,8 +461,9 @@ def joint(heads=2, queries=9, keys=14, width=4, batch=2, rows=5, dtype=torch.flo
     return q, k, v, mask
 
 
-def test_the_attention_that_rows_get_among_all_keys():
-    q, k, _, mask = joint(heads=3)
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_the_attention_that_rows_get_among_all_keys(heads):
+    q, k, _, mask = joint(heads=heads)
     maps = member_attention(q, k, mask)
     full = torch.softmax(q @ k.transpose(-1, -2) / 2.0, dim=-1).mean(dim=1)
     assert maps.shape == (2, 3, 9)
@@ -512,3 +513,44 @@ def test_pairs_of_two_precisions_are_computed_in_the_wider(order):
     spread = TokenMask(torch.ones(1, 1, 2)).spread((0, 1), pairs)
     assert spread.factor.dtype == torch.float64 and spread.factor.tolist() == [[0.1, 0.1]]
     assert low_rank_product(torch.ones(1, 2), *stacked(pairs), spread).formed().dtype == torch.float64
+
+
+def test_a_product_is_multiplied_out_into_the_output_itself():
+    """Of rows of tokens in their own precision; an embedding [B, d] has no tokens, and other precisions are formed."""
+    g = torch.Generator().manual_seed(8)
+    inner, up = torch.randn(2, 5, 3, generator=g), torch.randn(3, 4, generator=g)
+    for dtype, fused in ((torch.float32, True), (torch.float64, False)):
+        out = torch.randn(3, 5, 4, generator=g).to(dtype)
+        with Counter() as counter:
+            added = add_at(out, range(1, 3), Product(inner, up), in_place=True)
+        assert ("baddbmm_" in counter.names) is fused and added is out
+    out = torch.randn(3, 4, generator=g)
+    wanted = out.clone()
+    wanted[1:] += inner[:, 0] @ up
+    torch.testing.assert_close(add_at(out, range(1, 3), Product(inner[:, 0], up)), wanted)
+
+
+@pytest.mark.parametrize("groups", [6, 3, 2, 1])
+def test_rows_of_values_are_added_to_every_head_that_reads_them(groups):
+    """Six query heads, of which as many as share a key head follow each other."""
+    g = torch.Generator().manual_seed(9)
+    v = torch.randn(3, 6, 7, 2, generator=g, dtype=torch.float16)
+    batch, rows, added = torch.tensor([2, 0]), torch.tensor([1, 5]), torch.randn(2, groups * 2, generator=g)
+    new, before = with_rows(v, batch, rows, added), v.clone()
+    wanted = v.clone()
+    for b, row, one in ((2, 1, added[0]), (0, 5, added[1])):
+        for head in range(6):
+            own = head * groups // 6
+            wanted[b, head, row] += one[2 * own : 2 * own + 2].half()
+    assert torch.equal(new, wanted) and torch.equal(v, before) and new.dtype == torch.float16
+
+
+def test_attention_in_half_precision_takes_a_bias_of_single():
+    g = torch.Generator().manual_seed(10)
+    q, k, v = (torch.randn(2, n, 6, generator=g).bfloat16() for n in (5, 4, 4))
+    bias = torch.randn(2, 5, 4, generator=g)
+    out = attend(q, k, v, 3, bias)
+    qh, kh, vh = (t.double().view(2, -1, 3, 2).transpose(1, 2) for t in (q, k, v))
+    full = torch.softmax(qh @ kh.transpose(-1, -2) / 2**0.5 + bias[:, None], dim=-1) @ vh
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), full.transpose(1, 2).flatten(2), atol=3e-2, rtol=3e-2)

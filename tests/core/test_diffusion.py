@@ -56,3 +56,17 @@ def test_the_unit_takes_a_samplers_x_to_the_models_input(name):
 def test_a_flow_models_input_is_the_samplers_x():
     kind = PARAMETERISATIONS["flow"]
     assert torch.equal(kind.level(BELOW_ONE), BELOW_ONE) and kind.unit(0.35) == 1.0
+
+
+@pytest.mark.parametrize(("name", "count"), [("epsilon", 5), ("v_prediction", 5), ("flow", 5), ("flow", 4000)])
+def test_places_of_the_schedule_are_drawn_from_the_generator_given(name, count):
+    """All alike, or of flow's time by logit(t) ~ N(0, 1); never beyond the last level."""
+    found = PARAMETERISATIONS[name].places(37, count, torch.Generator().manual_seed(6))
+    generator = torch.Generator().manual_seed(6)
+    if name == "flow":
+        normal = torch.randn(count, generator=generator).double()
+        wanted = (37 / (1 + (-normal).exp())).floor().long()
+    else:
+        wanted = torch.randint(0, 37, (count,), generator=generator)
+    assert torch.equal(found, wanted) and found.dtype == torch.int64
+    assert 0 <= int(found.min()) <= int(found.max()) < 37 and len(set(found.tolist())) > 3

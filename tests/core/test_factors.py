@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conceptsplit_core.adapters.base import BASES, AdapterInfo, family, grouped
-from conceptsplit_core.adapters.factors import ConvPair, Kronecker, Whole, weighted_change, widths
+from conceptsplit_core.adapters.factors import ConvPair, Kronecker, Stacks, Whole, weighted_change, widths
 from conceptsplit_core.adapters.lora import (
     LoraAdapter,
     LoraReport,
@@ -19,6 +19,7 @@ from conceptsplit_core.adapters.lora import (
     peft_state,
     trained_words,
 )
+from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.tova import TokenMask
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
@@ -274,3 +275,90 @@ def test_adapters_of_one_kind_and_place_act_together():
         ("lora", (5,), "rows"),
     ]
     assert [member.strength for member in groups[0].members] == [0.5, -1.0]
+
+
+def test_forms_of_a_linear_layer_at_tokens_and_in_whole_rows():
+    """A pair, a Kronecker product and a whole ΔW at one layer, in the precision of the layer."""
+    layer = nn.Linear(WIDE, TALL, bias=False).double()
+    x = randn(2, 5, WIDE, seed=8)
+    weights = torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights[0, 1:4] = 0.0
+    factors = [
+        (2, 0.5, pair(TALL, WIDE, rank=3)),
+        (0, -2.0, Kronecker(randn(4, 2, seed=1), randn(2, 3, seed=2), 0.25)),
+        (1, 0.7, Whole(randn(TALL, WIDE, seed=3), 3.0)),
+    ]
+    wanted = sum(weights[..., i : i + 1] * strength * (x @ dense(factor).t()) for i, strength, factor in factors)
+    torch.testing.assert_close(weighted_change(factors, layer, x, TokenMask(weights, range(2))), wanted)
+    mask = TokenMask(weights)
+    places, tokens = mask.work(x)
+    torch.testing.assert_close(weighted_change(factors, layer, tokens, mask), wanted.flatten(0, 1)[places])
+    for some in (factors[:2], factors[1:], factors[::2], factors[1:2]):
+        wanted = sum(weights[..., i : i + 1] * strength * (x @ dense(factor).t()) for i, strength, factor in some)
+        torch.testing.assert_close(weighted_change(some, layer, x, TokenMask(weights, range(2))), wanted)
+    broken = x.clone()
+    broken[0, 2] = float("inf")
+    found = weighted_change(factors, layer, broken, TokenMask(weights, range(2)))
+    assert not found[0, 1:4].any(), "what nobody owns gets nothing, whatever it is"
+    kinds = {type(one.to(CPU, torch.float16).scale) for _, _, one in factors[1:]}
+    assert kinds == {float} and factors[1][2].to(CPU, torch.float16).second.dtype == torch.float16
+    half = Whole(randn(TALL, WIDE, seed=3).half(), 2.0).apply(layer, x)
+    assert half.dtype == torch.float16
+
+
+def test_pairs_that_learn_are_stacked_anew_so_that_gradients_arrive():
+    def low_rank(seed):
+        adapter = LowRankAdapter.create({TEXT: (WIDE, TALL)}, AdapterInfo("a", "dog", rank=2, alpha=2.0), seed)
+        adapter.up[TEXT] = randn(TALL, 2, seed=seed).float()
+        return adapter
+
+    two = [low_rank(1), low_rank(2)]
+    kept = [adapter.factor(TEXT, CPU, torch.float32) for adapter in two]
+    stacks = Stacks()
+    first = stacks.of(TEXT, kept, two)
+    assert stacks.of(TEXT, [adapter.factor(TEXT, CPU, torch.float32) for adapter in two], two)[0] is not None
+    two[1].down[TEXT].requires_grad_(True)
+    learning = [adapter.factor(TEXT, CPU, torch.float32) for adapter in two]
+    down, up = stacks.of(TEXT, learning, two)
+    assert down.requires_grad and torch.equal(down, first[0]) and torch.equal(up, first[1])
+    down.square().sum().backward()
+    torch.testing.assert_close(two[1].down[TEXT].grad, 2 * two[1].down[TEXT].detach())
+
+
+def test_modules_that_a_lora_does_not_change_are_not_looked_at():
+    adapter = LoraAdapter(AdapterInfo("anna", "dog"), {TEXT: pair(TALL, WIDE)})
+    adapter.check_fits({"mid_block.attn2.to_k": (1, 1), TEXT: (WIDE, TALL), IMAGE: (9, 9)}, "sdxl")
+    with pytest.raises(ConceptSplitError, match=r"maps 6 to 8 values .* maps 7 to 8: .* made for another model"):
+        adapter.check_fits({IMAGE: (9, 9), TEXT: (WIDE + 1, TALL)}, "sdxl")
+    with pytest.raises(ConceptSplitError, match=r"made for another model and the model is unknown\.$"):
+        adapter.check_fits({"mid_block.attn2.to_k": (1, 1), TEXT: (WIDE + 1, TALL)})
+
+
+def test_a_peft_file_says_its_alphas_by_module_unless_it_holds_them():
+    """Of the UNet and of a text encoder, each by its own settings; what is not PEFT's stays as it is."""
+    state = {
+        "unet.block.to_q.lora_A.weight": torch.ones(4, 3),
+        "unet.block.to_q.lora_B.weight": torch.ones(3, 4),
+        "unet.block.to_k.lora_A.default.weight": torch.ones(2, 3),
+        "unet.block.to_k.alpha": torch.tensor(7.0),
+        "text_encoder.fc.lora_A.weight": torch.ones(2, 3),
+        "text_encoder_2.fc.lora_A.weight": torch.ones(2, 3),
+        "base_model.model.out.lora_A.weight": torch.ones(9, 3),
+        "lora_te_fc.lora_down.weight": torch.ones(2, 3),
+    }
+    said = {
+        "unet.lora_alpha": 8,
+        "unet.use_rslora": True,
+        "text_encoder.lora_alpha": 3,
+        "unet.alpha_pattern": {"out": 5},
+    }
+    found = peft_state(state, {"lora_adapter_metadata": json.dumps(said)}, {"r": 4}, "x")
+    alphas = {name: float(tensor) for name, tensor in found.items() if name.endswith(".alpha")}
+    assert alphas == {
+        "unet.block.to_q.alpha": 8 * 2.0, "unet.block.to_k.alpha": 7.0, "text_encoder.fc.alpha": 3.0,
+        "unet.out.alpha": 5 * 3.0,
+    }  # fmt: skip
+    assert found["lora_te_fc.lora_down.weight"] is state["lora_te_fc.lora_down.weight"]
+    assert {"unet.block.to_k.lora_A.weight", "unet.out.lora_A.weight", "text_encoder_2.fc.lora_A.weight"} < set(found)
+    beside = peft_state({"out.lora_A.weight": torch.ones(2, 3)}, {}, {"lora_alpha": 6}, "x")
+    assert {name: float(t) for name, t in beside.items() if "alpha" in name} == {"out.alpha": 6.0}

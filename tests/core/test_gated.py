@@ -153,3 +153,18 @@ def test_c_is_the_mean_of_outer_products_and_the_concept_begins_as_its_word(laye
     assert with_gate(made, GateConfig(0.25, 0.5)).with_info(concept="tom").detached().gate == GateConfig(0.25, 0.5)
     assert moved.info.concept == "tom" and moved.gate == GateConfig()
     assert with_gate(layers, GateConfig()) is layers, "other kinds have no gate"
+
+
+def test_concepts_with_one_encoding_share_its_removal(layers, moment):
+    """Their span is one direction: W i* is taken out once, and each one's own o* is added."""
+    two = [adapter(layers, moment, 3) for _ in range(2)]
+    two[1].own[VALUE] = two[1].own[VALUE].flip(0) * 2
+    i, inverse = two[0].target[0], torch.linalg.inv(moment)
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(7))
+    sim = (x @ inverse @ i) / (i @ inverse @ i)
+    gate = torch.sigmoid((sim - BETA) / TAU)[..., None]
+    new = sum(learned(layers, one) for one in two)
+    weight = layers[VALUE].weight.detach()
+    wanted = x @ weight.t() + gate * new - sim[..., None] * (weight @ i)
+    torch.testing.assert_close(run(layers, two, x)[1], wanted, atol=1e-3, rtol=1e-3)
+    assert RIDGE == 0.001

@@ -15,6 +15,7 @@ from conceptsplit_core.kinds import FILES
 from conceptsplit_core.method.tova import TokenMask, add_at
 from conceptsplit_core.network.hooks import Member
 from conceptsplit_core.network.site import Site
+from conceptsplit_core.train import captions
 from conceptsplit_core.train.captions import COUNT, given_captions, neutral_captions, read_captions
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,7 @@ def test_para_learns_by_the_right_gradient(layer):
 def test_an_impossible_rank_names_the_layer():
     with pytest.raises(ConceptSplitError, match=f"Rank 8 is not possible: {VALUE} has 7 outputs, so use 1 to 7"):
         made("para", VALUE, 0, rank=8)
+    assert made("para", VALUE, 0, rank=7).own[VALUE].shape == (7, OUT)
     shapes = {"a": (WIDTH, 9), VALUE: (2, OUT), "z": (1, 8)}
     with pytest.raises(ConceptSplitError, match=f"Rank 0 is not possible: {VALUE} has 7 outputs"):
         KINDS["para"].create(shapes, AdapterInfo("rex", "dog", rank=0), 0)
@@ -140,6 +142,7 @@ def test_a_table_reads_back_and_forgets_nothing(kind):
         back.truncated(1)
     with pytest.raises(ConceptSplitError, match=f"Layer {VALUE} of adapter 'rex' does not fit this model"):
         back.check_fits({VALUE: (WIDTH, OUT + 1)})
+    back.with_info(base="sd21").check_fits(dict.fromkeys(back.sites, (WIDTH, OUT)))
     with pytest.raises(ConceptSplitError, match="made for SD2.1, but the model is SDXL"):
         back.with_info(base="sd21").check_fits({VALUE: (WIDTH, OUT)}, "sdxl")
 
@@ -185,10 +188,18 @@ def test_captions_are_many_and_each_another():
     assert len(found) == len(set(found)) == COUNT == 300 and "a photo of a dog on a beach" in found
     words = {word for caption in found for word in re.findall(r"\w+", caption)}
     assert len(words) > 120 and all(re.fullmatch("[a-z -]+", caption) for caption in found)
-    assert "dog" not in " ".join(neutral_captions("demo")), "the demo model's are of what it knows"
+    assert [found[i] for i in (8, 61, 299)] == [
+        "children on a hill", "there is a brown horse on a roof", "there is a herd of sheep on a beach",
+    ]  # fmt: skip
+    assert len(neutral_captions("demo", 7)) == 7 and neutral_captions("demo", 4) == [
+        "a close photo of a triangle right of a black and green dotted ring",
+        "a plain star right of a pink triangle",
+        "a photo of a star at the bottom",
+        "a picture of a green and purple checked triangle on the left on a white background",
+    ], "the demo model's are of what it knows, and the same on every machine"
 
 
-def test_captions_of_a_user(tmp_path):
+def test_captions_of_a_user(tmp_path, monkeypatch):
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeffa café\n\n  two dogs \r\n".encode())
     assert read_captions(file) == ["a café", "two dogs"]
@@ -202,6 +213,16 @@ def test_captions_of_a_user(tmp_path):
         read_captions(tmp_path / "nowhere.txt")
     with pytest.raises(ConceptSplitError, match="captions has 10001 captions"):
         given_captions(["a"] * 10_001, "captions")
+    assert len(given_captions([" a "] * 10_000, "captions")) == 10_000 and given_captions(["a"], "captions") == ["a"]
+    file.write_bytes("café\n".encode("latin-1"))
+    assert read_captions(file) == ["caf\ufffd"]
+    assert captions.MAX_BYTES == 4 * 1024**2
+    monkeypatch.setattr(captions, "MAX_BYTES", 30)
+    file.write_bytes(b"x" * 30)
+    assert read_captions(file) == ["x" * 30]
+    file.write_bytes(b"x" * 31)
+    with pytest.raises(ConceptSplitError, match=r"mine\.txt is no list of captions: give"):
+        read_captions(file)
 
 
 # --- size -----------------------------------------------------------------------------------------------------
@@ -239,3 +260,52 @@ def test_the_page_tells_what_a_file_of_each_kind_weighs():
         found[kind] = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
     assert said == found
     assert file_size("perfusion") < 100_000, "the paper's size"
+
+
+@pytest.mark.parametrize("kind", ["perfusion", "infusion", "para"])
+def test_tables_move_and_are_copied_with_all_they_hold(kind):
+    one = made(kind, VALUE, 4)
+    half = one.detached(torch.float16)
+    table = lambda adapter: KINDS[kind].tensors(adapter)
+    assert {t.dtype for t in table(half).values()} == {torch.float16} and half.info == one.info
+    assert all(torch.equal(table(half)[name], tensor.half()) for name, tensor in table(one).items())
+    assert all(tensor is table(one.to("cpu"))[name] for name, tensor in table(one).items())
+    whole = one.detached()
+    assert all(t.data_ptr() != table(one)[name].data_ptr() for name, t in table(whole).items())
+    assert one.nbytes() == 2 * sum(t.numel() for t in table(one).values())
+    assert one.parameters()[0] is one.own[VALUE] and one.layers == {VALUE: tuple(one.own[VALUE].shape)}
+    if kind != "perfusion":
+        assert one.moved()
+        one.own[VALUE].zero_()
+    assert not one.moved()
+
+
+def test_a_tensor_that_learns_is_made_ready_each_time_where_it_is_asked_for():
+    one = made("infusion", VALUE, 4)
+    cpu = torch.device("cpu")
+    one.own[VALUE].requires_grad_(True)
+    first, second = (one.ready(VALUE, cpu, torch.float16) for _ in range(2))
+    assert first is not second and first.requires_grad and first.dtype == torch.float16
+    one.own[VALUE] = one.own[VALUE].detach().double()
+    plain = one.ready(VALUE, cpu, torch.float32)
+    assert plain.dtype == torch.float32 and not plain.requires_grad
+    one.own[VALUE] = one.own[VALUE] * 2
+    torch.testing.assert_close(one.ready(VALUE, cpu, torch.float32), 2 * plain)
+
+
+def test_members_that_do_nothing_leave_the_output_alone(layer, rows):
+    x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1))
+    two = [made("infusion", VALUE, seed) for seed in (4, 9)]
+    change = lambda strengths, mask, site=VALUE: KINDS["infusion"].change(
+        [Member(a, s) for a, s in zip(two, strengths, strict=True)],
+        Site(site, "", "text"),
+        layer,
+        x,
+        layer(x),
+        TokenMask(mask),
+    )
+    assert change((0.0, 0.0), rows) is None and change((1.0, 1.0), rows * 0) is None
+    assert change((1.0, 1.0), rows, QUERY) is None
+    places, added = change((0.0, 2.0), rows)
+    torch.testing.assert_close(added[places == 4][0], 2.0 * two[1].own[VALUE])
+    assert not added[places != 4].any()

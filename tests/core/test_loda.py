@@ -1,3 +1,4 @@
+import itertools
 import logging
 import math
 
@@ -8,8 +9,16 @@ from torch import nn
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.loda import LodaTrace, separate, step_sizes
 from conceptsplit_core.method.maps import distributions, separation_loss
-from conceptsplit_core.method.partition import REGION_RULES, _reading_order, _split, _starts
-from conceptsplit_core.method.regions import region_bias, regions, resize_areas, resize_regions, suppression_bias
+from conceptsplit_core.method.partition import REGION_RULES, _reading_order, _split, _starts, region_rule
+from conceptsplit_core.method.regions import (
+    region_bias,
+    region_logits,
+    regions,
+    resize_areas,
+    resize_regions,
+    suppression_bias,
+    suppression_logits,
+)
 from conceptsplit_core.method.updates import UPDATE_RULES, update_rule
 from conceptsplit_core.settings import LodaConfig
 
@@ -183,6 +192,31 @@ def test_denoise_mask_holds_the_rest():
     assert not moved[..., 4:].any()
 
 
+@pytest.mark.parametrize("rule", UPDATE_RULES)
+def test_every_rule_serves_latents_with_an_axis_for_frames(rule):
+    config = LodaConfig(loda_steps=2, loda_iterations=2, loda_strength=0.3, loda_rule=rule)
+    x = latent(3)
+    flat = separate(x, 2.0, 1, TinyMaps(), config, LodaTrace())
+    framed = separate(x[:, :, None], 2.0, 1, lambda x: TinyMaps()(x[:, :, 0]), config, LodaTrace())
+    torch.testing.assert_close(framed[:, :, 0], flat)
+    assert not torch.equal(flat, x)
+
+
+def test_half_precision_latents_stay_half_and_move_by_the_single_precision_update():
+    config = LodaConfig(loda_steps=1, loda_iterations=1, loda_strength=0.3)
+    x = latent(2).half()
+    out = separate(x, 0.5, 0, lambda x: TinyMaps()(x.float()), config, LodaTrace())
+    wanted = separate(x.double(), 0.5, 0, TinyMaps(), config, LodaTrace()) - x
+    moved = (out - x).double()
+    assert out.dtype == torch.float16 and float(moved.abs().max()) > 0.1
+    assert float((moved - wanted).norm() / wanted.norm()) < 0.03
+
+
+def test_an_open_number_of_steps_is_no_step_to_separate_in():
+    with pytest.raises(ValueError, match="for_schedule"):
+        separate(latent(), 1.0, 0, TinyMaps(), LodaConfig(), LodaTrace())
+
+
 def test_identical_maps_give_finite_latents():
     x = torch.zeros(1, 2, 8, 8, dtype=torch.float64)
     out = separate(x, 1.0, 0, TinyMaps(), LodaConfig(loda_steps=1, loda_iterations=3), LodaTrace())
@@ -201,11 +235,13 @@ def test_a_gradient_that_overflows_leaves_that_image_alone():
             g[0] = float("nan")
             return g
 
-    model, trace, x = TinyMaps(), LodaTrace(), latent(2)
-    out = separate(x, 1.0, 0, lambda x: model(Overflow.apply(x)), LodaConfig(loda_steps=1, loda_iterations=1), trace)
-    torch.testing.assert_close(out[0], x[0])
-    assert not torch.equal(out[1], x[1])
-    assert trace.skipped == 1
+    for rule in UPDATE_RULES:
+        model, trace, x = TinyMaps(), LodaTrace(), latent(3)
+        config = LodaConfig(loda_steps=1, loda_iterations=2, loda_strength=0.5, loda_rule=rule)
+        out = separate(x, 1.0, 0, lambda x, model=model: model(Overflow.apply(x)), config, trace)
+        torch.testing.assert_close(out[0], x[0])
+        assert not torch.equal(out[1], x[1]) and not torch.equal(out[2], x[2])
+        assert trace.skipped == 2
 
 
 @pytest.mark.parametrize("asked,forwards", [(1, 0), (2, 1)])
@@ -384,8 +420,9 @@ def test_two_of_one_class_are_divided_by_default():
         assert first[6, 4] and second[5, 15] and not (first & second).any()
 
 
-@pytest.mark.parametrize("side", [(1, 2), (3, 1), (6, 8)])
+@pytest.mark.parametrize("side", [(1, 2), (3, 1), (6, 8), (6, 6), (4, 4)])
 def test_a_flat_shared_map_is_cut_across_its_longer_side(side):
+    """A square from left to right: of starts that end equally close the first counts."""
     found = regions(torch.ones(1, 2, *side), 0.1, 1.0, "by_place")[0]
     h, w = side
     first = torch.zeros(side, dtype=torch.bool)
@@ -400,6 +437,18 @@ def test_a_concept_without_a_finite_map_has_no_region(rule):
     found = regions(maps, 0.2, 1.0, rule)[0]
     assert not found[[1, 2]].any()
     assert found[0].any() and found[3].any()
+    assert not regions(torch.zeros(2, 3, 5, 8), 0.2, 1.0, rule).any()
+    with pytest.raises(ValueError, match=f"there is a region rule '{rule}' already"):
+        region_rule(rule)
+
+
+def test_of_equal_maps_the_first_has_the_pixel_and_of_a_small_share_one_pixel_is_left():
+    maps = torch.rand(1, 1, 5, 8, generator=torch.Generator().manual_seed(5)).repeat(1, 3, 1, 1)
+    first = regions(maps, 0.2, 0.0)[0]
+    assert first.flatten(1).sum(dim=1).tolist() == [8, 0, 0]
+    assert torch.equal(first[0], maps[0, 0] >= maps[0, 0].flatten().sort().values[-8])
+    for share in (0.001, 0.03):
+        assert regions(maps, share, 0.0, "overlapping").flatten(2).sum(dim=-1).tolist() == [[1, 1, 1]]
 
 
 def test_region_is_the_asked_share():
@@ -432,6 +481,16 @@ def test_a_concept_that_lost_every_pixel_is_not_erased():
     assert (bias[..., 1] == 3.0).all()
 
 
+def test_a_region_that_a_coarser_layer_cannot_show_adds_nothing_there():
+    region = torch.zeros(1, 2, 4, 6, dtype=torch.bool)
+    region[0, 0, 1, 2], region[0, 1, :, 1:3] = True, True
+    region[0, 1, 1, 2] = False
+    fine = region_logits(region, (4, 6), 2.0, -5.0)
+    assert torch.equal(fine, torch.where(region, 2.0, -5.0).flatten(2)) and fine.dtype == torch.float32
+    coarse = region_logits(region, (1, 2), 2.0, -5.0)
+    assert coarse.tolist() == [[[0.0, 0.0], [2.0, -5.0]]]
+
+
 @pytest.mark.parametrize("size", [(2, 2), (8, 8), (3, 5), (1, 1)])
 def test_resized_regions_stay_disjoint_and_present(size):
     region = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
@@ -459,6 +518,8 @@ def test_suppressed_rows_keep_their_share_where_another_concept_is_stronger():
     expected = torch.zeros(2, 3, 6)
     expected[0, 1, [1, 2]] = expected[0, 0, 4] = math.log(0.25)  # a tie suppresses nobody
     torch.testing.assert_close(bias, expected)
+    floor = suppression_logits(maps, 0.0)
+    assert floor.unique().tolist() == [pytest.approx(math.log(1e-9)), 0.0] and floor.dtype == torch.float32
     none_left = torch.softmax(suppression_bias(maps, mask, 0.0), dim=-1)[0]
     assert none_left[1, [1, 2]].max() < 1e-8 and none_left[1, 4] == pytest.approx(1 / 4)
 
@@ -485,6 +546,7 @@ def test_a_report_holds_what_the_run_has_counted():
     [
         ([(1, 0), (0, 2)], [1, 0]),  # a slope of just ½ is two lines
         ([(1, 0), (0, 3)], [0, 1]),  # less is one line
+        ([(0.5, 0.25), (0, 0)], [1, 0]),  # centres lie between cells
         ([(5, 5), (0, 0), (1, 6), (5, 0)], [1, 2, 3, 0]),
     ],
 )
@@ -513,6 +575,39 @@ def test_of_a_shared_map_what_exceeds_its_mean_counts():
     assert even[0].sum() == even[1].sum() == 120, "a flat map is cut in halves"
 
 
+def closest(p, parts):
+    """The heavy cells of p in as many clusters as have the least spread, by trying every division."""
+    mean = float(p.mean())
+    cells = [(y, x, float(p[y, x]) - mean) for y, x in p.nonzero().tolist() if p[y, x] > mean]
+    found = {}
+    for rest in itertools.product(range(parts), repeat=len(cells) - 1):
+        groups = [[cell for cell, part in zip(cells, (0, *rest), strict=True) if part == own] for own in range(parts)]
+        if not all(groups):
+            continue
+        spread = 0.0
+        for own in groups:
+            mass = sum(w for _, _, w in own)
+            for axis in (0, 1):
+                centre = sum(cell[axis] * cell[2] for cell in own) / mass
+                spread += sum((cell[axis] - centre) ** 2 * cell[2] for cell in own)
+        found[spread] = {frozenset((y, x) for y, x, _ in own) for own in groups}
+    return found[min(found)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "heavy", "parts"), [(7, 6, 2), (19, 6, 2), (21, 6, 2), (17, 7, 3), (14, 7, 3), (26, 7, 3)]
+)
+def test_of_several_starts_the_closest_clusters_count(seed, heavy, parts):
+    """Maps that each start alone but one divides worse: slices along y, along x, and cells far apart, in this order."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.zeros(6, 9)
+    places = torch.randperm(54, generator=generator)[:heavy]
+    p.view(-1)[places] = torch.rand(heavy, generator=generator) + 0.3
+    found = _split(torch.ones(6, 9, dtype=torch.bool), p / p.sum(), parts)
+    own = {frozenset(tuple(cell) for cell in p.nonzero().tolist() if part[tuple(cell)]) for part in found}
+    assert own == closest(p, parts) and (found.sum(dim=0) == 1).all()
+
+
 # --- other sizes ----------------------------------------------------------------------------------------------
 
 
@@ -523,10 +618,31 @@ def middles(old, new):
 
 def test_regions_and_areas_at_sizes_that_do_not_divide():
     region = torch.rand(2, 3, 3, 5, generator=torch.Generator().manual_seed(1)) > 0.6
-    wanted = region[..., middles(3, 4), :][..., middles(5, 7)]
-    assert torch.equal(resize_regions(region, (4, 7)), wanted)
-    assert torch.equal(resize_areas(region.float(), (4, 7)), wanted.float())
+    for size in ((4, 7), (3, 7), (4, 5)):
+        wanted = region[..., middles(3, size[0]), :][..., middles(5, size[1])]
+        assert torch.equal(resize_regions(region, size), wanted)
+        assert torch.equal(resize_areas(region.float(), size), wanted.float())
     assert resize_regions(region, (3, 5)) is region
+
+
+@pytest.mark.parametrize("size", [(6, 4), (2, 8), (6, 2), (5, 3), (1, 5)])
+def test_layers_of_another_shape_give_each_cell_to_who_holds_most_of_it(size):
+    """Smaller along one side at least; shares are summed cell by cell here."""
+    generator = torch.Generator().manual_seed(3)
+    owner = torch.randint(4, (2, 1, 3, 5), generator=generator)  # 3 is nobody
+    region = owner == torch.arange(3).view(1, 3, 1, 1)
+    shares = torch.zeros(2, 3, *size)
+    for y, x in itertools.product(*map(range, size)):
+        rows, columns = (
+            range(at * old // new, -(-(at + 1) * old // new)) for at, old, new in ((y, 3, size[0]), (x, 5, size[1]))
+        )
+        held = [[region[:, :, r, c].float() for c in columns] for r in rows]
+        shares[..., y, x] = sum(sum(line) for line in held) / (len(rows) * len(columns))
+    torch.testing.assert_close(resize_areas(region.float(), size), shares)
+    best = shares.amax(dim=1, keepdim=True)
+    wanted = (shares == best) & (shares > 0)
+    wanted &= wanted.cumsum(dim=1) == 1  # of equal shares the first concept's
+    assert torch.equal(resize_regions(region, size), wanted)
 
 
 def test_areas_become_shares_where_cells_join():

@@ -79,3 +79,14 @@ def test_sizes_that_do_not_divide_keep_the_middle_of_each_cell():
     np.testing.assert_array_equal(found, left.areas[:, 0][:, rows][:, :, columns])
     empty = LodaTrace(("rex", "tom"), after=torch.zeros(1, 2, 3, 5))
     assert not concept_masks(empty, "", "soft", (3, 5), 1.0).any()
+
+
+def test_maps_are_smoothed_before_areas_are_taken_from_them():
+    """One lone strong pixel, in the midst of the other's: the wider, the less it holds; 1.5 pixels unless asked."""
+    maps = torch.ones(1, 2, 9, 12)
+    maps[0, 0] *= 0.9
+    maps[0, 0, 4, 7] = 6.0
+    left = LodaTrace(("rex", "tom"), after=maps)
+    held = {sigma: concept_masks(left, "rex", "area", (9, 12), sigma) for sigma in (0.0, 1.0, 1.5, 2.5)}
+    assert held[0.0].sum() == 1 and len({int(mask.sum()) for mask in held.values()}) == 4
+    assert torch.equal(concept_masks(left, "rex", "area", (9, 12)), held[1.5])

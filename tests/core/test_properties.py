@@ -200,7 +200,7 @@ def test_regions_are_disjoint_of_the_share_asked_and_stay_so_at_every_size(found
     pixels = found.shape[-2] * found.shape[-1]
     if rule != "overlapping":
         assert (region.sum(dim=1) <= 1).all(), "a pixel belongs to one concept at most"
-    if rule in ("top", "overlapping"):
+    if rule in ("top", "top_by_place", "overlapping"):
         assert (region.flatten(2).sum(-1) <= max(1, round(fraction * pixels))).all()
     else:
         bound = found.flatten(1).sum(-1) > 0

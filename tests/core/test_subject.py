@@ -78,6 +78,18 @@ def test_a_routed_lora_acts_on_its_subject_and_its_side_of_a_line():
     assert 0 < found[0].mean() < 1 and found[3].all()
 
 
+def test_what_lies_just_on_the_line_is_on_this_side_and_half_as_strong_is_the_subject():
+    """A line across x, at the subject's own edge and half way from it to the picture's."""
+    masks = torch.zeros(3, 1, 4, 6, dtype=torch.float64)
+    masks[:, 0, 1, 2], masks[:, 0, 0, 3] = 1.0, 0.5
+    masks[0, 0, 0, 3] = 0.49
+    found = acting_areas(masks, torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.25], [0.0, 0.5, 0.9]]))
+    wanted = torch.zeros(3, 4, 6, dtype=torch.float64)
+    for image, last in enumerate((2, 3, 4)):  # a draw of just `WHOLE` takes no whole picture
+        wanted[image, :, : last + 1] = 1
+    assert torch.equal(found[:, 0], wanted)
+
+
 def lora():
     layer = "mid_block.attentions.0.transformer_blocks.0.attn2"
     info = AdapterInfo("rex", "dog", rank=2, alpha=2.0, kind="lora")
@@ -117,6 +129,10 @@ def test_routed_training_says_what_it_lacks(masks):
     told = "Only a LoRA can be trained routed, and this is a value adapter" if masks else "give masks, or set mask_from"
     with pytest.raises(ConceptSplitError, match=told):
         train(adapter, data(masks=masks), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, routed=True))
+
+
+def test_maps_are_read_up_to_64_by_64_pixels():
+    assert subject.LARGEST == 64 * 64
 
 
 def test_masks_come_from_one_place():
@@ -192,7 +208,9 @@ def test_masks_are_words_where_loda_reads_them_spread_by_the_finest_pixels(monke
     given, root = two_things(), network.root()
     masks = with_masks(given, network, ALPHAS, denoise, TrainConfig(mask_from="attention")).masks
     assert masks.shape == (2, 1, *LATENT) and given.masks is None and len(seen) == 2
-    assert len(LEVELS) == 2 and choose_layers({name: factor for name, (factor, _) in GRIDS.items()}) == (4, ["coarse"])
+    assert (LEVELS, NOISES) == ((0.3, 0.5), 2) and choose_layers(
+        {name: factor for name, (factor, _) in GRIDS.items()}
+    ) == (4, ["coarse"])
     count = 2 * NOISES
     for index, batch in enumerate(seen):
         places = [int(share * 50) for share in LEVELS for _ in range(NOISES)]
@@ -246,8 +264,8 @@ def test_separating_reads_the_maps_of_the_steps_own_batch():
 
 
 def test_what_stands_beside_a_concept_is_in_its_prompts():
-    others = others_beside(Concept("rex", "dog"), " cat, , old owl ")
-    assert [other.class_word for other in others] == ["cat", "old owl"]
+    others = others_beside(Concept("rex", "dog"), " cat, , Old owl ")
+    assert [(other.name, other.class_word) for other in others] == [("rex.beside1", "cat"), ("rex.beside2", "Old owl")]
     assert len({other.name for other in others} | {"rex"}) == 3
     seen = []
 
@@ -266,6 +284,16 @@ def test_what_stands_beside_a_concept_is_in_its_prompts():
     assert seen[-1] == "<rex>"
 
 
+def gaussian(maps):
+    """Maps [B, n, h, w] smoothed by a Gaussian of σ = 1 cut off at 3, the borders repeated."""
+    weights = np.exp(-0.5 * np.arange(-3, 4) ** 2)
+    for axis in (-2, -1):
+        places = np.arange(maps.shape[axis])
+        near = [np.take(maps, (places + d).clip(0, len(places) - 1), axis) for d in range(-3, 4)]
+        maps = sum(w * m for w, m in zip(weights / weights.sum(), near, strict=True))
+    return maps
+
+
 def test_the_overlap_of_maps_is_their_iou():
     random = np.random.default_rng(8)
     maps = random.random((2, 3, 4, 5)) ** 2
@@ -276,6 +304,14 @@ def test_the_overlap_of_maps_is_their_iou():
         for other in (1, 2)
     ]
     assert float(map_overlap(torch.tensor(maps), sigma=0.0)) == pytest.approx(np.mean(values), rel=1e-5)
+    wide = gaussian(maps)
+    p = wide / wide.sum(axis=(-2, -1), keepdims=True)
+    smooth = [
+        np.minimum(p[image, 0], p[image, other]).sum() / np.maximum(p[image, 0], p[image, other]).sum()
+        for image in range(2)
+        for other in (1, 2)
+    ]
+    assert float(map_overlap(torch.tensor(maps))) == pytest.approx(np.mean(smooth), rel=1e-5), "smoothed by one pixel"
     same, apart = torch.ones(1, 2, 6, 6), torch.zeros(1, 2, 6, 6)
     apart[0, 0, 0], apart[0, 1, 5] = 1.0, 1.0
     assert float(map_overlap(same)) == pytest.approx(1.0) and float(map_overlap(apart)) < 0.05

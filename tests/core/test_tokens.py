@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.text.binding import Binding, Concept, bind, row_mask
+from conceptsplit_core.text.binding import Binding, Concept, _stand_in, bind, changed, row_mask
 from conceptsplit_core.text.concepts import marked_concepts, shown, without_absent, word_name, written
 from conceptsplit_core.text.layout import SpecialTokens, content, layout_of
 
@@ -244,7 +244,7 @@ def test_a_weight_that_is_no_number_is_refused_with_how_to_write_it(weight):
         bind(f"a <Rex: {weight}>", [REX, MUG], tokenize, special=SPECIAL)
 
 
-@pytest.mark.parametrize("text", ["<lora:rex:0.8>", "<lyco:x:1>", "<the rex>", "<rex!>", "<nobody:0.8>"])
+@pytest.mark.parametrize("text", ["<lora:rex:0.8>", "<lyco:x:1>", "<the rex>", "<rex!>", "<nobody:0.8>", "<!>"])
 def test_brackets_that_stay_text_are_told_as_far_as_they_may_mean_a_concept(text):
     bound = bind(f"a mug {text} a < b > c <3 <>", [MUG, REX], tokenize, special=SPECIAL)
     assert bound.text == f"a mug {text} a < b > c <3 <>" and [one.concept for one in bound.bindings] == ["my-mug"]
@@ -259,6 +259,15 @@ def test_brackets_that_stay_text_are_told_as_far_as_they_may_mean_a_concept(text
 def test_a_name_like_one_that_is_loaded_and_a_class_word_in_brackets_are_asked_about(text, meant):
     with pytest.raises(ConceptSplitError, match=rf"did you mean <{meant}>\?"):
         bind(f"a {text}", [REX, Concept("my-mug", "mug")], tokenize, special=SPECIAL)
+
+
+@pytest.mark.parametrize("text", ["<teapot>", "<TEAPOT>", "<teapot:0.8>"])
+def test_a_class_word_in_brackets_means_its_only_concept_however_that_is_named(text):
+    bob = Concept("bob", "TeaPot")
+    with pytest.raises(ConceptSplitError, match=r"did you mean <bob>\?"):
+        bind(f"a {text}", [REX, bob], tokenize, special=SPECIAL)
+    with pytest.raises(ConceptSplitError, match=r"uses <teapot>.*load it under that name"):
+        bind("a <teapot>", [REX, bob, Concept("jim", "teapot")], tokenize, special=SPECIAL)
 
 
 def test_the_class_word_of_two_concepts_says_nothing():
@@ -401,6 +410,13 @@ def test_a_word_written_together_with_another_is_no_occurrence():
     for text in ("a bobcat", "a catty", "concatenate", "xcats"):
         assert not bind(text, [cat], tokenize, special=SPECIAL).bindings, text
     assert rows(bind("bobcat cat", [cat], tokenize, special=SPECIAL), "tom") == (3,)
+    for word, text, there in (
+        ("a+", "xx a+b", True),
+        ("+a", "xx +ab", False),
+        ("a+", "xa+ b", False),
+        ("+a", "x+a b", True),
+    ):
+        assert bool(bind(text, [Concept("x", word)], tokenize, special=SPECIAL).bindings) is there, text
     star = Concept("fan", "#1")
     assert rows(bind("x#1y", [star], tokenize, special=SPECIAL), "fan") == (2, 3)
 
@@ -524,3 +540,70 @@ def test_layouts_of_text_encoders(tokenizer, name, parts, cropped):
         assert layout.rows((0, 9), 30, 30) == (0, 9)
         with pytest.raises(ConceptSplitError, match=f"The {name} text encoder makes 29 rows"):
             layout.rows((9,), 30, 29)
+
+
+@pytest.mark.parametrize(
+    ("parts", "clip"),
+    [(["l"], True), (["h"], True), (["g", "l"], True), (["l", "g", "h"], True), (["qwen3_4b"], False)],
+)
+def test_text_encoders_of_clip_models_or_of_one_other_need_no_entry(parts, clip):
+    layout = layout_of(["Some_Tokenizer_"], parts)
+    assert layout.clip is clip and layout.groups == (tuple(parts),) and layout.name == "Some_"
+    assert not layout_of(["SD3Tokenizer"], ["l", "g", "t5xxl"]).clip
+    assert layout_of(["SD3Tokenizer"], ["l", "g", "t5xxl"]).without({"t5xxl"}).clip
+    assert layout_of(["Tokenizer"], parts).name == "Tokenizer"
+    with pytest.raises(ConceptSplitError, match="behind the Mine text encoder"):
+        layout_of(["MineTokenizer", "Other"], ["l", "t5xxl"])
+
+
+def test_no_positions_are_no_rows_whatever_is_cut():
+    layout = layout_of(["QwenImageTokenizer"], ["qwen25_7b"])
+    assert layout.rows((), 50, 16) == () and layout.rows((34, 40), 50, 16) == (0, 6)
+    with pytest.raises(ConceptSplitError, match="makes 16 rows of the 50 tokens"):
+        layout.rows((33, 40), 50, 16)
+
+
+def test_the_frames_of_clip_are_the_usual_ones():
+    assert SpecialTokens() == SpecialTokens(49406, 49407, 49407)
+    chunks = lambda text: [[49406, *(ord(sign) for sign in text), 49407, 49407]]
+    bound = bind("a <rex> b", [REX], chunks)
+    assert bound.text == "a dog b" and bound.bindings == (Binding("rex", (3, 4, 5), 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("ids", "other", "wanted"),
+    [
+        ([1, 2, 3, 4, 5], [1, 9, 3, 4, 5], [1]),
+        ([1, 2, 3, 4, 5], [1, 9, 2, 3, 4, 5], []),  # something came in between
+        ([1, 2, 2, 3], [1, 2, 3], [2]),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], []),
+        ([1, 2, 3], [7, 8], [0, 1, 2]),
+        ([4, 4, 4, 5], [4, 5], [1, 2]),
+        ([], [1], []),
+    ],
+)
+def test_what_changed_lies_between_the_beginning_and_the_end_that_are_shared(ids, other, wanted):
+    positions = [10 * at for at in range(len(ids))]
+    assert changed((ids, positions), other) == [10 * at for at in wanted]
+
+
+def test_two_placeholders_in_one_token_are_refused():
+    """Signs of a script without spaces, of which the tokenizer makes one."""
+    both = [Concept("a", "犬"), Concept("b", "猫")]
+    pairs_ = lambda text: [[int.from_bytes(text[at : at + 2].encode(), "big") for at in range(0, len(text), 2)]]
+    with pytest.raises(ConceptSplitError, match="Placeholder <b> in prompt .* does not stand as the word '猫'"):
+        bind("見る<a><b>走る", both, pairs_, SpecialTokens(None, None, -1))
+    assert len(bind("見る<a>と<b>る", both, pairs_, SpecialTokens(None, None, -1)).bindings) == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "letters"), [("house", True), ("water", True), ("dog", True), ("+", False), ("★", False)]
+)
+def test_another_word_stands_in_that_is_unlike_the_word_at_both_ends(word, letters):
+    """Of the same sort, so that it grows together with what stands beside it as the word does."""
+    found = _stand_in(word, tokenize, SPECIAL)
+    assert found.isalpha() is letters and not any(a.isalpha() != letters for a in found)
+    mine, other = pieces(word), pieces(found)
+    assert mine[0] != other[0] and mine[-1] != other[-1]
+    own = rows(bind(f"a {word} here", [Concept("x", word)], tokenize, special=SPECIAL), "x")
+    assert own == tuple(range(2, 2 + len(mine)))

@@ -1,8 +1,11 @@
+import hashlib
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from conceptsplit_core.adapters.base import KINDS, AdapterInfo
 from conceptsplit_core.adapters.gated import covariance
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.method.subject import acting_areas
 from conceptsplit_core.network.site import AttentionSite, NetworkMap, Site
 from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
@@ -64,6 +68,73 @@ def test_masks_weigh_the_error():
     wrong = batch.target + (batch.weight == 0).float() * 5
     assert batch_loss(wrong, batch) == 0
     assert batch_loss(batch.target + (batch.weight > 0).float(), batch) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_loss_is_the_weighted_mean_of_each_picture_and_of_all_pictures_alike(dtype):
+    """One picture's mask is small and another's large: both count the same."""
+    g = np.random.default_rng(3)
+    found, target = g.normal(size=(2, 3, 4, 4, 5)).astype(np.float16)
+    weight = np.full((3, 1, 4, 5), 0.2)
+    weight[0, 0, 1, 2] = weight[1, 0, 1:, 1:] = 1.0
+    batch = make_batch(data(masks=True), ALPHAS, TrainConfig(batch_size=3), 0, Process())
+    batch = replace(batch, target=torch.tensor(target, dtype=dtype), weight=torch.tensor(weight, dtype=torch.float32))
+    error = (found.astype(np.float64) - target.astype(np.float64)) ** 2
+    each = [(error[i] * weight[i]).sum() / (4 * weight[i].sum()) for i in range(3)]
+    value = batch_loss(torch.tensor(found, dtype=dtype), batch)
+    assert float(value) == pytest.approx(sum(each) / 3, rel=1e-5) and value.dtype == torch.float32
+    plain = batch_loss(torch.tensor(found, dtype=dtype), replace(batch, weight=None))
+    assert float(plain) == pytest.approx(error.mean(), rel=1e-5)
+
+
+def seeded(*parts):
+    """The generator of a step's random numbers: a digest of what it depends on."""
+    number = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
+    return torch.Generator().manual_seed(number % 2**63)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_random_numbers_of_a_step_follow_from_seed_and_step_alone(world):
+    """Version after version, or a training that was stopped would continue as another: pictures by seed and epoch,
+    then prompts, places and noise in this order by seed and step, areas by themselves."""
+    given, config = data(masks=True), TrainConfig(batch_size=6, seed=11, routed=True, background_weight=0.5)
+    parts = [make_batch(given, ALPHAS, config, 4, Process(rank, world)) for rank in range(world)]
+    assert {len(part.x_t) for part in parts} == {6 // world}
+    orders = [torch.randperm(5, generator=seeded(11, 1, epoch)).tolist() for epoch in range(6)]
+    images = [orders[draw // 5][draw % 5] for draw in range(24, 30)]
+    generator = seeded(11, 2, 4)
+    prompts = torch.randint(2, (6,), generator=generator).tolist()
+    places = torch.randint(50, (6,), generator=generator)
+    noise = torch.randn(6, 4, 5, 5, generator=generator)
+    whole = lambda name: torch.cat([getattr(part, name) for part in parts])
+    assert torch.equal(whole("timesteps"), places) and torch.equal(whole("target"), noise)
+    level = ALPHAS[places].view(-1, 1, 1, 1)
+    torch.testing.assert_close(whole("x_t"), level.sqrt() * given.latents[images] + (1 - level).sqrt() * noise)
+    assert torch.equal(whole("context"), torch.stack([given.prompts[p].context for p in prompts]))
+    assert torch.equal(whole("weight"), 0.5 + 0.5 * given.masks[images])
+    draws = torch.rand(6, 3, generator=seeded(11, 3, 4))
+    assert torch.equal(whole("area"), acting_areas(given.masks[images], draws))
+    one = replace(given, one_text=True)
+    alike = make_batch(one, ALPHAS, config, 4, Process())
+    assert torch.equal(alike.context, given.prompts[prompts[0]].context.expand(6, -1, -1))
+    assert torch.equal(alike.timesteps, places) and torch.equal(alike.target, noise)
+
+
+def test_contexts_of_four_and_six_rows_meet_at_twelve():
+    g = torch.Generator().manual_seed(0)
+    prompts = [Prompt("a", torch.randn(4, 6, generator=g), (1,)), Prompt("b", torch.randn(6, 6, generator=g), (0, 4))]
+    batch = make_batch(TrainData(torch.randn(3, 4, 5, 5), prompts), ALPHAS, TrainConfig(batch_size=9), 2, Process())
+    rows = {tuple(row.nonzero().flatten().tolist()) for row in batch.mask[..., 0]}
+    assert batch.context.shape == (9, 12, 6) and rows == {(1, 5, 9), (0, 4, 6, 10)}
+
+
+def test_rows_that_the_model_makes_of_a_context_have_its_own_count():
+    """Anima's and others' text rows are not those of the context."""
+    prompt = Prompt("a", torch.zeros(4, 6), (5, 7), others=((1,), (0, 8)), length=9)
+    wanted = torch.zeros(9, 3)
+    wanted[[5, 7], 0] = wanted[1, 1] = wanted[[0, 8], 2] = 1
+    assert torch.equal(prompt.owners(), wanted)
+    assert Prompt("a", torch.zeros(4, 6), (3,)).owners().tolist() == [[0], [0], [0], [1]]
 
 
 def test_two_processes_equal_one_with_the_whole_batch():
@@ -216,8 +287,15 @@ def test_warmup_rises_linearly(monkeypatch):
         return genuine(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    trained(TrainConfig(steps=6, learning_rate=0.08, warmup=4))
-    assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08, 0.08])
+    for warmup, wanted in ((4, [0.02, 0.04, 0.06, 0.08, 0.08, 0.08]), (0, [0.08] * 2), (1, [0.08] * 2)):
+        rates.clear()
+        trained(TrainConfig(steps=len(wanted), learning_rate=0.08, warmup=warmup))
+        assert rates == pytest.approx(wanted)
+    rates.clear()
+    kind = KINDS["value"]
+    monkeypatch.setitem(KINDS, "value", replace(kind, rate=0.25))
+    trained(TrainConfig(steps=2, learning_rate=0.08, warmup=2))
+    assert rates == pytest.approx([0.01, 0.02]), "a kind may learn at a rate of its own"
 
 
 def test_timesteps_are_drawn_from_the_whole_schedule():
@@ -258,6 +336,38 @@ def test_overflows_are_skipped_and_only_ten_in_a_row_stop():
     trained(TrainConfig(steps=14), overflowing(lambda step: 2 <= step <= 10))
     with pytest.raises(ConceptSplitError, match="not finite in 10 steps up to step 11"):
         trained(TrainConfig(steps=14), overflowing(lambda step: step >= 2))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_adapter_that_moved_nowhere_is_no_result(steps):
+    with pytest.raises(ConceptSplitError, match=f"ended after {steps} steps with an adapter that changes nothing"):
+        trained(TrainConfig(steps=steps), overflowing(lambda step: True))
+
+
+def test_a_loss_that_is_not_finite_says_what_is_kept(tmp_path):
+    def exploding(adapter):
+        inner, steps = toy_denoise(adapter), []
+
+        def denoise(batch):
+            steps.append(1)
+            return inner(batch) * (math.inf if len(steps) == 6 else 1.0)
+
+        return denoise
+
+    told = {}
+    for name, path, save_every in (
+        ("kept", tmp_path / "x.checkpoint", 2),
+        ("unsaved", tmp_path / "y", 0),
+        ("none", None, 2),
+    ):
+        adapter = new_adapter()
+        config = TrainConfig(steps=9, save_every=save_every, learning_rate=0.0125)
+        with pytest.raises(ConceptSplitError) as raised:
+            train(adapter, data(), ALPHAS, exploding(adapter), config, None, path)
+        told[name] = str(raised.value)
+    start, end = "The training loss is not finite at step 6", ": lower the learning rate (now 0.0125) or use float32"
+    assert told["kept"].startswith(f"{start}; the state of step 4 is kept in x.checkpoint{end}")
+    assert told["unsaved"].startswith(start + end) and told["none"].startswith(start + end)
 
 
 def test_the_loss_scale_changes_no_step():
@@ -307,6 +417,18 @@ def test_a_step_is_timed_and_said_once(tmp_path):
     assert all(e.adapter is adapter for e in events)
 
 
+def test_the_bar_follows_the_window_and_can_be_switched_off(monkeypatch, capsys):
+    import tqdm
+
+    asked, genuine = [], tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: asked.append(options) or genuine(**options))
+    bar = ProgressBar(7, "rex", disable=True)
+    bar(TrainEvent(3, 7, 0.5, 0.1, new_adapter()))
+    bar.close()
+    assert asked[0] == {"total": 7, "desc": "training <rex>", "unit": "step", "dynamic_ncols": True, "disable": True}
+    assert capsys.readouterr().err == ""
+
+
 def test_the_bar_shows_the_steps_and_the_mean_of_the_last_losses(capsys):
     bar = ProgressBar(60, "rex")
     for step in range(1, 53):
@@ -324,6 +446,11 @@ def test_templates_may_be_long_and_are_quoted_in_part():
     assert len(expand_templates([most, " "], "dog")[0]) == MAX_TEMPLATE_BYTES + 1
     with pytest.raises(ConceptSplitError, match=f"are {MAX_TEMPLATE_BYTES + 1} bytes of text: use at most"):
         expand_templates([most, "x"], "dog")
+    with pytest.raises(ConceptSplitError, match="are 100001 bytes"):
+        expand_templates([most[:-1] + "é"], "dog")
+    assert expand_templates(["a {} \ud800"], " dog ") == ["a dog \ud800"]
+    with pytest.raises(ConceptSplitError, match='Template "{} and {}" needs exactly one {}'):
+        expand_templates(["a {}", "{} and {}"], "dog")
     with pytest.raises(ConceptSplitError, match='Template "' + "y" * 120 + '" needs exactly one {}'):
         expand_templates(["y" * 130], "dog")
     with pytest.raises(ConceptSplitError, match='Template "two lines" needs exactly one {}'):

@@ -1,14 +1,17 @@
 """Which files of a folder are pictures of the concept, which are masks, and what is said about the others."""
 
+import io
 import sys
+import types
 import unicodedata
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.train import folder as module
+from conceptsplit_core.train import heic
 from conceptsplit_core.train.folder import OURS, mask_files, picture_folder, written_by_us
 
 
@@ -57,13 +60,128 @@ def test_case_10_what_is_left_out_is_counted_with_its_reason(tmp_path, monkeypat
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "more").mkdir()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "linked.heic").symlink_to(tmp_path / "b.heic")
+    (tmp_path / "linked").symlink_to(tmp_path / "more")
     found = picture_folder(tmp_path)
     assert found.count == "1 picture"
     assert found.left_out == (
-        "2 captions, 3 HEIC files (save them as JPEG, or install pillow-heif), "
-        "1 AVIF file (save them as PNG or JPEG), 1 GIF file (save them as PNG or JPEG), 1 dead link, 1 subfolder, "
+        "2 captions, 4 HEIC files (save them as JPEG, or install pillow-heif), "
+        "1 AVIF file (save them as PNG or JPEG), 1 GIF file (save them as PNG or JPEG), 1 dead link, 2 subfolders, "
         "1 other file"
     )
+    (tmp_path / "linked.jpeg").symlink_to(tmp_path / "a.jpg")
+    assert names(picture_folder(tmp_path).pictures) == ["a.jpg", "linked.jpeg"]
+    assert picture_folder(tmp_path).count == "2 pictures"
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "jfif", "webp", "bmp", "tif", "tiff", "PNG", "JpG"])
+def test_every_usual_ending_is_a_picture_and_may_be_a_mask(tmp_path, ending):
+    photo, cover = tmp_path / f"a.{ending}", tmp_path / "masks" / f"a_Masks.{ending}"
+    cover.parent.mkdir()
+    for path in (photo, cover):
+        Image.new("RGB", (8, 6)).save(path, "PNG")
+    assert names(picture_folder(tmp_path).pictures) == [photo.name]
+    assert mask_files(tmp_path / "masks", [photo]) == [cover]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{}_masklabel",
+        "{}-mask",
+        "{} masks",
+        "{}.matte",
+        "{}-segmentation",
+        "{}_SEG",
+        "{}-._mask",
+        "mask-{}",
+        "Masks_{}",
+    ],
+)
+def test_every_usual_name_of_a_mask_is_known(tmp_path, name):
+    photo, cover = draw(tmp_path / "my.red-dog.png"), draw(tmp_path / (name.format("my.red-dog") + ".png"))
+    found = picture_folder(tmp_path)
+    assert found.pictures == (photo,) and found.masks == {photo: cover}
+    assert mask_files(tmp_path, [photo]) == [cover]
+
+
+def test_pictures_of_one_name_share_their_mask_and_a_folder_of_the_user_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name in ("a.png", "a.jpg", "a-mask.png", "b.png"):
+        draw(tmp_path / name)
+    found = picture_folder("~")
+    assert names(found.pictures) == ["a.jpg", "a.png", "b.png"]
+    assert {of.name: cover.name for of, cover in found.masks.items()} == {"a.jpg": "a-mask.png", "a.png": "a-mask.png"}
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "x.txt").touch()
+    with pytest.raises(ConceptSplitError, match=r"none' holds no mask: put PNG"):
+        mask_files(tmp_path / "none", [])
+    with pytest.raises(ConceptSplitError, match=r"no folder '.*nowhere': give the folder with the masks"):
+        mask_files(tmp_path / "nowhere", [])
+    with pytest.raises(ConceptSplitError, match=r"WebP, BMP or TIFF files there\.$"):
+        (tmp_path / "empty").mkdir()
+        picture_folder(tmp_path / "empty")
+
+
+# --- HEIC -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pillow(monkeypatch):
+    """Pillow's tables, which are put back."""
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.EXTENSION))
+
+
+@pytest.mark.parametrize("brand", ["heic", "heix", "heim", "heis", "hevc", "hevx"])
+def test_a_photograph_of_a_phone_is_named_where_nothing_opens_it(tmp_path, monkeypatch, pillow, brand):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "IMG 1.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand.encode() + b"\0" * 40)
+    with pytest.raises(UnidentifiedImageError) as plain:
+        Image.open(path)
+    assert not isinstance(plain.value, ConceptSplitError)
+    for _ in range(2):
+        heic.register_or_explain()
+    assert Image.ID.count(heic.FORMAT) == 1
+    for given in (path, str(path), io.BytesIO(path.read_bytes())):
+        named = "The picture" if isinstance(given, io.BytesIO) else "IMG 1.HEIC"
+        with pytest.raises(
+            heic.HeicError, match=rf"^{named} is a HEIC photograph, and this Python has nothing that opens it"
+        ):
+            Image.open(given)
+    for other in (b"\0\0\0\x18ftypavif" + b"\0" * 40, b"\0\0\0\x18free" + brand.encode() + b"\0" * 40):
+        path.write_bytes(other)
+        with pytest.raises(UnidentifiedImageError) as plain:
+            Image.open(path)
+        assert not isinstance(plain.value, ConceptSplitError)
+    with pytest.raises(heic.HeicError, match="^a b.heic is a HEIC"):
+        heic._explain(io.BytesIO(), b"/photos/a b.heic")
+
+
+@pytest.mark.parametrize("ending", [".heic", ".heif"])
+def test_with_pillow_heif_photographs_of_phones_are_pictures(tmp_path, monkeypatch, pillow, ending):
+    calls = []
+    plugin = types.SimpleNamespace(
+        register_heif_opener=lambda: calls.append(1) or Image.EXTENSION.update({ending: "PNG"})
+    )
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    draw(tmp_path / "b.png").rename(tmp_path / f"b{ending}")
+    assert names(picture_folder(tmp_path).pictures) == [f"b{ending}"] and calls
+    heic.register_or_explain()
+    assert heic.FORMAT not in Image.OPEN, "the plugin's own reader is left in its place"
+
+
+def test_formats_without_a_plugin_are_no_pictures(tmp_path, pillow):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "c.png").rename(tmp_path / "c.jxl")
+    Image.EXTENSION.pop(".jxl", None)
+    assert picture_folder(tmp_path).left_out == "1 JXL file (save them as PNG or JPEG)"
+    Image.EXTENSION[".jxl"] = "PNG"
+    assert names(picture_folder(tmp_path).pictures) == ["a.png", "c.jxl"]
 
 
 def test_case_10_a_folder_of_nothing_usable_says_what_it_holds(tmp_path, monkeypatch):

@@ -6,7 +6,16 @@ import torch
 from PIL import Image
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.train.images import NATIVE_SIZES, check_images, check_masks, fit, one_size, same_shape
+from conceptsplit_core.train.images import (
+    NATIVE_SIZES,
+    TRANSFORMER_SIZE,
+    check_images,
+    check_masks,
+    check_strength,
+    fit,
+    one_size,
+    same_shape,
+)
 
 
 def picture(height, width, seed=0, count=1):
@@ -180,10 +189,65 @@ def test_one_mask_serves_pictures_of_several_batches():
     assert len(batch) == 2 and torch.equal(masks, left_half(48, 64))
     alone = one_size(images[:1], [left_half(48, 64)], 32)
     assert alone[0] is images[0] and torch.equal(alone[1], left_half(48, 64))
-    assert NATIVE_SIZES == {"sd15": 512, "sd21": 768, "sdxl": 1024, "demo": 128}
+    assert NATIVE_SIZES == {"sd15": 512, "sd21": 768, "sdxl": 1024, "demo": 128} and TRANSFORMER_SIZE == 1024
 
 
 def test_the_aspect_is_compared_along_both_sides():
     """Far off in one of the two products only."""
     assert not same_shape((300, 100), (100, 300)) and not same_shape((100, 300), (300, 100))
     assert same_shape((1000, 300), (10, 3)) and not same_shape((1000, 330), (1000, 300))
+
+
+def test_a_mask_is_strong_from_one_half_on_and_an_empty_one_is_reported_later():
+    for high in (0.5, 0.75):
+        check_strength(left_half(4, 6) * high, "Mask 3")
+    check_strength(torch.zeros(4, 6), "Mask 3")
+    check_strength(np.zeros((4, 6)), "Mask 3")
+    with pytest.raises(ConceptSplitError, match=r"^Mask 3 is at most 0\.499 where"):
+        check_strength(np.full((4, 6), 0.499), "Mask 3")
+
+
+def test_an_empty_mask_may_have_any_shape_and_others_the_pictures():
+    """What is empty is named as empty, once the pictures are encoded."""
+    masks = torch.zeros(2, 5, 19)
+    assert check_masks(masks, 2, (2, 3), (16, 24)).shape == (2, 1, 2, 3)
+    masks[1, 0, 0] = 1.0
+    with pytest.raises(ConceptSplitError, match="The mask is 19 x 5 pixels, the images 24 x 16"):
+        check_masks(masks, 2, (2, 3), (16, 24))
+
+
+def test_masks_of_a_list_are_checked_one_by_one():
+    images = [picture(48, 64, 1), picture(64, 48, 2)]
+    covers = [left_half(48, 64), left_half(64, 48)]
+    for spoil, said in (
+        (lambda cover: cover * 0.3, "Mask 2 is at most 0.3 where"),
+        (lambda cover: cover * 3.0, "Mask 2 holds values from 0 to 3 where 0 to 1"),
+        (lambda cover: cover / 0, "Mask 2 holds values that are not finite"),
+        (lambda cover: cover[:, :30], "Mask 2 is 48 x 30 pixels, its image 48 x 64"),
+        (lambda cover: cover[None, None, None], "The mask has shape .1, 1, 1, 1, 64, 48."),
+    ):
+        with pytest.raises(ConceptSplitError, match=said):
+            one_size(images, [covers[0], spoil(covers[1])], 32)
+    batch, masks, note = one_size(images, [covers[0][0], covers[1] * 1.4], 32)
+    assert batch.shape == (2, 32, 32, 3) and masks.shape == (2, 32, 32) and float(masks.max()) == 1.0
+    assert "have 2 sizes" in note[0]
+
+
+def test_one_mask_for_pictures_of_several_sizes_needs_the_shape_of_all():
+    images = [picture(48, 64, 1), picture(96, 128, 2), picture(24, 32, 3)]
+    batch, masks, note = one_size(images, [left_half(48, 64)], 20)
+    assert batch.shape == (3, 20, 20, 3) and masks.shape == (1, 20, 20) and "have 3 sizes" in note[0]
+    assert float(masks[0, :, :9].min()) > 0.9 and float(masks[0, :, 11:].max()) < 0.1
+    assert one_size([], [], 20) == (None, None, ())
+    with pytest.raises(ConceptSplitError, match="Mask 1 is 64 x 48 pixels, its image 48 x 64"):
+        one_size([*images, picture(64, 48, 4)], [left_half(48, 64)], 20)
+
+
+def test_pictures_of_several_batches_and_one_size_keep_their_masks_sizes_apart():
+    """Masks of two sizes for pictures of one: the pictures stay as they are, the masks are fitted to them."""
+    images = [picture(40, 60, 1, count=2), picture(40, 60, 2)]
+    covers = [left_half(40, 60), left_half(20, 30), left_half(80, 120)]
+    batch, masks, note = one_size(images, covers, 512)
+    assert note == () and torch.equal(batch, torch.cat(images)) and masks.shape == (3, 40, 60)
+    for cover in masks:
+        assert float(cover[:, :27].min()) > 0.9 and float(cover[:, 33:].max()) < 0.1

@@ -8,7 +8,7 @@ from PIL import Image
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.train import reading
-from conceptsplit_core.train.reading import open_mask, open_picture, read_masks
+from conceptsplit_core.train.reading import open_mask, open_picture, read_masks, read_pictures
 
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -306,3 +306,116 @@ def test_a_colour_profile_holds_for_every_mode(tmp_path, mode):
     picture = Image.fromarray(ramp()).convert("RGB").convert(mode)
     picture.save(tmp_path / "x.png", icc_profile=profile)
     assert np.abs(opened(tmp_path / "x.png") - np.asarray(picture.convert("RGB"), int)).max() <= 1
+
+
+def red_and_blue_exchanged():
+    """sRGB's profile with the primaries of red and blue under each other's names."""
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA", "RGBX"])
+def test_a_profile_says_which_colours_are_meant(tmp_path, mode):
+    colours = np.array([[[250, 10, 60], [0, 120, 200], [5, 90, 10]]], np.uint8)
+    picture = Image.fromarray(colours)
+    picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+    path = tmp_path / ("x.tif" if mode == "RGBX" else "x.png")
+    picture.save(path, icc_profile=red_and_blue_exchanged())
+    assert np.abs(opened(path) - np.asarray(picture.convert("RGB"), int)[..., ::-1]).max() <= 2
+
+
+def test_a_profile_that_is_damaged_or_of_another_kind_is_left_out(tmp_path):
+    from PIL import ImageCms
+
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for profile in (b"nothing", lab):
+        Image.fromarray(ramp()).convert("RGB").save(tmp_path / "x.png", icc_profile=profile)
+        assert np.array_equal(opened(tmp_path / "x.png"), np.repeat(ramp()[..., None], 3, axis=2))
+
+
+def test_a_picture_stands_upright_and_one_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    grey = ramp()
+    for name, read in (("x.png", opened), ("m.png", lambda path: np.asarray(open_mask(path)))):
+        Image.fromarray(grey).save(tmp_path / name, exif=exif)
+        found = read(tmp_path / name)
+        assert np.array_equal(found if found.ndim == 2 else found[..., 0], np.rot90(grey, -1))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ConceptSplitError, match=r"^'x\.png' is too large a picture to open: scale it down first\.$"):
+        open_picture(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (ValueError("odd\n  tile. size..."), "odd tile. size"),
+        (KeyError(), "KeyError"),
+        (OSError("..."), "OSError"),
+        (RuntimeError("x" * 199 + "yz"), "x" * 199 + "y"),
+    ],
+)
+def test_whatever_a_decoder_raises_is_quoted_in_one_line(tmp_path, monkeypatch, problem, said):
+    def fail(picture):
+        raise problem
+
+    Image.fromarray(ramp()).save(tmp_path / "x.png")
+    monkeypatch.setattr(reading.ImageOps, "exif_transpose", fail)
+    with pytest.raises(ConceptSplitError) as told:
+        open_picture(tmp_path / "x.png")
+    assert str(told.value) == f"'x.png' cannot be read as a picture ({said}): replace or remove it."
+
+
+def test_transparent_parts_lie_on_white_in_pictures_and_on_black_in_masks(tmp_path):
+    colours = np.array([[[200, 40, 90, 255], [200, 40, 90, 0], [200, 40, 90, 51]]], np.uint8)
+    Image.fromarray(colours).save(tmp_path / "x.png")
+    shown = np.array([[200, 40, 90], [255, 255, 255], [244, 212, 222]])
+    assert np.abs(opened(tmp_path / "x.png")[0] - shown).max() <= 1
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 0, 0, 0, 255])
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert opened(tmp_path / "p.png")[0].tolist() == [[255, 255, 255], [0, 0, 0], [0, 0, 255]]
+    # A cut-out whose alpha is the same everywhere says nothing by it: what it holds counts, as far as it is there.
+    half = np.dstack([np.full((2, 3, 3), [[[255] * 3, [0] * 3, [255] * 3]]), np.full((2, 3), 204)]).astype(np.uint8)
+    Image.fromarray(half).save(tmp_path / "m.png")
+    assert np.asarray(open_mask(tmp_path / "m.png")).tolist() == [[204, 0, 204]] * 2
+    Image.new("RGBA", (3, 2), (255, 90, 10, 0)).save(tmp_path / "m.png")
+    assert not np.asarray(open_mask(tmp_path / "m.png")).any(), "nothing of it is there"
+
+
+def test_a_mask_of_floats_is_shares_and_values_from_half_white_on_are_strong(tmp_path):
+    Image.fromarray(np.array([[0.0, 0.25, 1.0]], np.float32)).save(tmp_path / "x.tiff")
+    assert np.asarray(open_mask(tmp_path / "x.tiff")).tolist() == [[0, 64, 255]]
+    for level, wanted in ((127, 255), (128, 128), (1, 255)):
+        Image.fromarray(np.array([[0, level, level]], np.uint8)).save(tmp_path / "x.png")
+        assert np.asarray(open_mask(tmp_path / "x.png")).tolist() == [[0, wanted, wanted]]
+    Image.new("L", (3, 2)).save(tmp_path / "x.png")
+    assert not np.asarray(open_mask(tmp_path / "x.png")).any(), "an empty one is reported later"
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "n.tiff")
+    with pytest.raises(ConceptSplitError, match=r"^'n\.tiff' holds values that are not finite"):
+        open_mask(tmp_path / "n.tiff")
+
+
+def test_of_a_palette_of_many_the_border_is_no_label(tmp_path):
+    """Index 255 is void beside one thing; alone it is the thing."""
+    for index, wanted in (([0, 7, 255], [0, 255, 0]), ([0, 255, 255], [0, 255, 255]), ([9, 9, 7], [0, 0, 255])):
+        picture = Image.fromarray(np.array([index], np.uint8), "P")
+        table = np.full((256, 3), 1, np.uint8)
+        table[[0, 9]], table[7], table[255] = 0, (9, 200, 9), (200, 100, 0)
+        picture.putpalette(table.tobytes())
+        picture.save(tmp_path / "x.png")
+        assert np.asarray(open_mask(tmp_path / "x.png")).tolist() == [wanted]
+
+
+def test_pictures_of_a_list_are_cropped_to_one_size(tmp_path):
+    wide = np.zeros((20, 40, 3), np.uint8)
+    wide[:, :10], wide[:, 30:] = (255, 0, 0), (0, 0, 255)  # beside the middle
+    wide[:10, 10:30, 1] = 200
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    Image.fromarray(wide[:, 10:30]).save(tmp_path / "b.png")
+    found = read_pictures([tmp_path / "a.png", tmp_path / "b.png"], (20, 20))
+    assert found.shape == (2, 20, 20, 3) and found.dtype == np.uint8
+    assert np.array_equal(found[1], wide[:, 10:30]) and np.array_equal(found[0], found[1])
+    assert read_pictures([tmp_path / "a.png"], (10, 24)).shape == (1, 10, 24, 3)

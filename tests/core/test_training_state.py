@@ -1,16 +1,22 @@
 """Stopping a training and continuing it."""
 
+import hashlib
+import json
+import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.settings import TrainConfig
-from conceptsplit_core.train.checkpoint import differences, training_files
-from conceptsplit_core.train.data import TrainData
+from conceptsplit_core.train import checkpoint
+from conceptsplit_core.train.checkpoint import differences, run_facts, training_files
+from conceptsplit_core.train.data import Process, TrainData
 from conceptsplit_core.train.identity import digest, weights_digest
 from conceptsplit_core.train.loop import train
 from conceptsplit_core.train.prompts import Prompt
@@ -18,7 +24,7 @@ from conceptsplit_core.train.prompts import Prompt
 # Helper modules of this folder, whatever import mode pytest runs in.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy import ALPHAS, data, new_adapter, toy_denoise
+from toy import ALPHAS, LAYER, data, new_adapter, toy_denoise
 
 
 class Stop(Exception):
@@ -223,6 +229,28 @@ def test_b6_a_stop_before_anything_was_learned_hands_over_nothing():
     assert not given
 
 
+def test_b6_the_key_that_interrupts_is_a_stop_unless_others_are_named():
+    def interrupt(event):
+        if event.step == 2:
+            raise KeyboardInterrupt
+
+    given = []
+    for stops in ({}, {"stops": (Stop,)}):
+        adapter = new_adapter()
+        with pytest.raises(KeyboardInterrupt):
+            train(
+                adapter,
+                data(),
+                ALPHAS,
+                toy_denoise(adapter),
+                TrainConfig(steps=9),
+                interrupt,
+                on_stop=given.append,
+                **stops,
+            )
+    assert [len(result.losses) for result in given] == [2]
+
+
 def test_b6_a_fault_is_no_stop():
     given = []
     with pytest.raises(ZeroDivisionError):
@@ -281,7 +309,6 @@ def test_loss_that_is_not_finite_stops_with_step_named_and_checkpoint_kept(tmp_p
 
 def test_a_damaged_checkpoint_is_refused_whole_and_left_as_it_is(tmp_path):
     """Each of these once ended in another exception, or went on from a state that was never saved."""
-    import json
     import struct
 
     from safetensors.torch import load_file, save
@@ -313,6 +340,14 @@ def test_a_damaged_checkpoint_is_refused_whole_and_left_as_it_is(tmp_path):
         "one loss less": changed(losses=stored["losses"][:2]),
         "half a moment": changed(exp_avg_sq0=None),
         "no step": changed(step1=None),
+        "a step before the first": changed(step0=torch.tensor(0.0)),
+        "a step after the last": changed(step0=torch.tensor(4.0)),
+        "steps of another kind": changed(step1=torch.tensor(3)),
+        "no run": save(stored, metadata={k: v for k, v in facts.items() if k != "run"}),
+        "a run of another kind": save(stored, metadata={**facts, "run": "[1]"}),
+        "another format": save(stored, metadata={**facts, "format": "conceptsplit"}),
+        "a table of losses": changed(losses=stored["losses"][:, None]),
+        "a loss that is not finite": changed(losses=stored["losses"] * torch.tensor([1.0, math.nan, 1.0])),
         "moment of another shape": changed(exp_avg0=torch.zeros(1)),
         "impossible moment": changed(exp_avg_sq0=spoilt),
         "not finite": changed(p1=torch.full_like(stored["p1"], float("nan"))),
@@ -373,6 +408,140 @@ def test_without_resume_a_state_that_is_there_is_not_read(tmp_path):
     assert len(result.losses) == 2, "without a place for a state there is none to resume"
 
 
+def test_a_state_is_as_large_as_its_tensors_and_losses_may_be(tmp_path, monkeypatch):
+    """What is larger is not read at all, whatever it holds."""
+    adapter, path = new_adapter(), tmp_path / "x.checkpoint"
+    own = sum(parameter.nbytes for parameter in adapter.parameters())
+    assert own == 2 * (6 + 4) * 4
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.stat().st_size) or b"")
+    path.touch()
+    for size in (3 * own + 64 * 1024**2, 3 * own + 64 * 1024**2 + 1):
+        os.truncate(path, size)
+        with pytest.raises(ConceptSplitError, match="not a readable training checkpoint"):
+            train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, resume=True), None, path)
+    assert read == [3 * own + 64 * 1024**2]
+
+
+def test_a_state_that_cannot_be_read_says_why(tmp_path, monkeypatch):
+    def broken(self):
+        raise OSError(5, "Input/output error")
+
+    path, adapter = tmp_path / "x.checkpoint", new_adapter()
+    path.touch()
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(ConceptSplitError, match=r"^Cannot read .*x\.checkpoint: Input/output error\.$"):
+        train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2, resume=True), None, path)
+
+
+def test_room_for_a_state_is_looked_for_once_and_only_where_one_will_be_written(tmp_path, monkeypatch):
+    written, genuine = [], checkpoint.write_whole
+    monkeypatch.setattr(
+        checkpoint, "write_whole", lambda path, data: written.append((path.name, len(data))) or genuine(path, data)
+    )
+    adapter, path = new_adapter(), tmp_path / "x.checkpoint"
+    config = TrainConfig(steps=3, batch_size=2, save_every=2)
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), config, None, path)
+    names = [name for name, _ in written]
+    assert names == ["x.checkpoint.probe", "x.checkpoint", "x.checkpoint"]
+    assert written[0][1] == 3 * 2 * (6 + 4) * 4 + 4096 and not (tmp_path / "x.checkpoint.probe").exists()
+    assert path.stat().st_size <= written[0][1], "a state of a few steps fits"
+    written.clear()
+    done = new_adapter()
+    train(done, data(), ALPHAS, toy_denoise(done), replace(config, resume=True), None, path)
+    assert not written, "nothing is left to do"
+    other = new_adapter()
+    train(other, data(), ALPHAS, toy_denoise(other), config, None, path, Process(1, 2))
+    assert not written, "the first process writes for all"
+    saved = new_adapter()
+    train(saved, data(), ALPHAS, toy_denoise(saved), replace(config, steps=4), None, path)
+    assert [name for name, _ in written] == ["x.checkpoint.probe", "x.checkpoint", "x.checkpoint"], "not once more"
+
+
+def test_a_state_without_moments_is_continued_too(tmp_path):
+    """Every step so far overflowed and moved nothing."""
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, bad):
+            ctx.bad = bad
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (grad * math.inf if ctx.bad else grad), None
+
+    def denoiser(adapter, done=0):
+        inner, steps = toy_denoise(adapter), [1] * done
+
+        def denoise(batch):
+            steps.append(1)
+            return Overflow.apply(inner(batch), len(steps) <= 3)
+
+        return denoise
+
+    path, part, rest, whole = tmp_path / "x.checkpoint", new_adapter(), new_adapter(), new_adapter()
+    with pytest.raises(ConceptSplitError, match="ended after 2 steps"):
+        train(part, data(), ALPHAS, denoiser(part), TrainConfig(steps=2), None, path)
+    found = train(rest, data(), ALPHAS, denoiser(rest, 2), TrainConfig(steps=6, resume=True), None, path)
+    wanted = train(whole, data(), ALPHAS, denoiser(whole), TrainConfig(steps=6))
+    assert found.losses == wanted.losses
+    assert all(torch.equal(a, b) for a, b in zip(rest.parameters(), whole.parameters(), strict=True))
+
+
+def test_what_a_state_stores_of_its_training_is_read_by_every_later_version(tmp_path):
+    """Other names would let a state of another training pass, or refuse those there are."""
+    given, config, adapter = other(), TrainConfig(steps=2, seed=4, rank=3), new_adapter()
+    facts = run_facts(adapter, given, config)
+    assert facts.keys() == {"settings", "prompts", "layers", *IDENTITY} and facts["model"] == "m1"
+    assert facts["settings"] == {**config.lasting, "rank": 2, "alpha": 2.0, "kind": "value"}
+    assert facts["prompts"] == digest("p0", (2,), "p1", (3, 4)) and facts["layers"] == digest([(LAYER, (6, 4))])
+    plain = data(masks=True)
+    assert plain.identity == {"images": digest(plain.latents), "masks": digest(plain.masks)}
+    path = tmp_path / "x.checkpoint"
+    train(adapter, given, ALPHAS, toy_denoise(adapter), config, None, path)
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    stored = header.pop("__metadata__")
+    assert (stored["format"], stored["step"]) == ("conceptsplit.training", "2")
+    assert json.loads(stored["run"]) == json.loads(json.dumps(facts))
+    assert {name: one["dtype"] for name, one in header.items()} == {
+        "losses": "F64", **{f"{kind}{i}": "F32" for kind in ("p", "step", "exp_avg", "exp_avg_sq") for i in (0, 1)},
+    }  # fmt: skip
+    assert differences({"layers": "y"}, {"layers": "x", "settings": {}, "new": 1}) == [
+        "a model of another architecture", "another new",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_up_to_five_differences_are_all_named(tmp_path, count):
+    path, adapter = tmp_path / "x.checkpoint", new_adapter()
+    train(adapter, data(), ALPHAS, toy_denoise(adapter), TrainConfig(steps=2), checkpoint=path)
+    changed = {"batch_size": 3, "seed": 9, "learning_rate": 0.5, "weight_decay": 0.3, "warmup": 5, "loss_scale": 2.0}
+    settings = TrainConfig(steps=4, resume=True, **dict(list(changed.items())[:count]))
+    with pytest.raises(ConceptSplitError) as raised:
+        train(new_adapter(), data(), ALPHAS, toy_denoise(adapter), settings, checkpoint=path)
+    named = str(raised.value).split(" belongs to a training with ")[1].split(": make them as they were")[0]
+    before = TrainConfig()
+    order = [name for name in before.lasting if name in list(changed)[:count]]
+    said = [f"{name} {getattr(before, name)} then and {changed[name]} now" for name in order]
+    if count > 5:
+        said = [*said[:4], "2 settings more"]
+    assert named == (", ".join(said[:-1]) + " and " + said[-1] if count > 1 else said[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [("images", "other pictures"), ("size", "pictures of another size"), ("masks", "other masks"),
+     ("prompts", "other prompts"), ("layers", "a model of another architecture"), ("model", "another model"),
+     ("text encoder", "another text encoder"), ("vae", "another VAE"), ("captions", "other captions")],
+)  # fmt: skip
+def test_what_only_one_of_two_trainings_knows_differs(key, named):
+    for stored, now in (({key: "a"}, {}), ({}, {key: "a"}), ({key: "a"}, {key: "b"})):
+        assert differences(stored, {"settings": {}, **now}) == [named]
+    assert differences({key: "a"}, {"settings": {}, key: "a"}) == []
+
+
 def test_many_differences_are_counted():
     now = {"settings": {f"option{n}": 1 for n in range(7)}, "layers": "x"}
     assert differences({"settings": {}}, now)[:2] == ["a model of another architecture", "option0 None then and 1 now"]
@@ -404,6 +573,16 @@ def test_digests_tell_shapes_and_parts_apart(one, other):
     assert digest(*one) != digest(*other) and digest(*one) == digest(*one) and len(digest(*one)) == 32
 
 
+def test_a_digest_is_that_of_shape_and_single_precision_values_bytes_and_text():
+    """Version after version, or no stopped training could be continued by the next."""
+    total = hashlib.sha256(b"(2, 1)" + np.array([0.5, -3], np.float32).tobytes() + b"\0\xffx\0'y'\0None\0(1, 2)\0")
+    parts = (torch.tensor([[0.5], [-3.0]], dtype=torch.float64), b"\xffx", "y", None, (1, 2))
+    assert digest(*parts) == total.hexdigest()[:32]
+    half = np.array([0.1, 7.0], np.float16).tobytes() + b"b(1, 1)" + np.array([2], np.float16).tobytes()
+    weights = [("a", torch.tensor([0.1, 7.0])), ("b", torch.tensor([[2.0]]))]
+    assert weights_digest(weights) == hashlib.sha256(b"a(2,)" + half).hexdigest()[:32]
+
+
 def test_weights_are_told_by_name_shape_and_values_but_not_by_precision():
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 50, generator=g).half()
@@ -411,5 +590,11 @@ def test_weights_are_told_by_name_shape_and_values_but_not_by_precision():
     assert own == weights_digest([("a", weight.float())]) and len(own) == 32
     assert own != weights_digest([("b", weight)]) and own != weights_digest([("a", weight.t())])
     late = weight.clone()
-    late.view(-1)[31 * 60] += 1  # every 31st of 2,000 values is looked at
+    late.view(-1)[31 * 59] += 1  # every 31st of 2,000 values is looked at
     assert own != weights_digest([("a", late)])
+    between = weight.clone()
+    between.view(-1)[31 * 59 + 1] += 1
+    assert own == weights_digest([("a", between)])
+    small = torch.arange(5.0)
+    assert weights_digest([("b", small)]) != weights_digest([("b", small + torch.tensor([0.0, 1, 0, 0, 0]))])
+    assert weights_digest([("b", small)]) == weights_digest([("b", small.double().requires_grad_())])

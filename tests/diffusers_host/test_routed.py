@@ -8,9 +8,10 @@ from tiny import REX, TOM, bound, every_family, guided, inputs
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.adapters.base import AdapterInfo
-from conceptsplit_core.adapters.factors import ConvPair, Kronecker, Whole, hadamard_pair
+from conceptsplit_core.adapters.factors import ConvPair, Kronecker, Whole, hadamard_pair, weighted_change
 from conceptsplit_core.adapters.lora import LoraAdapter
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.method.tova import TokenMask
 from conceptsplit_core.settings import LodaConfig
 
 TEXT = "a photo of a <rex> and a <tom>"
@@ -414,4 +415,6 @@ def test_a_convolution_keeps_the_layers_own_padding():
     x = torch.randn(2, 3, 6, 7, generator=g)
     merged = torch.einsum("or,rihw->oihw", up[..., 0, 0], down) * 0.5
     wanted = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), merged)
-    torch.testing.assert_close(ConvPair(down, up, 0.5).apply(layer, x), wanted, atol=1e-5, rtol=1e-5)
+    mask = TokenMask(torch.ones(2, 6 * 7, 1), range(2))
+    found = weighted_change([(0, 1.0, ConvPair(down, up, 0.5))], layer, x, mask)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
