@@ -99,7 +99,7 @@ def test_the_settings_page_says_what_tuning_measured():
         assert f"| `{panel.title.split(',')[0].partition(' ')[0]}`" in page
     assert {row["pictures"] for row in results["arms"].values()} == {48}
     three = charts.load("separation")["groups"]["three_remedies"]["arms"]
-    loras = charts.load("separation_loras")["groups"]["loras_three"]["arms"]
+    loras = charts.load("separation_loras")["groups"]["loras_updates"]["arms"]
     pairs = [
         (three["tova_loda_afg_more_updates"], three["tova_loda_afg"]),
         (loras["lora_routed_more_updates"], loras["lora_routed"]),
