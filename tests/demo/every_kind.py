@@ -2,9 +2,9 @@
 
     python -m tests.demo.every_kind
 
-does it with diffusers and renews tests/fixtures/every_kind.png, which is right to do when the demo model was trained anew
-or a kind was changed, and never to make a failing host pass. A column per kind, and inside the file the settings and
-`measured` of each kind's trained tensors, which the host suite reads. 10 steps, because then the Euler schedules of
+does it with diffusers and renews tests/fixtures/every_kind.png, which is right to do when the demo model was trained
+anew or a kind was changed, and never to make a failing host pass. A column per kind, and inside the file the settings
+and `measured` of each kind's trained tensors, which the host suite reads. 10 steps, because then the Euler schedules of
 diffusers ("linspace") and ComfyUI ("normal") have the same whole timesteps.
 """
 
