@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,6 @@ LEARNED: dict[str, tuple[str, Learning]] = {
     "perfusion": ("perfusion", USUAL),
     "perfusion, four times the rate": ("perfusion_fast", USUAL),
     "perfusion, a vector for each training prompt": ("perfusion_spanned", USUAL),
-    "value, rank 1": ("value", replace(USUAL, rank=1)),
-    "perfusion, 500 steps": ("perfusion", replace(USUAL, steps=500)),
 }
 
 
