@@ -868,8 +868,8 @@ def train() -> Template:
         "Five pictures and a class word become a small file in `models/value_adapters`, ready for **Value Adapter "
         "Loader**.\n\n**Your own:** put *Load Checkpoint* in the place of *Demo Checkpoint Loader*, and *Load Image* "
         "or a folder loader in the place of *Demo Concept Images*. Write your class word and name, templates such as "
-        "`a photo of a {}`, 500 steps or more, and a learning rate of 0.001.\n\nThe demo takes a minute or two on a "
-        "CPU. The node shows loss and time left while it trains.",
+        "`a photo of a {}`, 500 steps or more, and a learning rate of 0.001.\n\n**Two things in one picture:** one "
+        "such node each, with the other's class word in `beside` and `mask_from` attention in *Training Options*.",
         380,
     )
     images = t.add("ConceptSplitDemoImages", 0, concept="pixa", count=5, seed=0)

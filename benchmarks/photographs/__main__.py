@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--pictures", type=count, default=8, metavar="N", help="pictures a prompt (default: 8)")
     what.add_argument("--arms", default="", metavar="A,B", help="only these: plain, lora_merged, lora_routed, value, "
                       "value_loda (default: all)")  # fmt: skip
+    what.add_argument("--paper", type=Path, metavar="FILE", help="published numbers to put below ours: JSON of rows, "
+                      'such as {"ConceptSplit, Table 1": {"TA": 0.3, "IA (DINO)": 0.4}}')  # fmt: skip
     what.add_argument("--out", type=Path, default=Path("out/photographs"), help="(default: out/photographs)")
     add_model(made, None)
     learn = made.add_argument_group("how concepts are learned")
@@ -81,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Everything about the input that can be wrong is found before the large model is opened.
     arms = chosen_arms(arguments.arms)
     templates = protocol.templates(arguments.prompts)
+    paper = report.published(arguments.paper)
     concepts = [protocol.photographs(text) for text in arguments.concept]
     sets = protocol.concept_sets(concepts, arguments.together)
     if not arguments.model:
@@ -104,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     seeds = numbers(arguments.seed, arguments.pictures)
     found, rows = measured(bench, scorer, arms, sets, templates, seeds)
     summed = report.summary(found)
-    unknown = report.open_questions(summed, len(sets), len(templates), len(seeds), scorer.published)
+    unknown = report.open_questions(summed, len(sets), len(templates), len(seeds), scorer.published, paper)
     kinds = dict.fromkeys(arm.kind for arm in arms.values() if arm.kind)
     data = {
         "machine": machine(),
@@ -123,9 +126,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"{one.name}, {kind}": bench.learned(one, kind).info.training for one in concepts for kind in kinds
         },
         "arms": summed,
+        "paper": paper,
         "cannot_conclude": unknown,
     }
-    write(arguments.out, data, report.table(summed), unknown)
+    write(arguments.out, data, report.table(summed, paper), unknown)
     report.grid(rows, [arm.title for arm in arms.values()], arguments.out / "grid.jpg")
     say(f"{arguments.out}: table.md, report.json, grid.jpg")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.separation.metrics import difference, interval
+from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.pictures import contact_sheet
 
 from .protocol import ARMS
@@ -31,8 +33,8 @@ ALWAYS = (
     "with both, so look at the grid.",
     "Pictures are compared with the photographs that were learned from, so a copy of a photograph counts as likeness.",
     "A subject's own place is where the attention maps of the run see it, which may be where it is not.",
-    "The paper's numbers are not beside these: none were at hand when this was written, nor the paper's prompts and "
-    "photographs. To compare with its table, give its prompts by --prompts and its photographs by --concept.",
+    "Neither the paper's numbers nor its prompts and photographs were at hand when this was written. To compare with "
+    "its table, give its prompts by --prompts, its photographs by --concept and its numbers by --paper.",
 )
 
 
@@ -53,6 +55,29 @@ def summary(scores: Scores) -> dict[str, Any]:
     return arms
 
 
+def published(file: Path | None) -> dict[str, dict[str, float]]:
+    """Rows of numbers that others published, by the titles of `COLUMNS`; none without a file.
+
+    Raises:
+        ConceptSplitError: not readable, or not rows of numbers under these titles.
+    """
+    if file is None:
+        return {}
+    known = ", ".join(COLUMNS.values())
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        made = {str(name): {str(key): float(value) for key, value in row.items()} for name, row in rows.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as problem:
+        raise ConceptSplitError(
+            f"The published numbers in {file} cannot be read ({problem}): write JSON such as "
+            '{"ConceptSplit, Table 1": {"TA": 0.3}}.'
+        ) from None
+    for name, row in made.items():
+        if strange := next((key for key in row if key not in COLUMNS.values()), None):
+            raise ConceptSplitError(f"'{strange}' of row '{name}' in {file} is no column of the table: use {known}.")
+    return made
+
+
 def by_concept(sets: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
     """Means of each concept's scores on its own place."""
     found: dict[str, list[dict[str, float]]] = {}
@@ -64,9 +89,11 @@ def by_concept(sets: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str,
     return {name: {key: float(np.mean([one[key] for one in all_])) for key in all_[0]} for name, all_ in found.items()}
 
 
-def table(arms: Mapping[str, Any]) -> str:
-    """The arms as a table in Markdown."""
-    shown = [key for key in COLUMNS if any(key in row for row in arms.values())]
+def table(arms: Mapping[str, Any], paper: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """The arms as a table in Markdown, and below them the rows of `published`."""
+    paper = paper or {}
+    told = {title for row in paper.values() for title in row}
+    shown = [key for key in COLUMNS if COLUMNS[key] in told or any(key in row for row in arms.values())]
     lines = [
         f"| arm | {' | '.join(COLUMNS[key] for key in shown)} | seconds a picture |",
         "|---|" + "---|" * (len(shown) + 1),
@@ -74,6 +101,9 @@ def table(arms: Mapping[str, Any]) -> str:
     for row in arms.values():
         cells = [_cell(row.get(key)) for key in shown]
         lines.append(f"| {row['title']} | {' | '.join(cells)} | {row['seconds']['mean']:.1f} |")
+    for name, numbers in paper.items():
+        cells = [f"{numbers[COLUMNS[key]]:g}" if COLUMNS[key] in numbers else "–" for key in shown]
+        lines.append(f"| {name} | {' | '.join(cells)} | – |")
     return "\n".join(lines)
 
 
@@ -84,16 +114,19 @@ def _cell(value: Mapping[str, float] | None) -> str:
 
 
 def open_questions(
-    arms: Mapping[str, Any], sets: int, prompts: int, pictures: int, published: Mapping[str, tuple[str, bool]]
-) -> list[str]:
+    arms: Mapping[str, Any], sets: int, prompts: int, pictures: int, scorers: Mapping[str, tuple[str, bool]],
+    paper: Mapping[str, Any] | None = None,
+) -> list[str]:  # fmt: skip
     """What cannot be concluded, in sentences.
 
     Args:
-        published: `Scorer.published`.
+        scorers: `Scorer.published`.  paper: of `published`.
     """
     found = list(ALWAYS)
+    if paper:
+        found.append(f"{', '.join(paper)}: given by --paper, on other photographs, prompts and seeds than ours.")
     wanted = {"TA": "CLIP ViT-L/14 at 224²", "IA (DINO)": "DINO ViT-B/16"}
-    for score, (about, same) in published.items():
+    for score, (about, same) in scorers.items():
         if not same:
             found.append(f"{score} was read by a {about}, the authors' by {wanted[score]}: compare arms, not papers.")
     if sets < 5:

@@ -31,7 +31,7 @@ from conceptsplit_core.settings import TrainConfig
 from conceptsplit_core.text.concepts import Concept
 from conceptsplit_core.train.data import TrainBatch
 from conceptsplit_core.train.loop import train
-from conceptsplit_core.train.subject import with_masks
+from conceptsplit_core.train.subject import separating, with_masks
 
 from . import whole as whole  # registers its kind
 
@@ -47,7 +47,8 @@ class Recipe:
     "region" only parts of the pictures, as the trainer's option `routed` says.
     align: weight of TARA's token alignment loss. masks: "given", "attention" (the trainer's `mask_from`), or
     "region": given for the region alone, errors count alike inside and outside.
-    rate: factor on the learning rate.
+    rate: factor on the learning rate. beside: prompts name what else the pictures show. separate: weight of DisenDiff's
+    overlap of its maps with the concept's.
     """
 
     kind: str
@@ -55,6 +56,8 @@ class Recipe:
     align: float = 0.0
     masks: str = ""
     rate: float = 1.0
+    beside: bool = False
+    separate: float = 0.0
 
 
 RECIPES = {
@@ -72,6 +75,12 @@ RECIPES = {
     "para": Recipe("para"),
     "value_masked": Recipe("value", masks="given"),
     "value_attention_masked": Recipe("value", masks="attention"),
+    "value_beside": Recipe("value", beside=True),
+    "value_split": Recipe("value", masks="attention", beside=True),
+    "value_split_apart": Recipe("value", masks="attention", beside=True, separate=0.01),
+    "lora_beside": Recipe("lora", beside=True),
+    "lora_split": Recipe("lora", masks="attention", beside=True),
+    "lora_split_apart": Recipe("lora", masks="attention", beside=True, separate=0.01),
     "lora_as_routed": Recipe("lora", scope="region", masks="region"),
     "lora_as_routed_masked": Recipe("lora", scope="region", masks="given"),
 }
@@ -81,7 +90,8 @@ RECIPES = {
 class Learning:
     """How a concept is learned; the same for every recipe.
 
-    levels: half the timesteps are drawn from this range instead of from all of them.
+    levels: half the timesteps are drawn from this range instead of from all of them. together: concepts that every
+    picture shows at once, of which one is learned at a time; each alone in its own pictures when empty.
     """
 
     images: int = 6
@@ -92,6 +102,7 @@ class Learning:
     learning_rate: float = 3e-3
     seed: int = 0
     levels: tuple[int, int] | None = None
+    together: tuple[str, ...] = ()
 
     def timesteps(self, count: int) -> Tensor:
         """Timesteps of a schedule of `count`, to be drawn from evenly."""
@@ -112,9 +123,14 @@ def key_change(adapter: Any, batch: TrainBatch) -> Tensor:
 
 def pictures_of(name: str, learning: Learning) -> tuple[Tensor, Tensor]:
     """Training pictures of a concept, [n, 3, H, W] in -1..1, and where it is in them, [n, 1, H, W]."""
-    drawn = scenes.draw_concept_scenes(name, learning.images, learning.image_seed)
+    if learning.together:
+        things = [(CONCEPTS[one].class_word, CONCEPTS[one].look) for one in learning.together]
+        seeds = range(learning.image_seed, learning.image_seed + learning.images)
+        drawn, own = [scenes.compose_scene(things, seed) for seed in seeds], learning.together.index(name)
+    else:
+        drawn, own = scenes.draw_concept_scenes(name, learning.images, learning.image_seed), 0
     images = np.stack([scene.image for scene in drawn])
-    masks = np.stack([scene.masks[:1] for scene in drawn])
+    masks = np.stack([scene.masks[own : own + 1] for scene in drawn])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0, torch.from_numpy(masks)
 
 
@@ -126,35 +142,46 @@ def learn(
 
     on_event: called with the core's TrainEvent after each step; may raise to stop.
     """
-    began = time.process_time()
     recipe = RECIPES[recipe_name]
     facts = [fingerprint(model, pictures=False), name, asdict(recipe), asdict(learning), SECONDS]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     path = cache / f"{recipe_name}-{name}-{key}.safetensors"
     if path.exists():
         return load_adapter(path)
+    adapter = taught(model, name, recipe, learning, on_event)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(adapter, path, dtype=None)
+    return adapter
+
+
+def taught(
+    model: host.DiffusersModel, name: str, recipe: Recipe, learning: Learning,
+    on_event: Callable[[Any], None] | None = None,
+) -> Any:  # fmt: skip
+    """The adapter of one concept, learned now; it says its `SECONDS`."""
+    began = time.process_time()
     concept = Concept(name, CONCEPTS[name].class_word)
     adapter: Any = host.new_adapter(model, concept, learning.rank, learning.rank, learning.seed, kind=recipe.kind)
     images, masks = pictures_of(name, learning)
     given = masks if recipe.masks in ("given", "region") else None
-    data = host.training_data(model, images, concept, model.templates or ("a {}",), given)
+    beside = ", ".join(CONCEPTS[one].class_word for one in learning.together if one != name) if recipe.beside else ""
+    data = host.training_data(model, images, concept, model.templates or ("a {}",), given, beside=beside)
     host.begin(model, adapter, data)
     config = TrainConfig(
         steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate * recipe.rate,
         seed=learning.seed, prediction_type=model.prediction_type, routed=recipe.scope == "region",
-        mask_from="attention" if recipe.masks == "attention" else "given",
+        mask_from="attention" if recipe.masks == "attention" else "given", separate=recipe.separate,
         background_weight=1.0 if recipe.masks == "region" else 0.1,
     )  # fmt: skip
+    network = host.network_map(model)
     levels = learning.timesteps(len(model.alphas_cumprod))
-    align = (lambda batch: recipe.align * key_change(adapter, batch)) if recipe.align else None
     with host.training_denoiser(model, adapter, scope=recipe.scope) as unet:
         denoise = lambda batch: unet(replace(batch, timesteps=levels[batch.timesteps]))
-        data = with_masks(data, host.network_map(model), model.alphas_cumprod[levels], denoise, config)
-        train(adapter, data, model.alphas_cumprod[levels], denoise, config, on_event=on_event, penalty=align)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    adapter = adapter.with_info(training={SECONDS: time.process_time() - began})
-    save_adapter(adapter, path, dtype=None)
-    return adapter
+        data = with_masks(data, network, model.alphas_cumprod[levels], denoise, config)
+        with separating(network, data, denoise, config) as (run, apart):
+            penalty = (lambda batch: recipe.align * key_change(adapter, batch)) if recipe.align else apart
+            train(adapter, data, model.alphas_cumprod[levels], run, config, on_event=on_event, penalty=penalty)
+    return adapter.with_info(training={SECONDS: time.process_time() - began})
 
 
 def open_model(source: str) -> host.DiffusersModel:

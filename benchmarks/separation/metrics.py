@@ -107,7 +107,7 @@ def _assign(found: Sequence[Found], wanted: Sequence[Wanted]) -> list[int | None
     return best
 
 
-def _loose(thing: Found, wanted: Sequence[Wanted]) -> Found:
+def loosely(thing: Found, wanted: Sequence[Wanted]) -> Found:
     """The object as the generous reader sees it."""
     distances = {want.look: thing.colour_distance.get(want.look, np.inf) for want in wanted}
     look = min(distances, key=lambda k: distances[k])
@@ -120,7 +120,7 @@ def _loose(thing: Found, wanted: Sequence[Wanted]) -> Found:
 def judge(found: Sequence[Found], wanted: Sequence[Wanted]) -> Judged:
     """Metrics of one picture from what `detect` found; its fidelities must cover the wanted looks."""
     judged = _judge(found, wanted)
-    generous = _judge([_loose(thing, wanted) for thing in found], wanted).values
+    generous = _judge([loosely(thing, wanted) for thing in found], wanted).values
     judged.values |= {
         "loose_success": generous["success"],
         "loose_right": generous["concepts_right"],

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from ..settings import GateConfig
 from .base import AdapterInfo, Added, register
 from .table import TableAdapter, TableKind
 
+Self = TypeVar("Self", bound="GatedAdapter")
 RIDGE = 1e-3
 """Share of its mean diagonal that is added to C, so that a few hundred captions can be inverted."""
 _KEY, _VALUE = ".attn2.to_k", ".attn2.to_v"
@@ -85,9 +86,9 @@ class GatedAdapter(TableAdapter):
     def fits(self, own: Tensor, read: int, given: int) -> bool:
         return super().fits(own, read, given) and read == self.target.shape[1]
 
-    def gated(self, gate: GateConfig) -> GatedAdapter:
+    def gated(self: Self, gate: GateConfig) -> Self:
         """The same concept with another β and τ."""
-        other = GatedAdapter(self.info, self.own, self.shared)
+        other = type(self)(self.info, self.own, self.shared)
         other.gate = gate
         return other
 
@@ -102,7 +103,8 @@ class GatedAdapter(TableAdapter):
         target = encodings.cpu().double().mean(dim=0, keepdim=True)
         inverse = torch.linalg.solve(moment.to(target), target.t()).t()
         found = {_TARGET: target, _DIRECTION: inverse / (inverse @ target.t())}
-        self.shared = {name: found[name].to(old.dtype).to(old.device).contiguous() for name, old in self.shared.items()}
+        like = lambda one, old: one.to(old.dtype).to(old.device).contiguous()
+        self.shared = {**self.shared, **{name: like(one, self.shared[name]) for name, one in found.items()}}
 
 
 def with_gate(adapter: Any, gate: GateConfig) -> Any:

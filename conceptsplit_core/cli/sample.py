@@ -134,7 +134,7 @@ def load_concepts(
 
 def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
     """LodaConfig from the options. With --no-loda it is None, or what is left to do: with LoRAs, which have to be
-    located, a plan alone, and the reuse of encoder features."""
+    located, a plan alone, and suppression and the reuse of encoder features."""
     config = from_values(LodaConfig, vars(arguments))
     if config.loda_steps > arguments.steps:
         raise ConceptSplitError(
@@ -149,7 +149,9 @@ def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
 
 def without_loda(config: LodaConfig | None) -> LodaConfig | None:
     """What of the settings acts in a picture that has nothing to separate."""
-    return replace(config, loda_steps=0, afg=False) if config is not None and config.encoder_reuse else None
+    if config is None or not (config.encoder_reuse or config.suppression):
+        return None
+    return replace(config, loda_steps=0, afg=False)
 
 
 def map_sheet(result: SampleResult, index: int, names: list[str], at: int) -> NDArray[np.uint8]:

@@ -88,7 +88,9 @@ def options(home: Path, out: Path, *more: Any) -> list[str]:
 def done(home, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The folder of a finished run of all arms, and its report."""
     out = tmp_path_factory.mktemp("out") / "run"
-    assert command.main(options(home, out)) == 0
+    paper = home / "paper.json"
+    paper.write_text(json.dumps({"a paper, its table": {"TA": 0.25, "IA (DINO)": 0.5}}))
+    assert command.main(options(home, out, "--paper", paper)) == 0
     return out, json.loads((out / "report.json").read_text())
 
 
@@ -220,10 +222,12 @@ def test_the_report_says_what_was_done_and_what_it_does_not_show(done):
     said = " ".join(data["cannot_conclude"])
     assert "TA was read by a CLIP ViT of 2 layers, patch 8, 32², the authors' by CLIP ViT-L/14" in said
     assert "IA (DINO) was read by a dinov2 of 2 layers, patch 14, the authors' by DINO ViT-B/16" in said
-    assert "The paper's numbers are not beside these" in said and "1 set of concepts" in said
+    assert "its numbers by --paper" in said and "1 set of concepts" in said
+    assert "a paper, its table: given by --paper" in said
     assert "2 prompts with 2 pictures each are few" in said
     table = (out / "table.md").read_text()
-    assert table.count("\n| ") == 6 and "| LoRAs, merged | " in table and said.split(":")[0] in table
+    assert "\n| a paper, its table | 0.25 | 0.5 | – | – | – | – | – |\n" in table
+    assert table.count("\n| ") == 7 and "| LoRAs, merged | " in table and said.split(":")[0] in table
     with Image.open(out / "grid.jpg") as grid:
         assert grid.width == 8 + 5 * 232 and grid.height > 2 * 224
     assert len(list((out / "adapters").glob("*.safetensors"))) == 4 == len(list((out / "adapters").glob("*.loss.png")))
@@ -416,3 +420,19 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 def test_the_error_type_is_the_product_s():
     with pytest.raises(ConceptSplitError, match="write \\[NAME=\\]FOLDER:CLASS WORD"):
         protocol.photographs("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "cannot be read"),
+        ('["TA"]', "cannot be read"),
+        ('{"ours": {"TA": "much"}}', "cannot be read"),
+        ('{"ours": {"FID": 3}}', "'FID' of row 'ours' in .* is no column of the table: use TA, IA"),
+    ],
+)
+def test_published_numbers_are_rows_of_the_tables_columns(tmp_path, text, told):
+    assert report.published(None) == {}
+    (tmp_path / "paper.json").write_text(text)
+    with pytest.raises(ConceptSplitError, match=told):
+        report.published(tmp_path / "paper.json")

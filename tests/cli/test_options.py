@@ -166,6 +166,8 @@ def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
     plain = received(monkeypatch, host, "sample", lambda: cli.main([*line, "--no-loda"]))
     assert plain.kwargs["loda"] == LodaConfig(**{**LODA, "loda_steps": 0}), "LoRAs are still located"
     assert sample_command.loda_config(options.parse(["sample", "--prompt", "a", "--no-loda"])) is None
+    suppressed = options.parse(["sample", "--prompt", "a", "--no-loda", "--suppression", "0.5"])
+    assert sample_command.loda_config(suppressed) == LodaConfig(loda_steps=0, afg=False, suppression=0.5)
     reuse = options.parse(["sample", "--prompt", "a", "--no-loda", "--encoder-reuse", "0.25", "--suppression", "0.5"])
     assert sample_command.loda_config(reuse) == LodaConfig(loda_steps=0, afg=False, encoder_reuse=0.25, suppression=0.5)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from .conftest import pack, run, run_with_options
+from .conftest import REPO, pack, run, run_with_options
 from .helpers import encode, hooks_on, latent, same_weights, sample, weights
 
 FILES = pack("conceptsplit_core.kinds").FILES
@@ -14,6 +18,15 @@ FILES = pack("conceptsplit_core.kinds").FILES
 @pytest.fixture(scope="module")
 def demo():
     return run("ConceptSplitDemoCheckpoint")
+
+
+@pytest.fixture(scope="module")
+def of_diffusers():
+    """Pictures by kind that diffusers drew after its own training, and with what: `tests.demo.every_kind`."""
+    with Image.open(REPO / "tests" / "fixtures" / "every_kind.png") as file:
+        facts = json.loads(file.text["facts"])
+        tiles = np.split(np.asarray(file.convert("RGB")).astype(float), len(facts["pictures"]), axis=1)
+    return dict(zip(facts["pictures"], tiles, strict=True)), facts
 
 
 def train(demo, kind, **options):
@@ -74,3 +87,28 @@ def test_saving_at_a_smaller_rank_needs_pairs(demo):
     with pytest.raises(error, match="'kiku' has no low-rank pairs to reduce: save it as it is, with reduce_rank 0"):
         run("ConceptSplitSave", value_adapter=adapter, file_name="kinds/smaller", reduce_rank=2)
     run("ConceptSplitSave", value_adapter=adapter, file_name="kinds/smaller")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_kind_learns_and_draws_what_it_does_in_diffusers(demo, of_diffusers, kind):
+    """Trained here from the same pictures with the same settings: the same tensors, and the same picture."""
+    model, clip, vae = demo
+    kept, facts = of_diffusers
+    images, word = run("ConceptSplitDemoImages", **facts["images"])
+    name = facts["images"]["concept"]
+    adapter, *_ = run_with_options(
+        "ConceptSplitTrain", model=model, clip=clip, vae=vae, images=images, concept_name=name, class_word=word,
+        file_name=f"kinds/both_{kind}", kind=kind, templates="\n".join(facts["templates"]), **facts["training"],
+    )  # fmt: skip
+    flat = torch.cat([one.detach().double().flatten() for one in adapter.parameters()])
+    at = torch.arange(len(flat), dtype=torch.float64)
+    found = [float((flat * torch.cos(at * (k + 1) * 0.7)).sum()) for k in range(16)]  # as `every_kind.measured`
+    np.testing.assert_allclose(found, facts["measured"][kind], rtol=0.02, atol=0.02)
+    patched, knowing = run("ConceptSplitApply", model=model, clip=clip, value_adapter=adapter, strength=1.0)
+    latents = sample(
+        patched, encode(knowing, facts["prompt"]), encode(knowing, ""), latent(128, 128), **facts["sampling"]
+    )
+    (image,) = run("VAEDecode", samples={"samples": latents}, vae=vae)
+    drawn = torch.clamp(image[0].float().cpu() * 255, 0, 255).round().numpy()
+    assert np.abs(drawn - kept[kind]).mean() < 0.2
+    assert np.abs(drawn - kept["plain"]).mean() > 1
