@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from conceptsplit_core.adapters.base import AdapterInfo, register
+from conceptsplit_core.adapters.base import AdapterInfo, Kind, register
 from conceptsplit_core.adapters.factors import ConvPair
 from conceptsplit_core.adapters.low_rank import LowRank, LowRankAdapter
 
@@ -40,16 +41,25 @@ class WholeLora(LowRankAdapter):
         return ConvPair(found[0].unflatten(1, (-1, side, side)), found[1][..., None, None], found[2])
 
 
-class _Whole(LowRank):
+@dataclass(frozen=True)
+class _Whole:
+    """As the low-rank kind that it holds, but what files of that kind may change does not bind it."""
+
+    pairs: LowRank
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pairs, name)
+
     def create(self, shapes: Mapping[str, tuple[int, int]], info: AdapterInfo, seed: int) -> LowRankAdapter:
         wide = {site: (d_in * max(1, kernel(site)) ** 2, d_out) for site, (d_in, d_out) in shapes.items()}
         return WholeLora.create(wide, info, seed)
 
     def read(self, tensors: Mapping[str, Tensor], info: AdapterInfo) -> LowRankAdapter:
-        made = super().read(tensors, info)
+        made = self.pairs.read(tensors, info)
         return WholeLora(info, made.down, made.up)
 
 
+_PATTERN = "|".join((_LINEAR, *_KERNELS))
 register(
-    _Whole("lora_whole", "LoRA of attention, feed-forward and convolutions", "region", "|".join((_LINEAR, *_KERNELS)))
+    cast(Kind, _Whole(LowRank("lora_whole", "LoRA of attention, feed-forward and convolutions", "region", _PATTERN)))
 )

@@ -11,6 +11,7 @@ from benchmarks.separation import confusion, learning, methods, report
 from benchmarks.separation.learning import RECIPES, Learning
 from benchmarks.separation.methods import Arm, Sampling
 from conceptsplit_core.adapters import KINDS, AdapterInfo, LowRankAdapter
+from conceptsplit_core.adapters.file import adapter_bytes, parse_adapter
 from conceptsplit_core.demo.checkpoint import DEMO_FILE
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.network.hooks import learning as while_learning
@@ -98,7 +99,8 @@ def test_slices_follow_the_order_of_the_prompt():
 
 def test_a_lora_of_convolutions_is_the_merged_one(model, learned):
     """The whole LoRA of one concept at strength 0.7, against weights to which its product was added by hand."""
-    adapter, merged = learned["lora_whole"]["bobo"], copy.deepcopy(model.unet)
+    file = adapter_bytes(learned["lora_whole"]["bobo"], None)
+    adapter, merged = parse_adapter(file, "bobo.safetensors"), copy.deepcopy(model.unet)
     kernels = set()
     for name, down in adapter.down.items():
         weight = merged.get_submodule(name).weight
