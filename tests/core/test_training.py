@@ -28,7 +28,7 @@ from conceptsplit_core.train.prompts import DEFAULT_TEMPLATES, MAX_TEMPLATE_BYTE
 # Helper modules of this folder, whatever import mode pytest runs in.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy import ALPHAS, LAYER, data, new_adapter, toy_denoise
+from toy import ALPHAS, LAYER, data, new_adapter, overflowing, toy_denoise
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -303,31 +303,6 @@ def test_timesteps_are_drawn_from_the_whole_schedule():
     drawn = torch.cat([make_batch(data(), ALPHAS, config, step, Process()).timesteps for step in range(200)])
     count = torch.bincount(drawn, minlength=len(ALPHAS))
     assert len(count) == len(ALPHAS) and int(count.min()) >= 3 and int(count.max()) <= 40, "800 draws of 50"
-
-
-def overflowing(when):
-    """A denoiser whose gradient is infinite in the steps that `when` names, while its loss is finite."""
-
-    class Overflow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, bad):
-            ctx.bad = bad
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return (grad * math.inf if ctx.bad else grad), None
-
-    def make(adapter):
-        inner, steps = toy_denoise(adapter), []
-
-        def denoise(batch):
-            steps.append(1)
-            return Overflow.apply(inner(batch), when(len(steps)))
-
-        return denoise
-
-    return make
 
 
 def test_overflows_are_skipped_and_only_ten_in_a_row_stop():

@@ -24,7 +24,7 @@ from conceptsplit_core.train.prompts import Prompt
 # Helper modules of this folder, whatever import mode pytest runs in.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy import ALPHAS, LAYER, data, new_adapter, toy_denoise
+from toy import ALPHAS, LAYER, data, new_adapter, overflowing, toy_denoise
 
 
 class Stop(Exception):
@@ -460,26 +460,7 @@ def test_room_for_a_state_is_looked_for_once_and_only_where_one_will_be_written(
 
 def test_a_state_without_moments_is_continued_too(tmp_path):
     """Every step so far overflowed and moved nothing."""
-
-    class Overflow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, bad):
-            ctx.bad = bad
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return (grad * math.inf if ctx.bad else grad), None
-
-    def denoiser(adapter, done=0):
-        inner, steps = toy_denoise(adapter), [1] * done
-
-        def denoise(batch):
-            steps.append(1)
-            return Overflow.apply(inner(batch), len(steps) <= 3)
-
-        return denoise
-
+    denoiser = overflowing(lambda step: step <= 3)
     path, part, rest, whole = tmp_path / "x.checkpoint", new_adapter(), new_adapter(), new_adapter()
     with pytest.raises(ConceptSplitError, match="ended after 2 steps"):
         train(part, data(), ALPHAS, denoiser(part), TrainConfig(steps=2), None, path)

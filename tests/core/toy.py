@@ -1,5 +1,7 @@
 """A training of milliseconds: one layer, five pictures of 5 × 5 cells, a linear "UNet"."""
 
+import math
+
 import torch
 
 from conceptsplit_core.adapters.base import AdapterInfo
@@ -35,3 +37,31 @@ def toy_denoise(adapter, seen=None):
         return batch.x_t * 0.5 + value.mean(dim=1)[:, :, None, None]
 
     return denoise
+
+
+def overflowing(when):
+    """A denoiser whose gradient is infinite in the steps that `when` names, while its loss is finite.
+
+    It takes the adapter, and how many steps another one has taken before it.
+    """
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, bad):
+            ctx.bad = bad
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (grad * math.inf if ctx.bad else grad), None
+
+    def make(adapter, done=0):
+        inner, steps = toy_denoise(adapter), [1] * done
+
+        def denoise(batch):
+            steps.append(1)
+            return Overflow.apply(inner(batch), when(len(steps)))
+
+        return denoise
+
+    return make
