@@ -68,7 +68,7 @@ Seen = dict[str, list[list[bool]]]
 
 def alone(bench: run.Bench, recipe: str, names: run.Key, seeds: Sequence[int]) -> Seen:
     """Of pictures of each concept by itself."""
-    learned = bench.learned(names, recipe)
+    learned = bench.learned(dict.fromkeys(names, recipe))
     out: Seen = {}
     for name, other in (names, names[::-1]):
         images, _ = methods.draw(bench.model, Arm(recipe), [name], seeds, learned, bench.sampling)
@@ -80,7 +80,7 @@ def alone(bench: run.Bench, recipe: str, names: run.Key, seeds: Sequence[int]) -
 
 def together(bench: run.Bench, recipe: str, names: run.Key, seeds: Sequence[int], loda: LodaConfig) -> Seen:
     """Of pictures of both concepts, drawn with LODA."""
-    learned = bench.learned(names, recipe)
+    learned = bench.learned(dict.fromkeys(names, recipe))
     out: Seen = {"both": [], "mixed": []}
     images, _ = methods.draw(bench.model, Arm(recipe, loda=loda), names, seeds, learned, bench.sampling)
     for image, seed in zip(images, seeds, strict=True):

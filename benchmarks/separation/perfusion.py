@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in args.cases:
         recipe, how = LEARNED[case]
         bench = run.Bench(model, learning=how, cache=args.cache)
-        learned = bench.learned(names, recipe)
+        learned = bench.learned(dict.fromkeys(names, recipe))
         found[case] = pictures(bench, recipe, learned, seeds)
         if case == "value":
             shares = {name: constant_share(changes(learned[name], encodings(model, name))) for name in names}
