@@ -9,7 +9,7 @@ each concept's area; the picture is then drawn from the untouched noise, with bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
@@ -41,6 +41,8 @@ class Timeline:
         routed: whether some adapter acts in a region.
         given: regions that the user has drawn, by channel: [1 or B, H, W] in 0…1, all of one size.
         earlier: what an earlier run has found, for instance the first stage of a picture: its regions are taken.
+        order: places in `concepts` in the order of the prompt, in which concepts that share a map divide it; that of
+            `concepts` when empty.
 
     Raises:
         ConceptSplitError: the earlier run knows other concepts, or has found no regions.
@@ -60,12 +62,14 @@ class Timeline:
         routed: bool = False,
         given: Mapping[int, Tensor] | None = None,
         earlier: LodaTrace | None = None,
+        order: Sequence[int] = (),
     ):
         self.config = config.for_schedule(total)
         self.total = total
         self.read_maps = read_maps
         self.given = dict(given or {})
         self.routed = routed
+        self.order = list(order) or list(range(len(concepts)))
         self.trace = LodaTrace(concepts=concepts, settings=asdict(self.config))
         self.afg: Tensor | None = None
         self.areas: Tensor | None = None
@@ -139,12 +143,13 @@ class Timeline:
         self._use(earlier.regions[:, order], areas)
 
     def _take(self, maps: Tensor) -> None:
-        config = self.config
-        found = regions(maps, config.afg_region, config.afg_smoothing, config.afg_rule)
-        areas = None
-        if self.routed:
-            areas = regions(maps, config.afg_region, config.afg_smoothing, config.area_rule).to(maps.dtype)
+        found = self._found(maps, self.config.afg_rule)
+        areas = self._found(maps, self.config.area_rule).to(maps.dtype) if self.routed else None
         self._use(found, areas)
+
+    def _found(self, maps: Tensor, rule: str) -> Tensor:
+        found = regions(maps[:, self.order], self.config.afg_region, self.config.afg_smoothing, rule)
+        return found[:, [self.order.index(channel) for channel in range(len(self.order))]]
 
     def _use(self, found: Tensor, areas: Tensor | None) -> None:
         """Puts regions and areas into force, except where the user has drawn others; writes into them."""

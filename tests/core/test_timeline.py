@@ -249,3 +249,16 @@ def test_regions_of_maps_that_could_not_be_read_are_taken_back():
     drawn, _ = line(routed=True, given={0: mask(0, 0, 20, 8), 1: mask(0, 8, 20, 4), 2: mask(0, 16, 8, 8)})
     drawn.forget()
     assert drawn.located and drawn.trace.regions is not None
+
+
+@pytest.mark.parametrize("order, left, right", [((), "anna", "cilla"), ((2, 1, 0), "cilla", "anna")])
+def test_concepts_that_share_a_map_divide_it_in_the_order_of_the_prompt(order, left, right):
+    """Two places of one map, from left to right; the third concept has a map of its own."""
+    shared, own, names = blob(2.0, 1.0) + blob(2.0, 6.0), blob(4.0, 3.5, width=0.5), ("anna", "bert", "cilla")
+    one = Timeline(LodaConfig(), 20, names, Reader(torch.stack([shared, own, shared])[None]), routed=True, order=order)
+    one.locate(torch.zeros(1, 4, H, W), 4, 1.0)
+    for found in (one.afg, one.areas):
+        regions = dict(zip(names, found[0].bool(), strict=True))
+        assert regions[left][2, 1] and regions[right][2, 6]
+        assert not (regions[left][2, 6] or regions[right][2, 1])
+    assert one.areas[0, 1, 4, 3] == 1.0

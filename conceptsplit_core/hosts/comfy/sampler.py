@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,10 +48,12 @@ def sample(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
             log.warning("[ConceptSplit] %s: sampling without LODA.", _TOO_FEW % "none")
         return executor(guider, *args, **kwargs)
     config = loda or LodaConfig(loda_steps=0)
-    bound = bound_concepts(guider, run)
+    places = bound_concepts(guider, run)
+    bound = tuple(places)
     if loda is None and run.masks.keys() >= run.concepts.routed & set(bound):
-        bound = [channel for channel in bound if channel in run.masks]  # nobody needs the others' places
-    stages = StagedSampler(executor.class_obj, guider, run, config, tuple(bound))
+        bound = tuple(channel for channel in bound if channel in run.masks)  # nobody needs the others' places
+    order = sorted(range(len(bound)), key=lambda one: places[bound[one]])
+    stages = StagedSampler(executor.class_obj, guider, run, config, bound, order)
     reason = stages.unneeded()
     if reason is not None:
         if reason:
@@ -81,12 +83,15 @@ def fitted(mask: Tensor, x: Tensor) -> Tensor:
     return small if len(small) == 1 else comfy.utils.repeat_to_batch_size(small, x.shape[0])
 
 
-def bound_concepts(guider: Any, run: Run) -> list[int]:
-    """Channels of the run's masks that some positive conditioning binds."""
-    used = torch.zeros(len(run.concepts.names), dtype=torch.bool)
-    for cond in guider.conds.get("positive", []):
-        used |= attended_rows(cond, run).any(dim=(0, 1)).cpu()
-    return used.nonzero().flatten().tolist()
+def bound_concepts(guider: Any, run: Run) -> dict[int, tuple[int, int]]:
+    """Channels of the run's masks that some positive conditioning binds, rising, each with the place of its first row:
+    (conditioning, row)."""
+    found: dict[int, tuple[int, int]] = {}
+    for index, cond in enumerate(guider.conds.get("positive", [])):
+        rows = attended_rows(cond, run).any(dim=0).cpu()
+        for channel in rows.any(dim=0).nonzero().flatten().tolist():
+            found.setdefault(channel, (index, int(rows[:, channel].nonzero()[0])))
+    return dict(sorted(found.items()))
 
 
 class StagedSampler:
@@ -95,7 +100,9 @@ class StagedSampler:
     Args (of a call): as every k-diffusion sampler; x is x₀ + σ·ε, [B, C, H, W].
     """
 
-    def __init__(self, sampler: Any, guider: Any, run: Run, config: LodaConfig, bound: tuple[int, ...]):
+    def __init__(
+        self, sampler: Any, guider: Any, run: Run, config: LodaConfig, bound: tuple[int, ...], order: Sequence[int]
+    ):
         self.sampler = sampler
         self.base: Any = getattr(sampler, "sampler_function", None)  # unknown samplers have none, and run as they are
         self.guider = guider
@@ -104,6 +111,7 @@ class StagedSampler:
         # Without updates a transformer's maps at the first step are of noise: they are read from a plan instead.
         self.plans = bool(run.concepts.routed) or (config.acts and not optimised(config, run.model))
         self.bound = bound
+        self.order = order
         self.maps = MapReader(guider, run, config, bound)
         self.too_large = False  # whether a gradient has needed more memory than there is
         self.in_place = False  # whether another pack's patch has been found to write into what a gradient needs
@@ -152,7 +160,7 @@ class StagedSampler:
                 "connect those of the same pictures."
             )
         config = self.config if optimised(self.config, run.model) else replace(self.config, loda_steps=0)
-        timeline = Timeline(config, total, names, self.maps, self.plans, given, earlier)
+        timeline = Timeline(config, total, names, self.maps, self.plans, given, earlier, self.order)
         if run.patch.maps is not None:
             run.patch.maps.traces.append(timeline.trace)
         if timeline.optimised_steps:

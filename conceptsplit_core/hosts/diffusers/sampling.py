@@ -116,7 +116,10 @@ def sample(
             if given:
                 # Without LODA nobody looks for the other concepts: they act on the whole picture.
                 given = {i: given.get(i, torch.ones(1, *drawing.latent)) for i in range(len(names))}
-        timeline = None if loda is None else Timeline(loda, steps, names, drawing.maps, routed, given)
+        # Pictures of one batch may name the concepts in another order; that of the first counts.
+        bound = batches[0].mask[0].ne(0).int().cpu()
+        order = sorted(range(len(names)), key=lambda one: (not bound[:, one].any(), int(bound[:, one].argmax())))
+        timeline = None if loda is None else Timeline(loda, steps, names, drawing.maps, routed, given, order=order)
         total = steps + (0 if timeline is None else timeline.plan_steps)
         done = itertools.count(1)
         tick = (lambda: None) if progress is None else (lambda: progress(next(done), total))

@@ -79,7 +79,9 @@ def test_node_plans_with_and_without_loda(sd, write):
     outs = {}
     for loda_steps in (0, 2):
         with calls_of(sd.model) as calls:
-            outs[loda_steps], maps = sample_loda(model, *conds, image, steps=6, loda_steps=loda_steps)
+            # On random weights both words have one map, which the default would divide alike in all images.
+            options = {"loda_steps": loda_steps, "area_rule": "argmax"}
+            outs[loda_steps], maps = sample_loda(model, *conds, image, steps=6, **options)
         trace = maps.trace
         assert len(calls) == trace.forwards + 2 + 1 + 6
         assert (trace.forwards > 0) is (trace.backwards > 0) is (loda_steps > 0)
@@ -90,7 +92,7 @@ def test_node_plans_with_and_without_loda(sd, write):
         assert trace.areas.shape[:2] == (3, 2) and is_partition(trace.areas)
         assert not torch.equal(trace.areas[0], trace.areas[1]), "each image has its own regions"
     assert not torch.equal(outs[0], outs[2])
-    again, _ = sample_loda(model, *conds, image, steps=6, loda_steps=2)
+    again, _ = sample_loda(model, *conds, image, steps=6, **options)
     assert torch.equal(again, outs[2])
     _, maps = sample_loda(model, *conds, image, steps=6, loda_steps=1, plan_steps=4)
     assert maps.trace.settings["plan_steps"] == 4
@@ -326,6 +328,25 @@ def test_a_style_lora_for_the_whole_picture(sd, write):
     merged, _ = run("LoraLoader", model=below, clip=sd.clip, lora_name=own, strength_model=1.0, strength_clip=0.0)
     everywhere = scoped(load(type(sd)(model=below, clip=sd.clip), own)[0], "everywhere")
     assert close(sample(everywhere, *conds, image), sample(merged, *conds, image))
+
+
+def test_concepts_of_one_map_stand_in_the_order_of_the_prompt(sd, write):
+    """On random weights both words have one map: the first of the prompt has its left, whoever was loaded first."""
+    model, clip = sd.model, sd.clip
+    for name, words, seed in (("anna", "brown dog", 5), ("bert", "cat", 9)):
+        file = write(lora(sd.model, torch.Generator().manual_seed(seed)), f"{name}.safetensors")
+        model, clip, _ = load(type(sd)(model=model, clip=clip), file, name, words)
+    negative, left = encode(clip, "blurry"), {}
+    for first, second in (("anna", "bert"), ("bert", "anna")):
+        positive = encode(clip, f"a photo of a <{first}> and a <{second}>")
+        _, maps = sample_loda(model, positive, negative, latent(104, 64), steps=6, loda_steps=0)
+        areas = dict(zip(maps.trace.concepts, maps.trace.areas[0], strict=True))
+        columns = {
+            name: (area.sum(dim=0) * torch.arange(area.shape[1])).sum() / area.sum() for name, area in areas.items()
+        }
+        left[first] = min(columns, key=lambda name: float(columns[name]))
+        assert abs(columns[first] - columns[second]) > 2
+    assert left == {"anna": "anna", "bert": "bert"}
 
 
 def test_with_a_value_adapter_in_the_same_prompt(sd, write):
