@@ -152,7 +152,7 @@ def on_shapes(family: str, args: argparse.Namespace) -> None:
     data = {"host": version(host), "machine": report.machine(), **shapes.described(family, jobs)}
     data |= json.loads(drawn.read_text(encoding="utf-8"))
     out = args.out or RESULTS / f"host_{family}.json"
-    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(out, data)
     print(shapes.table(data))
     report.fill(args.page, {f"host_{family}": shapes.table(data)})
 
@@ -186,8 +186,7 @@ def on_demo(args: argparse.Namespace) -> None:
         "comparisons": report.comparisons(results, PAIRS),
     }
     out = args.out or RESULTS / "separation_host.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(out, data)
     print(table(data))
     report.fill(args.page, {"host": table(data)})
 

@@ -135,8 +135,7 @@ def measure(bench: run.Bench, loda: LodaConfig, args: argparse.Namespace, until:
     drawings = args.drawings if args.drawings is not None else (80 if args.quick else 400)
     data = whole(bench, args, groups, table, found, extra, drawings)
     data["seconds"] = time.perf_counter() - began
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(out, data)
     for group in groups:
         if group.name == "main":
             arms = plan.arms_of(group, table)

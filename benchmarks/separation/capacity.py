@@ -8,7 +8,6 @@ itself. On tuning concepts and seeds. Goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,9 +45,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further job after this time")
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--cache", type=Path, default=run.CACHE)
-    parser.add_argument("--out", type=Path, default=OUT)
+    run.add_options(parser, OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -79,8 +76,7 @@ def main() -> None:
         "arms": summary,
         "seconds": time.perf_counter() - began,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(args.out, data)
     if args.out == OUT:
         facts = f"Model weights `{bench.digest}`, {', '.join(data['sets'])} alone, {args.seeds} seeds each."
         report.fill(Path("docs/tables/separation.md"), {"capacity": f"{facts}\n\n{shown}"})

@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--taus", type=float, nargs="+", default=TAUS)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--cache", type=Path, default=run.CACHE)
-    parser.add_argument("--out", type=Path, default=OUT, help="the table; the picture is beside it")
+    run.add_options(parser, OUT)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -140,8 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "front": front(points),
         "seconds": time.perf_counter() - began,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(args.out, data)
     picture = PICTURE if args.out == OUT else args.out.with_suffix(".png")
     plot(points).save(picture)
     print(f"written to {args.out} and {picture}")

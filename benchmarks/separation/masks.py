@@ -8,7 +8,6 @@ AttenCraft reads, up to what the trainer's `mask_from` does.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -129,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "masks": found,
         "seconds": time.perf_counter() - began,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(args.out, data)
     if args.out == OUT:
         report.fill(Path("docs/tables/separation.md"), {"masks": table(found)})
     print(table(found))

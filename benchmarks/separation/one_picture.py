@@ -103,9 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=2, help="to learn from, a pair")
     parser.add_argument("--seeds", type=int, default=6, help="drawn of each concept alone, and of both")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--cache", type=Path, default=run.CACHE)
-    parser.add_argument("--out", type=Path, default=OUT)
+    run.add_options(parser, OUT)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -138,8 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ways": found,
         "seconds": time.perf_counter() - began,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(args.out, data)
     if args.out == OUT:
         report.fill(Path("docs/tables/separation.md"), {"one_picture": table(found)})
     print(table(found))

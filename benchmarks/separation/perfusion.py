@@ -9,7 +9,6 @@ Perfusion's and Infusion's form, without any training of theirs. On tuning conce
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from conceptsplit_core.adapters.base import AdapterInfo, Added, register
-from conceptsplit_core.adapters.gated import Gated, GatedAdapter
+from conceptsplit_core.adapters.gated import Gated, GatedAdapter, openness
 from conceptsplit_core.demo.looks import CONCEPTS
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.tova import TokenMask
@@ -91,11 +90,10 @@ class Spanned(Gated):
         places, added = given
         _, e = mask.work(x)
         for i, adapter, strength in self.acting(members, site, mask):
-            sim = e.float() @ adapter.direction[0].to(e.device)
-            gate = torch.sigmoid((sim - adapter.gate.gate_bias) / adapter.gate.gate_temperature)
+            gate = openness([adapter.gate], e.float() @ adapter.direction.t().to(e.device))
             share = e.float() @ adapter.more.t().to(e.device)  # c(e)
-            weight = gate * mask.worked[..., i] * strength
-            added = added + weight[..., None] * (share @ adapter.own[site.name][1:].to(e.device))
+            weight = gate * mask.worked[..., i : i + 1] * strength
+            added = added + weight * (share @ adapter.own[site.name][1:].to(e.device))
         return places, added
 
 
@@ -144,7 +142,7 @@ def as_perfusion(model: host.DiffusersModel, name: str, adapter: Any) -> Any:
     data = host.training_data(model, learning.pictures_of(name, USUAL)[0][:1], concept, model.templates or ("a {}",))
     host.begin(model, made, data)
     network = host.network_map(model)
-    gate = torch.sigmoid(torch.tensor((1.0 - made.gate.gate_bias) / made.gate.gate_temperature))
+    gate = openness([made.gate], torch.ones(1))
     for site, one in changes(adapter, rows).items():
         with torch.no_grad():
             plain = network.module(site)(made.target)[0]  # W i*
@@ -175,9 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--concepts", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--cases", nargs="+", default=list(LEARNED), choices=LEARNED, help="value among them")
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--cache", type=Path, default=run.CACHE)
-    parser.add_argument("--out", type=Path, default=OUT)
+    run.add_options(parser, OUT)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -207,8 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "arms": report.summary(found, 300),
             "seconds": time.perf_counter() - began,
         }  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        report.write(args.out, data)
         print(f"{time.perf_counter() - began:6.0f} s", report.table(data["arms"]), sep="\n", flush=True)
     if args.out == OUT:
         report.fill(Path("docs/tables/separation.md"), {"perfusion": report.table(data["arms"])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -324,6 +325,12 @@ def section(data: Mapping[str, Any]) -> str:
     for name, group in data["groups"].items():
         shown += [f"{group['title']}: {blocks[f'group_{name}']}"]
     return "\n\n".join([part for part in (*shown, blocks.get("comparisons", "")) if part])
+
+
+def write(path: Path, data: Mapping[str, Any]) -> None:
+    """A results file, in a folder that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def fill(page: Path, blocks: Mapping[str, str]) -> list[str]:

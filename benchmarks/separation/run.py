@@ -7,6 +7,7 @@ signal or a power cut, goes on where it was, and more seeds or arms add to what 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -42,6 +43,13 @@ ROUND = 8
 
 Say = Callable[[str], None]
 Key = tuple[str, ...]
+
+
+def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """What every command asks for that learns concepts on a model and writes a results file."""
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=out)
 
 
 class Stopped(Exception):

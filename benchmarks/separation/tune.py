@@ -209,8 +209,7 @@ def main(
         },
         "seconds": time.perf_counter() - began,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write(out, data)
     shown = sensitivity(results, gained)
     if final_gained:
         shown += (

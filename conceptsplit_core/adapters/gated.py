@@ -107,6 +107,12 @@ class GatedAdapter(TableAdapter):
         self.shared = {**self.shared, **{name: like(one, self.shared[name]) for name, one in found.items()}}
 
 
+def openness(gates: Sequence[GateConfig], sim: Tensor) -> Tensor:
+    """How far each of n gates is open (3) for rows of these similarities [..., n]."""
+    beta, tau = (sim.new_tensor([getattr(gate, name) for gate in gates]) for name in ("gate_bias", "gate_temperature"))
+    return torch.sigmoid((sim - beta) / tau)
+
+
 def with_gate(adapter: Any, gate: GateConfig) -> Any:
     """A Perfusion adapter with this β and τ; any other as it is."""
     return adapter.gated(gate) if isinstance(adapter, GatedAdapter) else adapter
@@ -145,9 +151,6 @@ class Gated(TableKind):
         adapters = [adapter for _, adapter, _ in acting]
         put = lambda rows: torch.cat(rows).to(x.device, torch.float32)
         targets, directions = put([a.target for a in adapters]), put([a.direction for a in adapters])  # [n, d_ctx]
-        beta, tau = (
-            targets.new_tensor([getattr(a.gate, name) for a in adapters]) for name in ("gate_bias", "gate_temperature")
-        )
         places, e = mask.work(x)
         weights = mask.worked[..., [i for i, _, _ in acting]] * targets.new_tensor([s for _, _, s in acting])
         with torch.no_grad():
@@ -155,7 +158,7 @@ class Gated(TableKind):
             within = sim
             if len(acting) > 1:  # (6): of e in the span of all i*, as a mix of them
                 within = sim @ torch.linalg.pinv(targets @ directions.t(), rtol=1e-3)
-            gate = torch.sigmoid((sim - beta) / tau) * weights
+            gate = openness([a.gate for a in adapters], sim) * weights
             # `forward`, because a call would come back to the hook that we are in.
             own = layer.forward(targets.to(x.dtype)).float()  # W i* [n, d_out]
         new = own  # (4)
