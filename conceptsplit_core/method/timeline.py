@@ -9,7 +9,7 @@ each concept's area; the picture is then drawn from the untouched noise, with bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
@@ -41,8 +41,8 @@ class Timeline:
         routed: whether some adapter acts in a region.
         given: regions that the user has drawn, by channel: [1 or B, H, W] in 0…1, all of one size.
         earlier: what an earlier run has found, for instance the first stage of a picture: its regions are taken.
-        order: places in `concepts` in the order of the prompt, in which concepts that share a map divide it; that of
-            `concepts` when empty.
+        order: each image's places in `concepts` in the order of its prompt, int [1 or B, n], in which concepts that
+            share a map divide it; that of `concepts` when None.
 
     Raises:
         ConceptSplitError: the earlier run knows other concepts, or has found no regions.
@@ -62,14 +62,14 @@ class Timeline:
         routed: bool = False,
         given: Mapping[int, Tensor] | None = None,
         earlier: LodaTrace | None = None,
-        order: Sequence[int] = (),
+        order: Tensor | None = None,
     ):
         self.config = config.for_schedule(total)
         self.total = total
         self.read_maps = read_maps
         self.given = dict(given or {})
         self.routed = routed
-        self.order = list(order) or list(range(len(concepts)))
+        self.order = torch.arange(len(concepts))[None] if order is None else order
         self.trace = LodaTrace(concepts=concepts, settings=asdict(self.config))
         self.afg: Tensor | None = None
         self.areas: Tensor | None = None
@@ -148,8 +148,9 @@ class Timeline:
         self._use(found, areas)
 
     def _found(self, maps: Tensor, rule: str) -> Tensor:
-        found = regions(maps[:, self.order], self.config.afg_region, self.config.afg_smoothing, rule)
-        return found[:, [self.order.index(channel) for channel in range(len(self.order))]]
+        order = self.order.to(maps.device).expand(len(maps), -1)
+        found = regions(_reordered(maps, order), self.config.afg_region, self.config.afg_smoothing, rule)
+        return _reordered(found, order.argsort(dim=1))
 
     def _use(self, found: Tensor, areas: Tensor | None) -> None:
         """Puts regions and areas into force, except where the user has drawn others; writes into them."""
@@ -171,3 +172,8 @@ class Timeline:
     def afg_acts(self, step: int) -> bool:
         """Whether AFG is in force in step `step` (0-based) of the drawing."""
         return self.config.afg and step < self.config.held(self.total)
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Each image's channels [B, n, h, w] in an order of its own, int [B, n]."""
+    return x.take_along_dim(order[..., None, None], dim=1)

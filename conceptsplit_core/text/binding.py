@@ -273,3 +273,12 @@ def row_mask(bindings: Sequence[Binding], concepts: Sequence[str], length: int) 
                 )
             mask[row, index[binding.concept]] = binding.weight
     return mask
+
+
+def prompt_order(bound: torch.Tensor) -> torch.Tensor:
+    """The concepts of each prompt by their first rows, those that it does not name at the end: int [B, n].
+
+    Args:
+        bound: which rows are whose, bool [B, L, n].
+    """
+    return torch.where(bound.any(dim=1), bound.int().argmax(dim=1), bound.shape[1]).argsort(dim=1, stable=True)

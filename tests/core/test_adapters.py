@@ -745,8 +745,7 @@ def test_what_each_kind_changes_and_where():
         assert [site.rpartition("attn")[2].replace(".to_", " ") for site in own] == changed
 
 
-@pytest.mark.parametrize("one", KINDS)
-def test_a_kind_says_how_it_is_called_and_how_fast_it_learns(one):
+def test_a_kind_says_how_it_is_called_and_how_fast_it_learns():
     said = {
         "value": ("value adapter (ToVA)", 1.0),
         "key": ("keys at the concept's rows", 1.0),
@@ -758,7 +757,7 @@ def test_a_kind_says_how_it_is_called_and_how_fast_it_learns(one):
         "para": ("parameter rank reduction (PaRa), routed to the concept's rows and region", 1.0),
         "perfusion": ("gated rank-one edit with locked keys (Perfusion)", 5.0),
     }
-    assert (KINDS[one].label, KINDS[one].rate) == said[one]
+    assert {name: (KINDS[name].label, KINDS[name].rate) for name in said} == said
 
 
 def test_every_family_is_called_by_its_name():

@@ -255,10 +255,23 @@ def test_regions_of_maps_that_could_not_be_read_are_taken_back():
 def test_concepts_that_share_a_map_divide_it_in_the_order_of_the_prompt(order, left, right):
     """Two places of one map, from left to right; the third concept has a map of its own."""
     shared, own, names = blob(2.0, 1.0) + blob(2.0, 6.0), blob(4.0, 3.5, width=0.5), ("anna", "bert", "cilla")
-    one = Timeline(LodaConfig(), 20, names, Reader(torch.stack([shared, own, shared])[None]), routed=True, order=order)
+    maps = Reader(torch.stack([shared, own, shared])[None])
+    one = Timeline(LodaConfig(), 20, names, maps, routed=True, order=torch.tensor([order]) if order else None)
     one.locate(torch.zeros(1, 4, H, W), 4, 1.0)
     for found in (one.afg, one.areas):
         regions = dict(zip(names, found[0].bool(), strict=True))
         assert regions[left][2, 1] and regions[right][2, 6]
         assert not (regions[left][2, 6] or regions[right][2, 1])
     assert one.areas[0, 1, 4, 3] == 1.0
+
+
+def test_each_image_of_a_batch_divides_a_map_in_the_order_of_its_own_prompt():
+    shared, own = blob(2.0, 1.0) + blob(2.0, 6.0), blob(4.0, 3.5, width=0.5)
+    maps, orders = torch.stack([own, shared, shared])[None].repeat(3, 1, 1, 1), [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
+    together = Timeline(LodaConfig(), 20, NAMES, Reader(maps), routed=True, order=torch.tensor(orders))
+    together.locate(torch.zeros(3, 4, H, W), 4, 1.0)
+    assert together.areas[:, 1, 2, 1].tolist() == [1.0, 1.0, 0.0] and together.areas[:, 2, 2, 1].tolist() == [0, 0, 1]
+    for image, order in enumerate(orders):
+        alone = Timeline(LodaConfig(), 20, NAMES, Reader(maps[:1]), routed=True, order=torch.tensor([order]))
+        alone.locate(torch.zeros(1, 4, H, W), 4, 1.0)
+        assert torch.equal(alone.areas[0], together.areas[image]) and torch.equal(alone.afg[0], together.afg[image])

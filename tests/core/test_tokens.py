@@ -3,11 +3,12 @@
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.text.binding import Binding, Concept, _stand_in, bind, changed, row_mask
+from conceptsplit_core.text.binding import Binding, Concept, _stand_in, bind, changed, prompt_order, row_mask
 from conceptsplit_core.text.concepts import marked_concepts, shown, without_absent, word_name, written
 from conceptsplit_core.text.layout import SpecialTokens, content, layout_of
 
@@ -127,6 +128,13 @@ def test_row_mask():
     assert mask.tolist() == [[0, 0], [0, 1], [0, 0], [0, 1]]
     with pytest.raises(ConceptSplitError, match="row 9"):
         row_mask([Binding("a", (9,))], ["a"], 4)
+
+
+def test_the_order_of_a_prompt_is_that_of_its_first_rows():
+    texts = [{"a": 4, "b": 1, "c": 3}, {"c": 0}, {}, {"a": 2, "b": 2, "c": 0}]
+    masks = [row_mask([Binding(name, (row, 5)) for name, row in text.items()], "abc", 6) for text in texts]
+    assert prompt_order(torch.stack(masks) != 0).tolist() == [[1, 2, 0], [2, 0, 1], [0, 1, 2], [2, 0, 1]]
+    assert prompt_order(torch.zeros(1, 3, 0, dtype=torch.bool)).shape == (1, 0)
 
 
 @settings(max_examples=300, deadline=None)

@@ -129,10 +129,10 @@ def test_pictures_of_one_name_share_their_mask_and_a_folder_of_the_user_is_found
 
 @pytest.fixture
 def pillow(monkeypatch):
-    """Pillow's tables, which are put back."""
+    """Pillow's tables as before anybody registered HEIC, which are put back."""
     Image.init()
-    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
-    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(Image, "OPEN", {name: one for name, one in Image.OPEN.items() if name != heic.FORMAT})
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != heic.FORMAT])
     monkeypatch.setattr(Image, "EXTENSION", dict(Image.EXTENSION))
 
 

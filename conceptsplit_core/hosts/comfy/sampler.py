@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from ...method.diffusion import PARAMETERISATIONS
 from ...method.loda import LodaTrace
 from ...method.timeline import Timeline
 from ...settings import LodaConfig
+from ...text.binding import prompt_order
 from .autograd import copied_activations, plain_errors, plain_kernels
 from .model import KEY, adopt_parameters, compute_dtype
 from .reader import MapReader, attended_rows
@@ -48,12 +49,11 @@ def sample(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
             log.warning("[ConceptSplit] %s: sampling without LODA.", _TOO_FEW % "none")
         return executor(guider, *args, **kwargs)
     config = loda or LodaConfig(loda_steps=0)
-    places = bound_concepts(guider, run)
-    bound = tuple(places)
+    rows = bound_rows(guider, run)
+    bound = tuple(rows.any(dim=(0, 1)).nonzero().flatten().tolist())
     if loda is None and run.masks.keys() >= run.concepts.routed & set(bound):
         bound = tuple(channel for channel in bound if channel in run.masks)  # nobody needs the others' places
-    order = sorted(range(len(bound)), key=lambda one: places[bound[one]])
-    stages = StagedSampler(executor.class_obj, guider, run, config, bound, order)
+    stages = StagedSampler(executor.class_obj, guider, run, config, bound, prompt_order(rows[..., list(bound)]))
     reason = stages.unneeded()
     if reason is not None:
         if reason:
@@ -83,15 +83,10 @@ def fitted(mask: Tensor, x: Tensor) -> Tensor:
     return small if len(small) == 1 else comfy.utils.repeat_to_batch_size(small, x.shape[0])
 
 
-def bound_concepts(guider: Any, run: Run) -> dict[int, tuple[int, int]]:
-    """Channels of the run's masks that some positive conditioning binds, rising, each with the place of its first row:
-    (conditioning, row)."""
-    found: dict[int, tuple[int, int]] = {}
-    for index, cond in enumerate(guider.conds.get("positive", [])):
-        rows = attended_rows(cond, run).any(dim=0).cpu()
-        for channel in rows.any(dim=0).nonzero().flatten().tolist():
-            found.setdefault(channel, (index, int(rows[:, channel].nonzero()[0])))
-    return dict(sorted(found.items()))
+def bound_rows(guider: Any, run: Run) -> Tensor:
+    """Which rows are whose, of the positive conditionings one after the other: bool [1, L, n], L at least 1."""
+    none = torch.zeros(1, 1, len(run.concepts.names), dtype=torch.bool)
+    return torch.cat([none, *(attended_rows(cond, run).cpu() for cond in guider.conds.get("positive", []))], dim=1)
 
 
 class StagedSampler:
@@ -100,9 +95,7 @@ class StagedSampler:
     Args (of a call): as every k-diffusion sampler; x is x₀ + σ·ε, [B, C, H, W].
     """
 
-    def __init__(
-        self, sampler: Any, guider: Any, run: Run, config: LodaConfig, bound: tuple[int, ...], order: Sequence[int]
-    ):
+    def __init__(self, sampler: Any, guider: Any, run: Run, config: LodaConfig, bound: tuple[int, ...], order: Tensor):
         self.sampler = sampler
         self.base: Any = getattr(sampler, "sampler_function", None)  # unknown samplers have none, and run as they are
         self.guider = guider

@@ -17,6 +17,7 @@ from ...method.loda import LodaTrace
 from ...method.timeline import Timeline
 from ...network.hooks import KeptChanges, Scope
 from ...settings import LodaConfig
+from ...text.binding import prompt_order
 from .drawing import Drawing, Stage, batched
 from .model import DiffusersModel
 from .network import patched
@@ -116,9 +117,7 @@ def sample(
             if given:
                 # Without LODA nobody looks for the other concepts: they act on the whole picture.
                 given = {i: given.get(i, torch.ones(1, *drawing.latent)) for i in range(len(names))}
-        # Pictures of one batch may name the concepts in another order; that of the first counts.
-        bound = batches[0].mask[0].ne(0).int().cpu()
-        order = sorted(range(len(names)), key=lambda one: (not bound[:, one].any(), int(bound[:, one].argmax())))
+        order = prompt_order(batches[0].mask != 0)
         timeline = None if loda is None else Timeline(loda, steps, names, drawing.maps, routed, given, order=order)
         total = steps + (0 if timeline is None else timeline.plan_steps)
         done = itertools.count(1)
