@@ -4,6 +4,7 @@
     python -m benchmarks.host --freefuse FOLDER             with it: the folder freefuse_comfyui of its checkout
     python -m benchmarks.host --model sdxl                  what a picture costs and which inputs are drawn at all, on a
                                                             model of SDXL's (or sd15: SD1.5's) shape (`shapes.py`)
+    python -m benchmarks.host --transformer FILE            on a demo transformer instead of the demo UNet (`flow.py`)
 
 The laboratory's concepts, prompts, seeds and detector; its LoRAs as kohya files. Every arm draws the same pictures from
 the same noise, one at a time. What was drawn is kept under --cache and never drawn twice. Writes --out and the block
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from benchmarks.separation import learning, methods, report, run
 from benchmarks.separation.methods import REPORT_FROM
@@ -31,7 +33,7 @@ from conceptsplit_core.adapters.file import lora_bytes
 from conceptsplit_core.demo.looks import CONCEPTS
 from tests.host.run import find_hosts, host_python, tools, version
 
-from . import shapes
+from . import flow, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).with_name("inside.py")
@@ -157,6 +159,41 @@ def on_shapes(family: str, args: argparse.Namespace) -> None:
     report.fill(args.page, {f"host_{family}": shapes.table(data)})
 
 
+def on_transformer(args: argparse.Namespace) -> None:
+    with safe_open(str(args.transformer), framework="pt") as file:
+        training = json.loads(file.metadata()["config"])["training"]
+    host, python = newest_host()
+    arms = args.arms.split(",") if args.arms else list(flow.ARMS)
+    sets = methods.concept_sets("reporting", 2, args.pairs)
+    seeds = range(REPORT_FROM, REPORT_FROM + args.seeds)
+    names = list(dict.fromkeys(name for one in sets for name in one))
+    loras, folder = args.cache / "loras", args.cache.resolve()
+    flow.write_loras(args.transformer, names, loras)
+    jobs = [job for job in jobs_of(arms, sets, seeds, folder) if not job["meter"]]
+    alone = [job for job in jobs_of([flow.SAID], [(name,) for name in names], seeds, folder) if not job["meter"]]
+    alone = flow.said(alone)
+    todo = [job for job in [*alone, *jobs] if not Path(job["out"]).exists()]
+    if todo:
+        given = {"jobs": todo, "loras": str(loras.resolve()), "until": time.time() + 60 * args.minutes, "freefuse": ""}
+        given["transformer"] = str(args.transformer.resolve())
+        draw_in(host, python, INSIDE, given, args.cache / "jobs.json")
+    results = flow.records([job for job in jobs if Path(job["out"]).exists()], arms)
+    data = {
+        "what_this_shows": "The mechanism on a small transformer of drawn shapes; nothing about photographic quality.",
+        "host": version(host),
+        "machine": report.machine(),
+        "training": training,
+        "sets": ["+".join(names) for names in sets],
+        "first_seed": REPORT_FROM,
+        "arms": flow.summary(results),
+        "alone": flow.summary(flow.records(alone, [flow.SAID]))[flow.SAID],
+        "comparisons": flow.comparisons(results),
+    }
+    report.write(args.out or RESULTS / "host_transformer.json", data)
+    print(flow.table(data))
+    report.fill(args.page, {"host_transformer": flow.table(data)})
+
+
 def on_demo(args: argparse.Namespace) -> None:
     arms = args.arms.split(",") if args.arms else [*ARMS, *(FREEFUSE if args.freefuse else ())]
     sets = methods.concept_sets("tuning" if args.tune else "reporting", 2, args.pairs)
@@ -195,6 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--freefuse", type=Path, help="folder freefuse_comfyui of FreeFuse's checkout")
     parser.add_argument("--model", choices=("demo", *shapes.LABELS), default="demo")
+    parser.add_argument("--transformer", type=Path, help="a demo transformer, as `transformer_export` writes it")
     parser.add_argument("--arms", help="comma separated, instead of the usual")
     parser.add_argument("--cache", type=Path, default=Path("out/host"))
     parser.add_argument("--out", type=Path, help="instead of the usual file of benchmarks/results")
@@ -210,7 +248,9 @@ def main() -> int:
     others.add_argument("--rounds", type=int, default=3, help="of timed pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.model == "demo":
+    if args.transformer:
+        on_transformer(args)
+    elif args.model == "demo":
         on_demo(args)
     else:
         on_shapes(args.model, args)

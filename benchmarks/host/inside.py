@@ -270,6 +270,7 @@ def freefuse(task: Task, region: str = "output_late", block: int = 0, mended: bo
 Draw = Callable[[Task], Any]
 
 ARMS: dict[str, tuple[Draw, Callable[[Task], Any] | None]] = {
+    "described": (stock, None),
     "merged": (merged, None),
     "hooks_slices": (lambda task: hooks(task, slices(len(task.names), task.pixels)), None),
     "ours_slices": (lambda task: ours(task, placed=True), None),
@@ -278,6 +279,7 @@ ARMS: dict[str, tuple[Draw, Callable[[Task], Any] | None]] = {
     "freefuse_mended": (partial(freefuse, mended=True), None),
     "ours": (ours, None),
     "ours_loda": (ours_loda, None),
+    "ours_updates": (partial(ours_loda, loda_steps=3), None),
 }
 """Name to how it draws, and what is found beforehand outside its account: slices stand side by side in the order of the
 prompt."""
@@ -326,6 +328,10 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
+    if jobs.get("transformer"):
+        from benchmarks.host.flow_model import load
+
+        MODEL.append(partial(load, jobs["transformer"]))
     loras = BASE / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)
     for file in Path(jobs["loras"]).glob("*.safetensors"):

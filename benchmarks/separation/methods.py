@@ -152,6 +152,7 @@ def paper(steps: int) -> LodaConfig:
 def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
     """All arms by name; `loda` is the setting under test, `steps` those of the sampler."""
     off, on = replace(loda, afg=False), replace(loda, afg=True)
+    planned = replace(on, loda_steps=0, plan_steps=max(1, round(0.3 * steps)))
     still = replace(off, loda_strength=0.0)
     table = {
         "base": Arm(None, "plain"),
@@ -169,7 +170,9 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_loda_afg_hard": Arm(loda=replace(on, afg_outside=1e8, afg_end=1.0)),
         # Ordinary LoRAs, each in its concept's region: a plan with LODA, or a longer one without.
         "lora_routed": Arm("lora", loda=on),
-        "lora_routed_no_loda": Arm("lora", loda=replace(on, loda_steps=0, plan_steps=max(1, round(0.3 * steps)))),
+        "lora_routed_no_loda": Arm("lora", loda=planned),
+        "lora_routed_plain_plan": Arm("lora", loda=replace(on, plan_guidance=False)),
+        "lora_routed_no_loda_plain_plan": Arm("lora", loda=replace(planned, plan_guidance=False)),
         "lora_routed_undivided": Arm("lora", loda=replace(on, afg_rule="top", area_rule="argmax")),
         "lora_routed_more_updates": Arm("lora", loda=replace(on, loda_iterations=6)),
         "lora_routed_slices": Arm("lora", loda=replace(on, loda_steps=0), slices=True),

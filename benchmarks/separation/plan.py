@@ -124,6 +124,10 @@ FULL = (
     ),
     Group("loras", "Ordinary LoRAs, two concepts", 2, 4, 64, LORAS),
     Group(
+        "loras_plan", "Ordinary LoRAs, two concepts, a plan without guidance", 2, 4, 64,
+        ("lora_routed", "lora_routed_plain_plan", "lora_routed_no_loda", "lora_routed_no_loda_plain_plan"),
+    ),
+    Group(
         "as_routed", "LoRAs trained as they will be routed", 2, 2, 24,
         ("lora_routed", "lora_as_routed", "lora_as_routed_masked"),
     ),
@@ -164,6 +168,7 @@ PAIRS = (
     ("lora_as_routed_masked", "lora_routed"),
     ("lora_routed_no_loda", "tova_loda_afg"), ("lora_routed_more_updates", "lora_routed"),
     ("lora_routed", "lora_routed_slices"), ("lora_routed_no_loda", "lora_merged"), ("lora_and_value", "lora_routed"),
+    ("lora_routed_plain_plan", "lora_routed"), ("lora_routed_no_loda_plain_plan", "lora_routed_no_loda"),
     ("lora_and_value", "tova_loda_afg"), ("lora_whole_routed", "lora_whole_merged"),
     ("lora_whole_routed", "lora_routed"),
     ("tova_loda_afg", "tova_loda_afg_undivided"),

@@ -71,6 +71,9 @@ def pictures(built: models.Built, loras: Sequence[LoraAdapter], loda: bool) -> t
     drawn = first.flops + (held - 1) * later.flops + (STEPS - held) * free.flops
     plan = LodaConfig(loda_steps=0).for_schedule(STEPS).plan_steps
     found = {f"{len(loras)} LoRAs": plan * planned.flops + drawn}
+    if len(loras) == 2:
+        unguided = programs.step_costs(built, 3, replace(SHORT, plan_guidance=False), adapters=loras)[0]
+        found["2 LoRAs, a plan without guidance"] = plan * unguided.flops + drawn
     if loda:
         opened, again = programs.step_costs(built, 3, LODA, adapters=loras)[:2]
         plan = LodaConfig().for_schedule(STEPS).plan_steps

@@ -148,7 +148,8 @@ class Timeline:
         self._use(found, areas)
 
     def _found(self, maps: Tensor, rule: str) -> Tensor:
-        order = self.order.to(maps.device).expand(len(maps), -1)
+        # One map for many images is an empty one, where all regions are given.
+        order = self.order[: len(maps)].to(maps.device).expand(len(maps), -1)
         found = regions(_reordered(maps, order), self.config.afg_region, self.config.afg_smoothing, rule)
         return _reordered(found, order.argsort(dim=1))
 

@@ -213,6 +213,13 @@ class LodaConfig:
         step=0.05,
         advanced=True,
     )
+    plan_guidance: bool = option(
+        True,
+        "plan with guidance",
+        "Whether the steps of a plan are drawn with the negative prompt and the guidance of the picture.",
+        "Switch it off to halve the work of the plan; the demo model found its regions as well without.",
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         check(self, "LODA")

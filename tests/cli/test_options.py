@@ -56,6 +56,7 @@ LODA = {
     "area_rule": "top",
     "suppression": 0.6875,
     "encoder_reuse": 0.1875,
+    "plan_guidance": False,
 }
 TRAIN = {
     "steps": 11,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from tools.demo_model import autoencoder, latents, pretraining, states, transformer
+from tools.demo_model import autoencoder, flow_loras, latents, pretraining, states, transformer
 
 SETTINGS = {"decay_from": 2, "batch": 2, "rate": 1e-3, "grounding": 0.02, "seed": 1, "minutes": 1e9}
 
@@ -77,29 +78,116 @@ def test_the_transformer_resumes_to_the_same_bits_and_draws(drawn):
     assert all(torch.equal(found[name], state["ema"][f"denoiser.{name}"].half()) for name in found) and len(found) > 90
 
 
-def test_the_grounded_shares_are_those_of_the_attention_that_is_computed():
-    """Each block's share against a softmax over queries and keys that are taken where the block computes them."""
+def test_the_written_out_attention_is_diffusers_own_and_its_shares_are_kept():
+    """Against diffusers' processor on the same weights, whose queries and keys give each block's softmax."""
     import diffusers.models.transformers.transformer_flux as flux
 
     torch.manual_seed(3)
     words = latents.Words()
     model = transformer.Transformer(words.vocabulary)
+    ids = torch.from_numpy(words.ids("a red circle and a star"))[None].expand(3, -1)
+    model.cross.rows = torch.tensor([[3, 6], [2, 1]])
+    given = torch.randn(3, 8, 16, 16), torch.tensor([0.2, 0.9, 0.5]), *model.encode(ids)
+    ours, maps = model(*given), dict(model.cross.maps)
     real, seen = flux.dispatch_attention_fn, []
 
     def record(query, key, value, **options):
         seen.append((query, key))
         return real(query, key, value, **options)
 
+    for name, module in model.denoiser.named_modules():
+        if name.endswith(".attn"):
+            module.set_processor(flux.FluxAttnProcessor())
     flux.dispatch_attention_fn = record
     try:
-        ids = torch.from_numpy(words.ids("a red circle and a star"))[None].expand(3, -1)
-        model.cross.rows = torch.tensor([[3, 6], [2, 1]])
-        x = torch.randn(3, 8, 16, 16)
-        model(x, torch.tensor([0.2, 0.9, 0.5]), *model.encode(ids))
+        theirs = model(*given)
     finally:
         flux.dispatch_attention_fn = real
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert list(maps) == list(transformer.GROUNDED)
     for block, name in ((1, transformer.GROUNDED[0]), (2, transformer.GROUNDED[1]), (3, transformer.GROUNDED[2])):
         query, key = seen[block]
-        share = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", query, key) / 8.0, dim=-1).mean(1)[:2, 77:]
+        share = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", query, key) / 8.0, dim=-1).mean(1)
+        assert share.shape[-1] == 256 + transformer.TEXT_ROWS
+        share = share[:2, transformer.TEXT_ROWS :]
         expected = torch.stack([share[0][:, [3, 6]], share[1][:, [2, 1]]])
-        assert torch.allclose(model.cross.maps[name], expected, atol=1e-6)
+        assert torch.allclose(maps[name], expected, atol=1e-6)
+
+
+def test_the_velocity_that_is_taught_is_the_unets_at_its_own_step():
+    """x₀ and ε as the UNet tells them of its own noisy latent, at three of its steps and between two of them."""
+    torch.manual_seed(5)
+    words = latents.Words()
+    model = transformer.Transformer(words.vocabulary)
+    unet, signal = model.fixed[1], model_signal()
+    context, _ = model.encode(torch.from_numpy(np.stack([words.ids(t) for t in ("a star", "a red ring", "a heart")])))
+    steps = torch.tensor([40, 500, 900])
+    a = signal[steps].view(-1, 1, 1, 1)
+    clean, noise = torch.randn(3, 8, 16, 16), torch.randn(3, 8, 16, 16)
+    noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+    with torch.no_grad():
+        guess = unet(noisy, steps, context, return_dict=False)[0]
+    expected = guess - (noisy - (1 - a).sqrt() * guess) / a.sqrt()
+    length = a.sqrt() + (1 - a).sqrt()
+    sigma = ((1 - a).sqrt() / length).flatten()
+    torch.testing.assert_close(model.taught(noisy / length, sigma, context), expected, atol=2e-3, rtol=2e-3)
+    asked = []
+    hook = unet.register_forward_pre_hook(lambda module, args: asked.append(args[1]))
+    levels = model.unet_levels
+    between = torch.stack([levels[40:42].mean(), levels[0] / 2, levels[998] + 0.25 * (levels[999] - levels[998])])
+    model.taught(noisy, between, context)
+    hook.remove()
+    torch.testing.assert_close(asked[0], torch.tensor([40.5, 0.0, 998.25]), atol=2e-2, rtol=0)
+
+
+def model_signal():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+@pytest.mark.parametrize(("sigma", "taught"), [(0.4, True), (0.93, True), (0.95, False)])
+def test_noise_that_the_unet_does_not_know_has_the_pictures_own_velocity(monkeypatch, drawn, sigma, taught):
+    torch.manual_seed(5)
+    data = latents.Data(drawn)
+    model = transformer.Transformer(data.words.vocabulary)
+    monkeypatch.setattr(transformer, "noise_levels", lambda batch, device: torch.full((batch,), sigma))
+    monkeypatch.setattr(model, "taught", lambda x, sigma, context: torch.full_like(x, torch.nan))
+    error, weighted, ground = transformer.losses(model, data.batch(np.random.default_rng(1), 4), False)
+    assert error.isnan().item() is weighted.isnan().item() is taught and float(ground) == 0.0
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest():
+    blocks = torch.nn.ModuleDict({"blocks": torch.nn.Linear(3, 5), "out": torch.nn.Linear(5, 2)})
+    first, second = pretraining.muon(blocks, 0.25)
+    assert isinstance(first, torch.optim.Muon) and isinstance(second, torch.optim.AdamW)
+    held = [[tuple(one.shape) for group in each.param_groups for one in group["params"]] for each in (first, second)]
+    assert held == [[(5, 3)], [(5,), (2, 5), (2,)]]
+    assert {group["lr"] for each in (first, second) for group in each.param_groups} == {0.25}
+
+
+def test_a_lora_of_the_transformer_is_what_its_pairs_add(drawn, tmp_path, monkeypatch):
+    """Pairs at work in forward hooks against the same merged into the weights; and what their file holds."""
+    torch.manual_seed(5)
+    model = transformer.Transformer(latents.Words().vocabulary).requires_grad_(False)
+    states.save({"ema": model.state_dict(), "scale": 1.25, "step": 1, "seconds": 0.0, "batch": 2, "seed": 1,
+                 "rate": 0.1, "grounding": 0.0}, tmp_path / "t.safetensors")  # fmt: skip
+    transformer.export(tmp_path, "t", tmp_path / "file.safetensors", "a machine", "")
+    monkeypatch.setattr(flow_loras, "STEPS", 3)
+    flow_loras.write_lora(tmp_path / "file.safetensors", "nero", tmp_path / "lora.safetensors")
+    kept = load_file(tmp_path / "lora.safetensors")
+    names = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in kept}
+    assert len(names) == 2 * 8 + 4 * 3 and len(kept) == 2 * len(names)
+    assert kept["transformer.transformer_blocks.1.attn.add_q_proj.lora_A.weight"].shape == (flow_loras.RANK, 192)
+    assert all(tensor.any() for tensor in kept.values()), "every pair has learned"
+    loaded, scale = transformer.load(tmp_path / "file.safetensors")
+    pairs = {name: tuple(kept[f"transformer.{name}.lora_{side}.weight"].float() for side in "AB") for name in names}
+    given = torch.randn(2, 8, 16, 16), torch.tensor([0.2, 0.7]), torch.randn(2, 77, 128), torch.randn(2, 128)
+    with torch.no_grad():
+        plain = loaded(*given)
+        with flow_loras.with_pairs(loaded.denoiser, pairs):
+            hooked = loaded(*given)
+        assert torch.equal(loaded(*given), plain) and scale == 1.25
+        for name, (down, up) in pairs.items():
+            loaded.denoiser.get_submodule(name).weight += up @ down
+        torch.testing.assert_close(hooked, loaded(*given), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(hooked, plain, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import REX, TOM, bound, every_family, guided, inputs
@@ -376,6 +378,25 @@ def test_a_plan_is_drawn_by_the_base_model_and_thrown_away(load, sampler, steps,
     # The base model's maps: other LoRAs find the same places.
     silent = {name: (one, 1e-6) for name, (one, _) in adapters.items()}
     assert torch.equal(drawn(model, silent, **options).trace.areas, areas)
+
+
+@pytest.mark.parametrize("loda_steps", [0, 2])
+def test_a_plan_without_guidance_finds_what_a_run_without_guidance_finds(load, loda_steps):
+    """And the picture itself is drawn with guidance."""
+    model = load(dtype=torch.float64)
+    adapters = {"rex": (lora(model, sites_of("sd15"))[0], 0.4), "tom": (lora(model, sites_of("sd15"), 3)[0], 0.3)}
+    config = LodaConfig(loda_steps=loda_steps, plan_steps=3, loda_strength=0.1, afg=False, plan_guidance=False)
+    options = {"steps": 5, "seeds": (1, 2), "guidance": 4.5}
+    result = drawn(model, adapters, loda=config, **options)
+    areas = result.trace.areas
+    unguided = drawn(model, adapters, loda=config, **{**options, "guidance": 1.0})
+    assert torch.equal(unguided.trace.areas, areas) and torch.equal(unguided.trace.after, result.trace.after)
+    assert not torch.allclose(unguided.latents, result.latents)
+    masks = {name: areas[:, i] for i, name in enumerate(NAMES)}
+    told = drawn(model, adapters, loda=config, masks=masks, **options)
+    torch.testing.assert_close(told.latents, result.latents, rtol=1e-7, atol=1e-8)
+    usual = drawn(model, adapters, loda=replace(config, plan_guidance=True), **options)
+    assert not torch.allclose(usual.trace.after, result.trace.after)
 
 
 def test_a_plan_with_loda_moves_the_plan_and_not_the_picture(load):

@@ -10,7 +10,7 @@ that averaged their gradients; this script has one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,24 @@ def _noise_levels(batch: int) -> torch.Tensor:
 
 LIMIT = 1_000_000  # steps of a training that only the clock ends
 
+
+def adamw(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    return [_adamw(model.parameters(), rate)]
+
+
+def muon(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of a transformer's blocks, AdamW for everything else, at one rate (K. Jordan 2024)."""
+    named = dict(model.named_parameters())
+    matrices = {k: v for k, v in named.items() if "blocks." in k and v.ndim == 2}
+    others = [v for k, v in named.items() if k not in matrices]
+    blocks = torch.optim.Muon(matrices.values(), rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [blocks, _adamw(others, rate)]
+
+
+def _adamw(parameters: Iterable[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
 Losses = Callable[[Any, dict[str, torch.Tensor], bool], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """(model, batch of `Data`, whether to ground) to what is shown, what is trained, and the grounding term, all []."""
 
@@ -84,6 +102,7 @@ def train(
     *,
     build: Callable[[int], torch.nn.Module],
     losses: Losses,
+    optimisers: Callable[[torch.nn.Module, float], list[torch.optim.Optimizer]] = adamw,
     decay_from: int,
     batch: int,
     rate: float,
@@ -104,13 +123,14 @@ def train(
     torch.manual_seed(seed)
     model = build(data.words.vocabulary).to(device)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    moving = {f"optimiser{i or ''}": one for i, one in enumerate(optimisers(model, rate))}
     path = out / f"{name}.safetensors"
     start, spent = 0, 0.0
     if path.exists():
         state = read(path)
         model.load_state_dict(state["model"])
-        restore_optimiser(optimiser, state["optimiser"])
+        for key, one in moving.items():
+            restore_optimiser(one, state[key])
         ema = {k: torch.empty_like(v).copy_(state["ema"][k]) for k, v in model.state_dict().items()}
         start, spent = int(state["step"]), float(state["seconds"])
     began = saved = time.time()
@@ -119,14 +139,15 @@ def train(
     for step, drawn in data.batches(seed, range(start, steps or LIMIT), batch, workers):
         torch.manual_seed(seed * 1_000_003 + step)
         fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
-        for group in optimiser.param_groups:
+        for group in (group for one in moving.values() for group in one.param_groups):
             group["lr"] = rate * fall * min(1.0, (step + 1) / 200)
         here = {k: v.to(device) for k, v in drawn.items()}
         error, loss, ground = losses(model, here, grounding > 0)
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         (loss + grounding * ground).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        for one in moving.values():
+            one.step()
         keep = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             now = model.state_dict()
@@ -151,8 +172,8 @@ def train(
             saved = time.time()
             save(
                 {
+                    **{key: optimiser_state(one) for key, one in moving.items()},
                     "model": model.state_dict(),
-                    "optimiser": optimiser_state(optimiser),
                     "ema": ema,
                     "step": step + 1,
                     "seconds": spent + saved - began,

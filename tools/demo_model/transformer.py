@@ -1,10 +1,15 @@
 """The demo transformer: a small Flux on the demo model's latents, captions and text encoder, trained on flow matching.
 
 Only the denoiser is new. Text encoder and autoencoder are those of the demo checkpoint and stay as they are, so a
-picture of both models differs by its denoiser alone. As for the UNet there is a grounding term, here on the columns of
-the joint softmax that lead from pixels to the bound rows, in the blocks `GROUNDED`.
+picture of both models differs by its denoiser alone. Its velocities are learned from the demo UNet (`losses`), and its
+matrices are moved by Muon. As for the UNet there is a grounding term, here on the columns of the joint softmax that
+lead from pixels to the bound rows, in the blocks `GROUNDED`.
 
-No trained one is in the repository yet. A step of batch 256 took 75 ms on an H200 (16 processor cores making captions):
+None is in the repository yet, because none draws shapes well enough. On two CPU cores 2,300 steps of 32 pictures took
+70 minutes (two processes that averaged their gradients; rate 2e-3, falling from step 1,709). Colours and backgrounds
+came within 500 steps, patterns within 1,000; outlines are blobs still. The loss with objects weighted was 0.38 at step
+500, 0.31 at 950, 0.27 at 1,700 and 0.23 at the end, and was falling; the demo UNet took 21,800 steps. What such a model
+shows of LoRAs is in docs/models.md. A step of batch 256 took 75 ms on an H200 before the UNet was its teacher:
 
     python -m tools.demo_model start --out FOLDER
     python -m tools.demo_model latents --out FOLDER --scenes 24000        (or in parts, see --part)
@@ -16,6 +21,7 @@ No trained one is in the repository yet. A step of batch 256 took 75 ms on an H2
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,18 +29,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from conceptsplit_core.hosts import diffusers as host
 
 from .autoencoder import decoded
 from .export import write_checkpoint
 from .latents import LATENT_SIDE
-from .pretraining import grounding_loss, on_objects, train
+from .pretraining import grounding_loss, muon, on_objects, train
 from .report import PROMPTS
 from .states import read, save_grid
-from .unet import CrossMaps, Words
+from .unet import CrossMaps, Words, alphas_cumprod
 
-FORMAT = "conceptsplit-demo-transformer"
 CONFIG: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 8,
@@ -49,17 +55,19 @@ CONFIG: dict[str, Any] = {
     "axes_dims_rope": [16, 24, 24],
 }
 GROUNDED = ("transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1")
-GROUNDED_ROWS = 128
-"""Pictures of a batch that the grounding term looks at: it needs the whole matrix of pixels and rows."""
+FORMAT = "conceptsplit-demo-transformer"
+TEXT_ROWS = 40
+"""Rows of the text that the transformer reads: captions are shorter, and attention over their padding costs."""
 
 
 class _JointMaps:
-    """A Flux attention processor that also keeps the head-mean share of each bound row for each pixel."""
+    """A Flux attention processor; in the blocks `GROUNDED` it keeps the head-mean share of each bound row.
 
-    def __init__(self, maps: CrossMaps, name: str) -> None:
-        from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+    The softmax is written out: for so few tokens that is faster on a CPU than fused kernels, and it is needed anyway.
+    """
 
-        self.maps, self.name, self.plain = maps, name, FluxAttnProcessor()
+    def __init__(self, maps: CrossMaps, block: str) -> None:
+        self.maps, self.block = maps, block
 
     def __call__(
         self,
@@ -69,29 +77,28 @@ class _JointMaps:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        if self.maps.rows is not None:
-            self.maps.maps[self.name] = self._shares(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)  # type: ignore[arg-type]
-
-    def _shares(self, attn: Any, x: torch.Tensor, text: torch.Tensor | None, rope: Any) -> torch.Tensor:
-        """Softmax over text and pixels [g, pixels, R] of the first g pictures, as many as have `rows` [g, R]."""
         from diffusers.models.embeddings import apply_rotary_emb
 
-        rows = self.maps.rows
-        assert rows is not None
-        x = x[: len(rows)]
-        query, key = (
-            norm(layer(x).unflatten(-1, (attn.heads, -1)))
-            for norm, layer in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k))
-        )
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (attn.heads, -1))
+
+        x, text = hidden_states, encoder_hidden_states
+        query, key, value = attn.norm_q(heads(attn.to_q(x))), attn.norm_k(heads(attn.to_k(x))), heads(attn.to_v(x))
         if text is not None:
-            text = text[: len(rows)]
-            query = torch.cat([attn.norm_added_q(attn.add_q_proj(text).unflatten(-1, (attn.heads, -1))), query], dim=1)
-            key = torch.cat([attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, (attn.heads, -1))), key], dim=1)
-        query, key = (apply_rotary_emb(side, rope, sequence_dim=1).transpose(1, 2) for side in (query, key))
-        query = query[:, :, -(LATENT_SIDE**2) :]
-        share = torch.softmax((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).float(), dim=-1).mean(dim=1)
-        return share.gather(-1, rows[:, None, :].expand(-1, share.shape[1], -1))
+            query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(text))), query], dim=1)
+            key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(text))), key], dim=1)
+            value = torch.cat([heads(attn.add_v_proj(text)), value], dim=1)
+        query, key = (apply_rotary_emb(side, image_rotary_emb, sequence_dim=1).transpose(1, 2) for side in (query, key))
+        share = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1)
+        rows = self.maps.rows  # of the first pictures of the batch
+        if rows is not None and self.block in GROUNDED:
+            pixels = share[: len(rows), :, -(LATENT_SIDE**2) :].float().mean(dim=1)
+            self.maps.maps[self.block] = pixels.gather(-1, rows[:, None, :].expand(-1, pixels.shape[1], -1))
+        out = (share @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
+        if text is None:
+            return out
+        words, out = out.split([text.shape[1], x.shape[1]], dim=1)
+        return attn.to_out[0](out), attn.to_add_out(words)
 
 
 class Transformer(torch.nn.Module):
@@ -102,27 +109,49 @@ class Transformer(torch.nn.Module):
         from diffusers import FluxTransformer2DModel
 
         self.denoiser: Any = FluxTransformer2DModel(**CONFIG)
-        self.text_encoder = [host.load_model("demo").encoders[0].model]  # in a list: no part of the state
+        demo = host.load_model("demo")
+        self.fixed = [demo.encoders[0].model, demo.unet]  # in a list: no part of the state
+        signal = alphas_cumprod().sqrt()
+        noise = (1 - signal**2).sqrt()
+        self.register_buffer("unet_levels", (noise / (signal + noise)).float(), persistent=False)
+        self.unet_levels: torch.Tensor
         self.cross = CrossMaps()
-        for name in GROUNDED:
-            self.denoiser.get_submodule(f"{name}.attn").set_processor(_JointMaps(self.cross, name))
+        for name, module in self.denoiser.named_modules():
+            if name.endswith(".attn"):
+                module.set_processor(_JointMaps(self.cross, name.removesuffix(".attn")))
         side = torch.arange(LATENT_SIDE, dtype=torch.float32)
         grid = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)
         self.places: torch.Tensor
         self.register_buffer("places", F.pad(grid, (1, 0)), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.text_encoder[0]._apply(fn)
+        for part in self.fixed:
+            part._apply(fn)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def encode(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [B, 77] to context [B, 77, 128] and pooled text [B, 128]."""
-        out = self.text_encoder[0](input_ids=ids)
+        out = self.fixed[0](input_ids=ids)
         return out.last_hidden_state, out.pooler_output
+
+    @torch.no_grad()
+    def taught(self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """The velocity that the demo UNet sees in x [B, 8, 16, 16] at noise levels sigma [B] that it knows.
+
+        (1 − σ)·x₀ + σ·ε is what it was trained on, but for its length, at the step with that ratio of noise to signal.
+        """
+        levels = self.unet_levels
+        above = torch.searchsorted(levels, sigma).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        step = above - 1 + ((sigma - low) / (high - low)).clamp(0, 1)
+        level = sigma[:, None, None, None]
+        noise = self.fixed[1](x / (level**2 + (1 - level) ** 2).sqrt(), step, context, return_dict=False)[0].float()
+        return (noise - x) / (1 - level)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> Any:
         """Velocity [B, 8, 16, 16] of x at the noise levels sigma [B] in 0..1."""
+        context = context[:, :TEXT_ROWS]
         tokens = self.denoiser(
             x.flatten(2).transpose(1, 2), context, pooled, sigma, self.places,
             self.places.new_zeros(context.shape[1], 3), return_dict=False,
@@ -130,29 +159,36 @@ class Transformer(torch.nn.Module):
         return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-def noise_levels(batch: int, device: Any) -> torch.Tensor:
+def noise_levels(batch: int, device: Any, generator: torch.Generator | None = None) -> torch.Tensor:
     """σ [batch]: half of them anywhere, half where only the words can tell an object's look."""
-    sigma = torch.rand(batch, device=device)
+    sigma = torch.rand(batch, device=device, generator=generator)
     return torch.where(torch.arange(batch, device=device) % 2 == 0, 0.55 + 0.42 * sigma, sigma)
 
 
 def losses(
     model: Transformer, b: dict[str, torch.Tensor], grounded: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean squared error of the velocity ε − x₀, the same with objects weighted, and the grounding term (or 0)."""
+    """Mean squared error of the velocity, the same with objects weighted, and the grounding term (or 0).
+
+    The velocity is the demo UNet's where it knows the noise level: its mean over all pictures that fit says more than
+    the one picture's ε − x₀, which is the target elsewhere. The grounding term looks at half of the batch.
+    """
     x = b["x"]
     sigma = noise_levels(len(x), x.device)
     noise = torch.randn_like(x)
     level = sigma[:, None, None, None]
-    model.cross.rows = b["rows"][:GROUNDED_ROWS] if grounded else None
+    half = len(x) // 2
+    model.cross.rows = b["rows"][:half] if grounded else None
     model.cross.maps = {}
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+    with torch.autocast(x.device.type, torch.bfloat16):
         context, pooled = model.encode(b["ids"])
-        predicted = model((1 - level) * x + level * noise, sigma, context, pooled).float()
-    error = (predicted - (noise - x)).square().mean(dim=1)
+        noisy = (1 - level) * x + level * noise
+        predicted = model(noisy, sigma, context, pooled).float()
+        target = torch.where(level < model.unet_levels[-1], model.taught(noisy, sigma, context), noise - x)
+    error = (predicted - target).square().mean(dim=1)
     ground = error.new_zeros(())
     if grounded:
-        ground = grounding_loss(model.cross.maps, b["weight"][:GROUNDED_ROWS], b["mask"][:GROUNDED_ROWS])
+        ground = grounding_loss(model.cross.maps, b["weight"][:half], b["mask"][:half])
     return error.mean(), on_objects(error, b["mask"]).mean(), ground
 
 
@@ -163,7 +199,7 @@ def train_transformer(out: Path, name: str, steps: int, device: str, **options: 
     # the denoiser compiled: there the loss was 2.2 after 100 steps and then rose to 10⁶, where plain it fell to 0.9 in
     # these 100 (it was not run for longer).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    train(out, name, steps, build=Transformer, losses=losses, device=device, **options)
+    train(out, name, steps, build=Transformer, losses=losses, optimisers=muon, device=device, **options)
 
 
 @torch.no_grad()
@@ -202,7 +238,18 @@ def export(out: Path, name: str, target: Path, machine: str, note: str) -> None:
     config = {
         "transformer": CONFIG,
         "scaling_factor": state["scale"],
+        "text_rows": TEXT_ROWS,
         "training": {k: state["step" if k == "steps" else k] for k in facts}
         | {"seconds": round(state["seconds"]), "machine": machine, "note": note},
     }
     write_checkpoint(target, tensors, FORMAT, 1, config)
+
+
+def load(file: Path) -> tuple[Transformer, float]:
+    """An exported transformer, and what the autoencoder's latents are multiplied by for it."""
+    model = Transformer(Words().vocabulary).eval()
+    with safe_open(str(file), framework="pt", device="cpu") as opened:
+        config = json.loads(opened.metadata()["config"])
+        state = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    model.denoiser.load_state_dict(state)
+    return model, config["scaling_factor"]

@@ -84,9 +84,10 @@ def _model(checkpoint: DemoCheckpoint) -> comfy.model_patcher.ModelPatcher:
     )
 
 
-def _clip(checkpoint: DemoCheckpoint) -> comfy.sd.CLIP:
-    config = checkpoint.config["text_encoder"]
-    rows = config["max_position_embeddings"]
+def _clip(checkpoint: DemoCheckpoint, rows: int | None = None) -> comfy.sd.CLIP:
+    """The text encoder; `rows` of a text at a time, instead of as many as it was trained with."""
+    config = dict(checkpoint.config["text_encoder"])
+    config["max_position_embeddings"] = rows = rows or config["max_position_embeddings"]
 
     class Tokenizer(comfy.sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None):
@@ -127,6 +128,8 @@ def _clip(checkpoint: DemoCheckpoint) -> comfy.sd.CLIP:
     state = {_text_key(key): value.float() for key, value in checkpoint.text_encoder.items()}
     embedding = "text_model.embeddings.token_embedding.weight"
     state[embedding] = _padded(state[embedding], HOST_VOCABULARY)
+    places = "text_model.embeddings.position_embedding.weight"
+    state[places] = state[places][:rows]
     state.pop("text_model.embeddings.position_ids", None)
     missing, unexpected = clip.load_sd(state)
     # The host projects the pooled text; neither CLIPTextModel nor this UNet knows of that.

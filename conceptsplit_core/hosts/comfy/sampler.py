@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -87,6 +88,19 @@ def bound_rows(guider: Any, run: Run) -> Tensor:
     """Which rows are whose, of the positive conditionings one after the other: bool [1, L, n], L at least 1."""
     none = torch.zeros(1, 1, len(run.concepts.names), dtype=torch.bool)
     return torch.cat([none, *(attended_rows(cond, run).cpu() for cond in guider.conds.get("positive", []))], dim=1)
+
+
+@contextmanager
+def unguided(guider: Any) -> Iterator[None]:
+    """Inside, the guider asks for no unconditional pass, if it guides as the host's own does."""
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        yield
+        return
+    scale, guider.cfg = guider.cfg, 1.0
+    try:
+        yield
+    finally:
+        guider.cfg = scale
 
 
 class StagedSampler:
@@ -194,8 +208,9 @@ class StagedSampler:
         one_step, _ = single_step(self.base, self.__name__, x, extra_args, options)
         self.run.planning = True
         try:
-            for k in range(timeline.plan_steps):
-                x = self._step(timeline, k, one_step, model, x, sigmas, extra_args, still)
+            with nullcontext() if self.config.plan_guidance else unguided(self.guider):
+                for k in range(timeline.plan_steps):
+                    x = self._step(timeline, k, one_step, model, x, sigmas, extra_args, still)
             comfy.model_management.throw_exception_if_processing_interrupted()
             timeline.locate(x, timeline.plan_steps, sigmas[timeline.plan_steps])
             if self.maps.unreadable:

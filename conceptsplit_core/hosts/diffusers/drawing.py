@@ -130,7 +130,7 @@ class Drawing:
 
     @property
     def guided(self) -> Batch | None:
-        return self.stage.guided
+        return None if self.planning and not self.config.plan_guidance else self.stage.guided
 
     def _enter(self, index: int) -> None:
         """Takes the words of a step."""

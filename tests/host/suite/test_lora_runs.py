@@ -98,6 +98,38 @@ def test_node_plans_with_and_without_loda(sd, write):
     assert maps.trace.settings["plan_steps"] == 4
 
 
+def test_a_plan_without_guidance_finds_what_a_run_without_guidance_finds(sd, write):
+    """The steps of the plan have no unconditional rows; the picture has, and the guider has its scale again."""
+    model, *conds = two(sd, write)
+    image, found = latent(104, 64, 3), {}
+    options = {"loda_steps": 0, "steps": 6, "plan_steps": 3, "area_rule": "argmax"}
+    for key, cfg, guided in (("plain", 1.0, True), ("fast", 5.5, False), ("usual", 5.5, True)):
+        with calls_of(sd.model) as calls:
+            out, maps = sample_loda(model, *conds, image, cfg=cfg, plan_guidance=guided, **options)
+        found[key] = [len(call["x"]) for call in calls], maps.trace.areas, out
+    assert found["fast"][0] == 3 * [3] + [3] + 6 * [6] and found["usual"][0] == 3 * [6] + [3] + 6 * [6]
+    assert torch.equal(found["fast"][1], found["plain"][1]) and not torch.equal(found["fast"][1], found["usual"][1])
+    assert not torch.equal(found["fast"][2], found["plain"][2])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_only_the_guidance_of_the_hosts_guider_is_left_out(own):
+    import comfy.samplers
+
+    unguided = pack("conceptsplit_core.hosts.comfy.sampler").unguided
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    guider = (Other if own else comfy.samplers.CFGGuider).__new__(Other if own else comfy.samplers.CFGGuider)
+    guider.cfg = 6.5
+    with pytest.raises(ZeroDivisionError), unguided(guider):
+        assert guider.cfg == (6.5 if own else 1.0)
+        raise ZeroDivisionError
+    assert guider.cfg == 6.5
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers(sd, write, sampler):
     model, *conds = two(sd, write)

@@ -36,6 +36,7 @@ LODA_RARE = {
     "area_rule": "top",
     "suppression": 0.6875,
     "encoder_reuse": 0.1875,
+    "plan_guidance": False,
 }
 LOADER = {"concept_name": "fido", "strength": 0.625, "class_word": "cat", "start_percent": 0.25, "end_percent": 0.75}
 TRAIN_BASIC = {

@@ -1,0 +1,101 @@
+"""Ordinary LoRAs on a demo transformer (`tools.demo_model.transformer`) in a real ComfyUI.
+
+The transformer is trained by its own commands and is not in the repository. So far it draws colours and patterns and
+hardly any shapes: beside what the detector says of whole concepts, looks are counted whatever the shape (`looks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.separation import methods, report, run
+from benchmarks.separation.detector import detect
+from benchmarks.separation.metrics import interval, loosely, mcnemar
+from tools.demo_model.flow_loras import write_lora
+
+ARMS = ("merged", "hooks_slices", "ours_slices", "ours", "ours_loda", "ours_updates")
+SAID = "described"
+"""The arm without LoRAs, one concept a picture, its look in words: what the transformer can draw at all."""
+PAIRS = (
+    ("ours", "merged"), ("ours_loda", "merged"), ("ours_loda", "ours"), ("ours_updates", "ours_loda"),
+    ("ours_slices", "hooks_slices"), ("ours", "hooks_slices"),
+)  # fmt: skip
+COLUMNS = ("looks", "look_share", "loose_success", "success", "loose_omission")
+
+
+def looks(image: np.ndarray, names: Sequence[str]) -> list[bool]:
+    """Which concepts' looks some object wears for the generous reader, whatever its shape."""
+    wanted = methods.wanted_of(names)
+    seen = [loosely(thing, wanted).texture for thing in detect(image, tuple(one.look for one in wanted))]
+    return [any(texture.is_look(one.look) for texture in seen) for one in wanted]
+
+
+def write_loras(transformer: Path, names: Sequence[str], folder: Path) -> None:
+    """Those that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (folder / f"{name}.safetensors").exists():
+            write_lora(transformer, name, folder / f"{name}.safetensors")
+
+
+def said(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The jobs with the looks in words instead of placeholders."""
+    for one in (one for job in jobs for one in job["tasks"]):
+        one["text"] = methods.prompt_for(one["names"], one["seed"], "described")
+    return list(jobs)
+
+
+def records(jobs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> run.Results:
+    """What the detector reads in the pictures of each arm."""
+    found: run.Results = {arm: {} for arm in arms}
+    for job in jobs:
+        names = tuple(job["names"])
+        with np.load(job["out"]) as file:
+            for image, one in zip(file["images"], job["tasks"], strict=True):
+                values, _ = run.measure_picture(image, names, one["seed"])
+                worn = looks(image, names)
+                values |= {"looks": float(all(worn)), "look_share": float(np.mean(worn))}
+                found[job["arm"]].setdefault("+".join(names), {})[one["seed"]] = values
+    return found
+
+
+def summary(results: run.Results) -> dict[str, Any]:
+    return {
+        arm: {"pictures": sum(map(len, sets.values())), **{one: interval(sets, one) for one in COLUMNS}}
+        for arm, sets in results.items()
+    }
+
+
+def comparisons(results: run.Results) -> list[dict[str, Any]]:
+    return [
+        {"first": one, "second": other, **mcnemar(results[one], results[other], "looks")}
+        for one, other in PAIRS
+        if one in results and other in results
+    ]
+
+
+def table(data: Mapping[str, Any]) -> str:
+    lines = [
+        f"ComfyUI {data['host']}, {', '.join(data['sets'])}, seeds from {data['first_seed']}; a transformer after "
+        f"{data['training']['steps']} steps of {data['training']['batch']} pictures. *Looks*: each wanted look is "
+        "worn by some object, whatever its shape; the other columns want the shape too.\n",
+        "| arm | pictures | both looks | looks | both concepts, lenient | strict | missing |",
+        "|---" * 7 + "|",
+    ]
+    for arm, row in data["arms"].items():
+        lines.append(f"| {arm} | {row['pictures']} | {' | '.join(report._cell(row[one]) for one in COLUMNS)} |")
+    alone = data["alone"]
+    lines.append(
+        f"\nOne concept a picture, its look in words, without LoRAs ({alone['pictures']} pictures): look "
+        f"{report._cell(alone['looks'])}, whole concept lenient {report._cell(alone['loose_success'])}, strict "
+        f"{report._cell(alone['success'])}.\n"
+    )
+    lines += ["| both looks | only the first | only the second | p |", "|---|---|---|---|"]
+    for one in data["comparisons"]:
+        counts = f"{one['only_first']} | {one['only_second']} | {one['p']:.2g}"
+        lines.append(f"| {one['first']} against {one['second']} | {counts} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,62 @@
+"""The demo transformer's page: looks are counted whatever the shape."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from benchmarks.host import flow
+from benchmarks.host.__main__ import jobs_of
+from conceptsplit_core.demo import scenes
+from conceptsplit_core.demo.looks import CONCEPTS
+
+NAMES = ("nero", "pixa")
+
+
+def drawn(*things, seed=4):
+    return scenes.compose_scene(things, seed, "white").image
+
+
+def test_a_look_counts_on_any_shape_and_only_where_it_is_worn():
+    nero, pixa = (CONCEPTS[name] for name in NAMES)
+    right = drawn((nero.class_word, nero.look), (pixa.class_word, pixa.look))
+    exchanged = drawn((pixa.class_word, nero.look), (nero.class_word, pixa.look))
+    one = drawn((nero.class_word, pixa.look), (pixa.class_word, pixa.look))
+    other = drawn(("circle", CONCEPTS["ozzy"].look))
+    assert flow.looks(right, NAMES) == flow.looks(exchanged, NAMES) == [True, True]
+    assert flow.looks(one, NAMES) == [False, True] and flow.looks(one, NAMES[::-1]) == [True, False]
+    assert flow.looks(other, NAMES) == [False, False]
+
+
+def test_records_hold_looks_and_whole_concepts_and_the_page_says_both(tmp_path):
+    import numpy as np
+
+    nero, pixa = (CONCEPTS[name] for name in NAMES)
+    both = {True: ((nero.class_word, nero.look), (pixa.class_word, pixa.look)),
+            False: ((pixa.class_word, nero.look), (nero.class_word, pixa.look))}  # fmt: skip
+    jobs = [job for job in jobs_of(["merged", "ours"], [NAMES], range(10_000, 10_003), tmp_path) if not job["meter"]]
+    for job in jobs:
+        right = job["arm"] == "ours"
+        images = [drawn(*both[right])] * 3
+        images = images if right else [images[0], *[drawn(("circle", CONCEPTS["ozzy"].look))] * 2]
+        np.savez_compressed(job["out"], images=np.stack(images))
+    found = flow.records(jobs, ["merged", "ours"])
+    rows = flow.summary(found)
+    assert rows["ours"]["looks"]["mean"] == rows["ours"]["loose_success"]["mean"] == 1.0
+    assert rows["merged"]["looks"]["mean"] == pytest.approx(1 / 3) and rows["merged"]["loose_success"]["mean"] == 0.0
+    compared = flow.comparisons(found)
+    assert compared == [{"first": "ours", "second": "merged", "only_first": 2, "only_second": 0, "p": 0.5}]
+    said = {"steps": 7, "batch": 3}
+    page = flow.table({"host": "1.2", "sets": ["nero+pixa"], "first_seed": 10_000, "training": said, "arms": rows,
+                       "alone": rows["merged"], "comparisons": compared})  # fmt: skip
+    assert "after 7 steps of 3 pictures" in page and "| ours | 3 | 100 (100–100) | 100 (100–100) | 100" in page
+    assert "| ours against merged | 2 | 0 | 0.5 |" in page
+
+
+def test_looks_in_words_are_those_of_the_laboratory():
+    jobs = flow.said(jobs_of(["described"], [("nero",)], [10_001], flow.Path("x")))
+    concept = CONCEPTS["nero"]
+    (text,) = {task["text"] for job in jobs for task in job["tasks"]}
+    assert all(word in text for word in (*concept.look.colours, concept.look.pattern, concept.class_word))
+    assert "<" not in text
