@@ -137,7 +137,8 @@ def _split(area: Tensor, p: Tensor, parts: int) -> Tensor:
     places = area.nonzero().double().cpu()  # [m, 2], rows (y, x)
     weight = p[area].double().cpu()
     weight = (weight - p.double().mean().cpu()).clamp(min=0.0)
-    weight = weight if weight.any() else weight + 1.0
+    # Fewer peaks than concepts: the place itself is divided.
+    weight = weight if int(weight.count_nonzero()) >= parts else weight.new_ones(weight.shape)
     best, clusters = None, places[:1]
     for start in _starts(places, weight, parts):
         centres = start

@@ -430,6 +430,16 @@ def test_a_flat_shared_map_is_cut_across_its_longer_side(side):
     assert torch.equal(found[0], first) and torch.equal(found[1], ~first)
 
 
+@pytest.mark.parametrize(("peaks", "count"), [([(2, 5)], 2), ([(2, 5), (0, 1)], 3)])
+def test_where_a_shared_map_has_fewer_peaks_than_concepts_each_still_has_a_part(peaks, count):
+    sharp = torch.full((1, count, 6, 9), 1e-6)
+    for row, column in peaks:
+        sharp[..., row, column] = 1.0
+    found = regions(sharp, 0.1, 0.0, "by_place")[0]
+    flat = regions(torch.ones(1, count, 6, 9), 0.1, 0.0, "by_place")[0]
+    assert torch.equal(found, flat) and found.flatten(1).sum(dim=1).min() >= 6 * 9 // count - 6
+
+
 @pytest.mark.parametrize("rule", REGION_RULES)
 def test_a_concept_without_a_finite_map_has_no_region(rule):
     maps = torch.rand(1, 4, 5, 8, generator=torch.Generator().manual_seed(3))
