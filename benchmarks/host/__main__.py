@@ -190,6 +190,8 @@ def on_transformer(args: argparse.Namespace) -> None:
         "comparisons": flow.comparisons(results),
     }
     report.write(args.out or RESULTS / "host_transformer.json", data)
+    if args.out is None:
+        flow.sheet(jobs).save(ROOT / "docs" / "images" / "transformer.jpg", quality=88)
     print(flow.table(data))
     report.fill(args.page, {"host_transformer": flow.table(data)})
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("diffusers")
@@ -11,6 +14,7 @@ from benchmarks.host.__main__ import jobs_of
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.looks import CONCEPTS
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("nero", "pixa")
 
 
@@ -55,8 +59,18 @@ def test_records_hold_looks_and_whole_concepts_and_the_page_says_both(tmp_path):
 
 
 def test_looks_in_words_are_those_of_the_laboratory():
-    jobs = flow.said(jobs_of(["described"], [("nero",)], [10_001], flow.Path("x")))
+    jobs = flow.said(jobs_of(["described"], [("nero",)], [10_001], Path("x")))
     concept = CONCEPTS["nero"]
     (text,) = {task["text"] for job in jobs for task in job["tasks"]}
     assert all(word in text for word in (*concept.look.colours, concept.look.pattern, concept.class_word))
     assert "<" not in text
+
+
+def test_the_table_of_the_demo_transformer_is_that_of_the_results_file():
+    results = json.loads((ROOT / "benchmarks" / "results" / "host_transformer.json").read_text(encoding="utf-8"))
+    assert flow.table(results) in (ROOT / "docs" / "tables" / "separation.md").read_text(encoding="utf-8")
+    said = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    arms = results["arms"]
+    for arm in ("merged", "hooks_slices", "ours_slices", "ours", "ours_updates"):
+        assert f" {100 * arms[arm]['looks']['mean']:.0f} % " in said, arm
+    assert f"look in {100 * results['alone']['looks']['mean']:.0f} % of pictures" in said.replace("\n", " ")

@@ -77,6 +77,18 @@ def test_costs_on_transformers_are_those_of_the_results_file():
         assert line in page
 
 
+def test_a_plan_without_guidance_is_said_as_it_was_measured():
+    arms = charts.load("separation_plan")["groups"]["loras_plan"]["arms"]
+    page = (ROOT / "docs" / "separation.md").read_text(encoding="utf-8")
+    for arm in ("lora_routed_plain_plan", "lora_routed_no_loda_plain_plan"):
+        strict, lenient = (100 * arms[arm][one]["mean"] for one in ("success", "loose_success"))
+        assert f"{strict:.0f} / {lenient:.0f} % with" in page
+    rows = charts.load("speed")["rows"]
+    ratios = [row["ratio"] for row in rows if row["what"].endswith("2 LoRAs, a plan without guidance")]
+    for name, digits in (("speed.md", 2), ("speed/details.md", 3)):
+        assert " | ".join(f"{ratio:.{digits}f}" for ratio in ratios) in (ROOT / "docs" / name).read_text()
+
+
 @pytest.mark.parametrize("family", shapes.LABELS)
 def test_costs_and_odd_inputs_in_a_host_are_those_of_the_results_file(family):
     results = json.loads((ROOT / "benchmarks" / "results" / f"host_{family}.json").read_text(encoding="utf-8"))
