@@ -198,8 +198,8 @@ CELLS = {
     "divergence": "bhattacharyya", "threshold": "0.75", "map_smoothing": "2.5", "map_downscale": "4", "AFG": "Off",
     "map_part": "down", "afg_inside": "1.25", "afg_outside": "9.5", "afg_region": "0.375", "afg_smoothing": "0.5",
     "afg_end": "0.25", "plan_steps": "3", "afg_rule": "by_place", "area_rule": "top", "suppression": "0.6875",
-    "encoder_reuse": "0.125", "gate_bias": "0.5", "gate temperature": "0.25", "correction": "0.375",
-    "correction-sharpness": "5",
+    "encoder_reuse": "0.125", "plan_guidance": "no", "gate_bias": "0.5", "gate temperature": "0.25",
+    "correction": "0.375", "correction-sharpness": "5",
 }  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def test_every_option_of_sample_is_a_column(tmp_path):
     (task,) = tasks_of(tmp_path, [CELLS])
     assert task.state == "waiting", task.fault
     named = {column.lower().lstrip("-").replace(" ", "-").replace("_", "-"): cell for column, cell in CELLS.items()}
-    switches = {name: cell for name, cell in named.items() if name in ("loda", "afg")}
+    switches = {name: cell for name, cell in named.items() if name in ("loda", "afg", "plan-guidance")}
     line = [f"--{name}={cell}" for name, cell in named.items() if name not in switches]
     wanted = vars(options.parse(["sample", *line, *(f"--no-{name}" for name in switches)]))
     drawn = wanted.keys() - {"command", "out", "maps", "device", "batch"}
