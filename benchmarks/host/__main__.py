@@ -19,19 +19,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from benchmarks.separation import learning, methods, report, run
 from benchmarks.separation.methods import REPORT_FROM
 from conceptsplit_core.adapters.file import lora_bytes
 from conceptsplit_core.demo.looks import CONCEPTS
 from tests.host.run import find_hosts, host_python, tools, version
+from tools.demo_model.states import read_exported
 
 from . import flow, shapes
 
@@ -48,6 +48,8 @@ PAIRS = (
 )  # fmt: skip
 COLUMNS = ("success", "loose_success", "omission", "leak", "loose_leak")
 ROUND = 8
+OTHERS = ("freefuse", "transformer")
+"""Options that name what is not ours, by path."""
 
 
 def task(names: Sequence[str], seed: int) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def read(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
         return file["images"], json.loads(str(file["facts"]))
 
 
-def records(jobs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> tuple[run.Results, dict[str, Any]]:
+def records(
+    jobs: Sequence[Mapping[str, Any]], arms: Sequence[str], measure: Callable[..., Any] = run.measure_picture
+) -> tuple[run.Results, dict[str, Any]]:
     """What the detector reads in the pictures that every arm has, and what an arm takes."""
     found: run.Results = {arm: {} for arm in arms}
     costs: dict[str, Any] = {arm: {} for arm in arms}
@@ -95,7 +99,7 @@ def records(jobs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> tuple[run
         names = tuple(job["names"])
         kept = found[job["arm"]].setdefault("+".join(names), {})
         for image, fact in zip(images, facts, strict=True):
-            values, leaks = run.measure_picture(image, names, fact["seed"])
+            values, leaks = measure(image, names, fact["seed"])
             kept[fact["seed"]] = {**values, **fact, "leaks": leaks}
     for key in {key for sets in found.values() for key in sets}:
         common = set.intersection(*({*found[arm].get(key, {})} for arm in arms))
@@ -145,6 +149,17 @@ def draw_in(host: Path, python: Path, script: Path, jobs: Mapping[str, Any], fil
     subprocess.run([str(python), str(script), str(file)], cwd=ROOT, env=environment, check=True)
 
 
+def draw_missing(
+    host: Path, python: Path, jobs: Sequence[Mapping[str, Any]], loras: Path, args: argparse.Namespace
+) -> None:
+    """The jobs that have no pictures yet, until the time is over."""
+    todo = [job for job in jobs if not Path(job["out"]).exists()]
+    if todo:
+        given = {"jobs": todo, "loras": str(loras.resolve()), "until": time.time() + 60 * args.minutes}
+        given |= {name: str(path.resolve()) if (path := getattr(args, name)) else "" for name in OTHERS}
+        draw_in(host, python, INSIDE, given, args.cache / "jobs.json")
+
+
 def on_shapes(family: str, args: argparse.Namespace) -> None:
     host, python = newest_host()
     arms = args.arms.split(",") if args.arms else [*shapes.ARMS, *(shapes.FREEFUSE if args.freefuse else ())]
@@ -160,8 +175,6 @@ def on_shapes(family: str, args: argparse.Namespace) -> None:
 
 
 def on_transformer(args: argparse.Namespace) -> None:
-    with safe_open(str(args.transformer), framework="pt") as file:
-        training = json.loads(file.metadata()["config"])["training"]
     host, python = newest_host()
     arms = args.arms.split(",") if args.arms else list(flow.ARMS)
     sets = methods.concept_sets("reporting", 2, args.pairs)
@@ -172,21 +185,18 @@ def on_transformer(args: argparse.Namespace) -> None:
     jobs = [job for job in jobs_of(arms, sets, seeds, folder) if not job["meter"]]
     alone = [job for job in jobs_of([flow.SAID], [(name,) for name in names], seeds, folder) if not job["meter"]]
     alone = flow.said(alone)
-    todo = [job for job in [*alone, *jobs] if not Path(job["out"]).exists()]
-    if todo:
-        given = {"jobs": todo, "loras": str(loras.resolve()), "until": time.time() + 60 * args.minutes, "freefuse": ""}
-        given["transformer"] = str(args.transformer.resolve())
-        draw_in(host, python, INSIDE, given, args.cache / "jobs.json")
-    results = flow.records([job for job in jobs if Path(job["out"]).exists()], arms)
+    draw_missing(host, python, [*alone, *jobs], loras, args)
+    results, _ = records(jobs, arms, flow.measure)
+    described, _ = records(alone, [flow.SAID], flow.measure)
     data = {
         "what_this_shows": "The mechanism on a small transformer of drawn shapes; nothing about photographic quality.",
         "host": version(host),
         "machine": report.machine(),
-        "training": training,
+        "training": read_exported(args.transformer)[1]["training"],
         "sets": ["+".join(names) for names in sets],
         "first_seed": REPORT_FROM,
         "arms": flow.summary(results),
-        "alone": flow.summary(flow.records(alone, [flow.SAID]))[flow.SAID],
+        "alone": flow.summary(described)[flow.SAID],
         "comparisons": flow.comparisons(results),
     }
     report.write(args.out or RESULTS / "host_transformer.json", data)
@@ -208,11 +218,7 @@ def on_demo(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(name for names in sets for name in names):
         (loras / f"{name}.safetensors").write_bytes(lora_bytes(bench.learned({name: "lora"})[name]))
     jobs = jobs_of(arms, sets, seeds, args.cache.resolve())
-    todo = [job for job in jobs if not Path(job["out"]).exists()]
-    if todo:
-        given = {"jobs": todo, "loras": str(loras.resolve()), "until": time.time() + 60 * args.minutes}
-        given["freefuse"] = str(args.freefuse.resolve()) if args.freefuse else ""
-        draw_in(host, python, INSIDE, given, args.cache / "jobs.json")
+    draw_missing(host, python, jobs, loras, args)
     results, costs = records(jobs, arms)
     data = {
         "what_this_shows": "The mechanism on a small model of drawn shapes; nothing about photographic quality.",

@@ -51,18 +51,11 @@ def said(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(jobs)
 
 
-def records(jobs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> run.Results:
-    """What the detector reads in the pictures of each arm."""
-    found: run.Results = {arm: {} for arm in arms}
-    for job in jobs:
-        names = tuple(job["names"])
-        with np.load(job["out"]) as file:
-            for image, one in zip(file["images"], job["tasks"], strict=True):
-                values, _ = run.measure_picture(image, names, one["seed"])
-                worn = looks(image, names)
-                values |= {"looks": float(all(worn)), "look_share": float(np.mean(worn))}
-                found[job["arm"]].setdefault("+".join(names), {})[one["seed"]] = values
-    return found
+def measure(image: np.ndarray, names: run.Key, seed: int) -> tuple[dict[str, float], list[list[int]]]:
+    """`run.measure_picture`, with the looks."""
+    values, leaks = run.measure_picture(image, names, seed)
+    worn = looks(image, names)
+    return values | {"looks": float(all(worn)), "look_share": float(np.mean(worn))}, leaks
 
 
 def sheet(jobs: Sequence[Mapping[str, Any]], arms: Sequence[str] = ("merged", "ours"), sets: int = 3) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,8 @@ import comfy.model_detection
 import comfy.model_patcher
 import comfy.supported_models_base
 import torch
-from safetensors import safe_open
+
+from tools.demo_model.states import read_exported
 
 demo = pack("conceptsplit_core.hosts.comfy.demo")
 
@@ -56,9 +56,8 @@ class Config(comfy.supported_models_base.BASE):
 
 def load(path: Path | str) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE; the text has as many rows as the transformer was trained with."""
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        config = json.loads(file.metadata()["config"])
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    tensors, config = read_exported(Path(path))
+    state = {name: tensor.float() for name, tensor in tensors.items()}
     checkpoint = demo.load()
     model = comfy.model_base.Flux(Config(config), comfy.model_base.ModelType.FLOW)
     model.diffusion_model.load_state_dict(comfy.model_detection.convert_diffusers_mmdit(state))

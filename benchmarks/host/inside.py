@@ -328,7 +328,7 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    if jobs.get("transformer"):
+    if jobs["transformer"]:
         from benchmarks.host.flow_model import load
 
         MODEL.append(partial(load, jobs["transformer"]))

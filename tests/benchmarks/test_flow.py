@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("diffusers")
 
 from benchmarks.host import flow
-from benchmarks.host.__main__ import jobs_of
+from benchmarks.host.__main__ import jobs_of, records
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.looks import CONCEPTS
 
@@ -44,8 +44,9 @@ def test_records_hold_looks_and_whole_concepts_and_the_page_says_both(tmp_path):
         right = job["arm"] == "ours"
         images = [drawn(*both[right])] * 3
         images = images if right else [images[0], *[drawn(("circle", CONCEPTS["ozzy"].look))] * 2]
-        np.savez_compressed(job["out"], images=np.stack(images))
-    found = flow.records(jobs, ["merged", "ours"])
+        facts = [{"seed": task["seed"], "seconds": 1.0, "calls": 2, "rows": 3} for task in job["tasks"]]
+        np.savez_compressed(job["out"], images=np.stack(images), facts=json.dumps(facts))
+    found, _ = records(jobs, ["merged", "ours"], flow.measure)
     rows = flow.summary(found)
     assert rows["ours"]["looks"]["mean"] == rows["ours"]["loose_success"]["mean"] == 1.0
     assert rows["merged"]["looks"]["mean"] == pytest.approx(1 / 3) and rows["merged"]["loose_success"]["mean"] == 0.0

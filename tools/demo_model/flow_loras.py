@@ -17,17 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conceptsplit_core.demo import looks, scenes
-from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.hosts.diffusers.pictures import encode_images
 
+from .loras import PICTURE_SEED, PICTURES, RANK
 from .states import to_tensor
 from .transformer import Transformer, load, noise_levels
 from .unet import Words
 
-PICTURES, PICTURE_SEED = 6, 3
-RANK, STEPS, BATCH, RATE = 8, 250, 4, 3e-3
+STEPS, BATCH, RATE = 250, 4, 3e-3
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-TEMPLATES = ("a {}", "a photo of a {}", "the {}", "a picture of a {}", "a drawing of a {}")
 
 Pairs = dict[str, tuple[nn.Parameter, nn.Parameter]]
 
@@ -61,7 +59,7 @@ def with_pairs(denoiser: nn.Module, pairs: Pairs) -> Iterator[None]:
 def learned(model: Transformer, latents: Tensor, name: str, seed: int = 0) -> Pairs:
     """The pairs of one concept, from latents [n, 8, 16, 16] of its training pictures by flow matching."""
     words = Words()
-    texts = [words.ids(text.format(looks.CONCEPTS[name].class_word)) for text in TEMPLATES]
+    texts = [words.ids(text.format(looks.CONCEPTS[name].class_word)) for text in model.demo.templates or ()]
     context, pooled = model.encode(torch.from_numpy(np.stack(texts)))
     pairs = new_pairs(model.denoiser, seed)
     optimiser = torch.optim.AdamW([one for pair in pairs.values() for one in pair], RATE)
@@ -70,7 +68,7 @@ def learned(model: Transformer, latents: Tensor, name: str, seed: int = 0) -> Pa
     with with_pairs(model.denoiser, pairs):
         for _ in range(STEPS):
             picture = torch.randint(len(latents), (BATCH,), generator=generator)
-            text = torch.randint(len(TEMPLATES), (BATCH,), generator=generator)
+            text = torch.randint(len(texts), (BATCH,), generator=generator)
             sigma, x = noise_levels(BATCH, "cpu", generator), latents[picture]
             noise = torch.randn(x.shape, generator=generator)
             level = sigma[:, None, None, None]
@@ -86,8 +84,7 @@ def write_lora(file: Path, concept: str, target: Path) -> None:
     model, scale = load(file)
     model.requires_grad_(False)
     drawn = to_tensor(np.stack(scenes.draw_concept(concept, PICTURES, PICTURE_SEED)))
-    demo = host.load_model("demo")
-    latents = encode_images(demo, drawn) * (scale / demo.vae.config.scaling_factor)
+    latents = encode_images(model.demo, drawn) * (scale / model.demo.vae.config.scaling_factor)
     tensors: dict[str, Tensor] = {}
     for module, (down, up) in learned(model, latents, concept).items():
         tensors |= {f"transformer.{module}.lora_A.weight": down.data, f"transformer.{module}.lora_B.weight": up.data}

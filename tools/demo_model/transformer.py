@@ -21,7 +21,6 @@ shows of LoRAs is in docs/models.md. A step of batch 256 took 75 ms on an H200 b
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 
 from conceptsplit_core.hosts import diffusers as host
 
@@ -38,7 +36,7 @@ from .export import write_checkpoint
 from .latents import LATENT_SIDE
 from .pretraining import grounding_loss, muon, on_objects, train
 from .report import PROMPTS
-from .states import read, save_grid
+from .states import read, read_exported, save_grid
 from .unet import CrossMaps, Words, alphas_cumprod
 
 CONFIG: dict[str, Any] = {
@@ -109,8 +107,8 @@ class Transformer(torch.nn.Module):
         from diffusers import FluxTransformer2DModel
 
         self.denoiser: Any = FluxTransformer2DModel(**CONFIG)
-        demo = host.load_model("demo")
-        self.fixed = [demo.encoders[0].model, demo.unet]  # in a list: no part of the state
+        self.demo = host.load_model("demo")  # no module, and so no part of the state
+        self.fixed = (self.demo.encoders[0].model, self.demo.unet)
         signal = alphas_cumprod().sqrt()
         noise = (1 - signal**2).sqrt()
         self.register_buffer("unet_levels", (noise / (signal + noise)).float(), persistent=False)
@@ -248,8 +246,6 @@ def export(out: Path, name: str, target: Path, machine: str, note: str) -> None:
 def load(file: Path) -> tuple[Transformer, float]:
     """An exported transformer, and what the autoencoder's latents are multiplied by for it."""
     model = Transformer(Words().vocabulary).eval()
-    with safe_open(str(file), framework="pt", device="cpu") as opened:
-        config = json.loads(opened.metadata()["config"])
-        state = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    state, config = read_exported(file)
     model.denoiser.load_state_dict(state)
     return model, config["scaling_factor"]
