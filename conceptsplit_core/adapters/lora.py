@@ -7,9 +7,10 @@ LoRA and LoCon ΔW = (α/r) B A, also with a middle convolution, LoHa (B₁A₁)
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -99,6 +100,14 @@ class LoraAdapter:
                 )
 
 
+def widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with those of 8 bits as bfloat16, which holds them exactly and has products."""
+    return {
+        key: tensor.bfloat16() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        for key, tensor in state.items()
+    }
+
+
 def lora_factor(
     up: Tensor, down: Tensor, alpha: float | None, middle: Tensor | None, convolution: bool
 ) -> Pair | Factor:
@@ -109,8 +118,15 @@ def lora_factor(
         alpha: the file's α; None is r.
         middle: [r, r, kh, kw] of a LoCon in Tucker form.
         convolution: whether the module is one; files may write a 1 × 1 convolution as a matrix and the reverse.
+
+    Raises:
+        ConceptSplitError: the matrices do not fit each other.
     """
     rank = down.shape[0]
+    if rank == 0 or up.shape[1] != rank:
+        raise ConceptSplitError(
+            f"two matrices of one layer have the ranks {up.shape[1]} and {rank}: it is damaged; download it again."
+        )
     scale = 1.0 if alpha is None else alpha / rank
     if middle is not None:
         down = torch.einsum("mnhw,ni->mihw", middle.float(), down.flatten(1).float()).to(down.dtype)
@@ -216,7 +232,8 @@ def trained_words(metadata: Mapping[str, str]) -> list[str]:
     counts: Counter[str] = Counter()
     for tags in table.values():
         if isinstance(tags, dict):
-            counts.update({str(tag).strip(): int(n) for tag, n in tags.items() if isinstance(n, int | float)})
+            said = {str(tag).strip(): n for tag, n in tags.items() if isinstance(n, int | float)}
+            counts.update({tag: int(n) for tag, n in said.items() if math.isfinite(n)})
     found += [tag for tag, _ in counts.most_common(3) if tag]
     for folder in [*table, *_json(metadata.get("ss_dataset_dirs"))]:
         repeats, _, words = str(folder).partition("_")
@@ -268,16 +285,25 @@ def peft_alpha(facts: Mapping[str, Any], module: str, rank: int) -> float | None
 
 
 _PEFT = re.compile(
-    r"(?P<wrapped>base_model\.model\.)?(?:(?P<part>unet|text_encoder(?:_2)?)\.)?(?:base_model\.model\.)?(?P<module>.+)"
+    r"(?P<wrapped>base_model\.model\.)?(?:(?P<part>unet|transformer|text_encoder(?:_2)?)\.)?"
+    r"(?:base_model\.model\.)?(?P<module>.+)"
     r"\.(?:(?P<side>lora_[AB])(?:\.\w+)?\.weight|lora_magnitude_vector(?:\.\w+)*)"
 )
 
 
 def peft_state(
-    state: Mapping[str, Tensor], metadata: Mapping[str, Any], config: Mapping[str, Any] | None, name: str
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    name: str,
+    known: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of a file for a reader that knows neither PEFT's settings nor its wrapping: α as a tensor per module,
-    `base_model.model.` and the adapter's name gone from the names, the magnitudes of DoRA under kohya's name."""
+    `base_model.model.` and the adapter's name gone from the names, the magnitudes of DoRA under kohya's name.
+
+    Args:
+        known: how the reader names modules; a name that does not say whose module it is becomes one of these.
+    """
     found: dict[str, Tensor] = {}
     facts = cache(lambda part: peft_facts(metadata, config, name, part))
     for key, tensor in state.items():
@@ -285,13 +311,16 @@ def peft_state(
         if match is None:
             found[key] = tensor
             continue
-        part = match["part"] or ("unet" if match["wrapped"] else "")
-        module = f"{part}.{match['module']}".removeprefix(".")
+        bare = match["module"]
+        guesses = (bare, f"transformer.{bare}", f"unet.{bare}")
+        unknown = f"unet.{bare}" if match["wrapped"] else bare
+        module = f"{match['part']}.{bare}" if match["part"] else next((one for one in guesses if one in known), unknown)
+        part = match["part"] or ("transformer" if f"transformer.{bare}" in known else "unet")
         if match["side"] is None:
             found[f"{module}.dora_scale"] = tensor
             continue
         found[f"{module}.{match['side']}.weight"] = tensor
-        alpha = peft_alpha(facts(part or "unet"), match["module"], tensor.shape[0])
+        alpha = peft_alpha(facts(part), bare, tensor.shape[0])
         if match["side"] == "lora_A" and alpha is not None and f"{module}.alpha" not in state:
             found[f"{module}.alpha"] = torch.tensor(alpha)
     return found

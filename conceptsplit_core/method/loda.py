@@ -45,6 +45,7 @@ class LodaTrace:
     before, after: maps [B, n, h, w] at the first evaluation and after the last optimised step.
     regions: AFG's regions [B, n, h, w], bool.
     areas: where routed adapters act [B, n, h, w], 0…1.
+    order: each image's concepts in the order of its prompt, int [1 or B, n]; None is that of `concepts`.
     skipped: updates that an image did not get, because its loss or its gradient was not finite.
     """
 
@@ -55,6 +56,7 @@ class LodaTrace:
     after: Tensor | None = None
     regions: Tensor | None = None
     areas: Tensor | None = None
+    order: Tensor | None = None
     forwards: int = 0
     backwards: int = 0
     skipped: int = 0

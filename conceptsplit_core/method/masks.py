@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConceptSplitError
 from .loda import LodaTrace
-from .regions import regions
+from .regions import ordered_regions
 
 MASKS = ("area", "region", "soft")
 
@@ -49,7 +49,7 @@ def concept_masks(
     elif trace.areas is not None:
         found = trace.areas[:, index].float()
     elif trace.after is not None:
-        found = regions(trace.after, 1.0, sigma, "argmax")[:, index].float()
+        found = ordered_regions(trace.after, trace.order, 1.0, sigma, "by_place")[:, index].float()
     else:
         found = trace.regions[:, index].float()  # type: ignore[index]
     return F.interpolate(found[:, None], size=size, mode="nearest-exact")[:, 0]

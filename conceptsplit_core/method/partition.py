@@ -132,8 +132,10 @@ def _split(area: Tensor, p: Tensor, parts: int) -> Tensor:
     """An area [h, w] in as many parts as concepts share the map p [h, w], in reading order: bool [parts, h, w].
 
     k-means of the cells, weighted by how far the map exceeds its mean, from three starts: slices along x, slices along
-    y, and cells far from one another. The closest clusters count.
+    y, and cells far from one another. The closest clusters count. Of an empty area every part is empty.
     """
+    if not bool(area.any()):
+        return area.new_zeros(parts, *area.shape)
     places = area.nonzero().double().cpu()  # [m, 2], rows (y, x)
     weight = p[area].double().cpu()
     weight = (weight - p.double().mean().cpu()).clamp(min=0.0)

@@ -36,6 +36,20 @@ def regions(maps: Tensor, fraction: float, sigma: float, rule: str = "top") -> T
     return REGION_RULES[rule](p, fraction)
 
 
+def ordered_regions(maps: Tensor, order: Tensor | None, fraction: float, sigma: float, rule: str) -> Tensor:
+    """`regions`, for which the concepts of each image come in an order of their own: in it they divide a shared map.
+
+    Args:
+        order: each image's channels, int [1 or B, n]; None is that of the maps.
+    """
+    if order is None:
+        return regions(maps, fraction, sigma, rule)
+    # One map for many images is an empty one, where all regions are given.
+    order = order[: len(maps)].to(maps.device).expand(len(maps), -1)
+    found = regions(maps.take_along_dim(order[..., None, None], dim=1), fraction, sigma, rule)
+    return found.take_along_dim(order.argsort(dim=1)[..., None, None], dim=1)
+
+
 def resize_regions(region: Tensor, size: tuple[int, int]) -> Tensor:
     """Regions [B, n, h, w] at another layer's size, still disjoint; a concept keeps every cell it holds most of.
 

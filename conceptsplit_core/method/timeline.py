@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ConceptSplitError
 from ..settings import LodaConfig
 from .loda import LodaTrace, separate
-from .regions import regions
+from .regions import ordered_regions
 
 
 class ReadMaps(Protocol):
@@ -70,7 +70,7 @@ class Timeline:
         self.given = dict(given or {})
         self.routed = routed
         self.order = torch.arange(len(concepts))[None] if order is None else order
-        self.trace = LodaTrace(concepts=concepts, settings=asdict(self.config))
+        self.trace = LodaTrace(concepts=concepts, settings=asdict(self.config), order=self.order)
         self.afg: Tensor | None = None
         self.areas: Tensor | None = None
         if self.given and len(self.given) == len(concepts):
@@ -120,9 +120,16 @@ class Timeline:
             self._take(maps)
 
     def forget(self) -> None:
-        """Takes back regions that were made from maps which could not be read; what the user has drawn stays."""
+        """Takes back regions that were made from maps which could not be read; what the user has drawn stays, and the
+        other adapters act wherever nothing is drawn."""
         if not self.given:
             self.afg = self.areas = self.trace.regions = self.trace.areas = None
+        elif self.areas is not None:
+            free = [i for i in range(self.areas.shape[1]) if i not in self.given]
+            self.areas[:, free] = 1.0
+            for own in self._drawn(self.areas).values():
+                self.areas[:, free] *= 1.0 - own[:, None]
+            self.trace.areas = self.areas.cpu()
 
     def _continue(self, earlier: LodaTrace) -> None:
         """Takes the regions of an earlier run, at that run's size: layers fit them to their own."""
@@ -148,16 +155,27 @@ class Timeline:
         self._use(found, areas)
 
     def _found(self, maps: Tensor, rule: str) -> Tensor:
-        # One map for many images is an empty one, where all regions are given.
-        order = self.order[: len(maps)].to(maps.device).expand(len(maps), -1)
-        found = regions(_reordered(maps, order), self.config.afg_region, self.config.afg_smoothing, rule)
-        return _reordered(found, order.argsort(dim=1))
+        """Regions of the concepts without a mask, in what the masks of the others leave; the others' stay empty."""
+        free = [i for i in range(maps.shape[1]) if i not in self.given]
+        found = maps.new_zeros(maps.shape, dtype=torch.bool)
+        if free:
+            for own in self._drawn(maps).values():
+                maps = maps * (1.0 - own[:, None])
+            chosen = self.order[torch.isin(self.order, torch.tensor(free))].view(len(self.order), -1)
+            order = torch.searchsorted(torch.tensor(free), chosen)
+            config = self.config
+            found[:, free] = ordered_regions(maps[:, free], order, config.afg_region, config.afg_smoothing, rule)
+        return found
+
+    def _drawn(self, like: Tensor) -> dict[int, Tensor]:
+        """By channel the share of each cell of maps that the user has drawn for it, [1 or B, h, w]."""
+        size = like.shape[-2], like.shape[-1]
+        given = {i: mask[:, None].to(like.device, torch.float32) for i, mask in self.given.items()}
+        return {i: F.adaptive_avg_pool2d(mask, size)[:, 0] for i, mask in given.items()}
 
     def _use(self, found: Tensor, areas: Tensor | None) -> None:
         """Puts regions and areas into force, except where the user has drawn others; writes into them."""
-        for channel, mask in self.given.items():
-            size = found.shape[-2], found.shape[-1]
-            own = F.adaptive_avg_pool2d(mask[:, None].to(found.device, torch.float32), size)[:, 0]
+        for channel, own in self._drawn(found).items():
             # What the user has drawn is the concept's and nobody else's.
             inside = (own >= 0.5).expand(found.shape[0], -1, -1)
             others = [i for i in range(found.shape[1]) if i not in self.given]
@@ -173,8 +191,3 @@ class Timeline:
     def afg_acts(self, step: int) -> bool:
         """Whether AFG is in force in step `step` (0-based) of the drawing."""
         return self.config.afg and step < self.config.held(self.total)
-
-
-def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    """Each image's channels [B, n, h, w] in an order of its own, int [B, n]."""
-    return x.take_along_dim(order[..., None, None], dim=1)

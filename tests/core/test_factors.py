@@ -248,6 +248,14 @@ def test_words_that_a_file_was_trained_on():
     assert trained_words(said) == ["photo of ohwx", "sks", "ohwx", "smile", "1girl", "ohwx woman", "kitchen_table"]
     assert trained_words({"trigger": "a", "ss_trigger_words": "b,c"}) == ["b", "a"]
     assert trained_words({"ss_tag_frequency": "{", "trigger_words": " "}) == []
+    odd = '{"a": {"x": Infinity, "y": NaN, "z": -1e999, "ohwx": 2}}'  # which Python's reader takes for numbers
+    assert trained_words({"ss_tag_frequency": odd}) == ["ohwx"]
+
+
+def test_matrices_of_two_ranks_are_one_sentence():
+    for up, down in ((torch.ones(5, 2), torch.ones(3, 4)), (torch.ones(5, 0), torch.ones(0, 4))):
+        with pytest.raises(ConceptSplitError, match=rf"have the ranks {up.shape[1]} and {len(down)}: it is damaged"):
+            lora_factor(up, down, 1.0, None, False)
 
 
 def test_a_dora_of_peft_is_one_for_every_reader():
@@ -360,5 +368,15 @@ def test_a_peft_file_says_its_alphas_by_module_unless_it_holds_them():
     }  # fmt: skip
     assert found["lora_te_fc.lora_down.weight"] is state["lora_te_fc.lora_down.weight"]
     assert {"unet.block.to_k.lora_A.weight", "unet.out.lora_A.weight", "text_encoder_2.fc.lora_A.weight"} < set(found)
+    # A transformer's, also of a name that only the model's own names make one.
+    said = {"transformer.lora_alpha": 3, "transformer.alpha_pattern": {"to_v": 10}, "unet.lora_alpha": 99}
+    names = ("transformer.a.to_q", "base_model.model.a.to_v", "a.to_k", "base_model.model.b.to_q")
+    state = {f"{name}.lora_A.weight": torch.ones(6, 3) for name in names}
+    known = {f"transformer.a.to_{x}" for x in "qkv"} | {"unet.b.to_q"}
+    found = peft_state(state, {"lora_adapter_metadata": json.dumps(said)}, None, "x", known)
+    assert {name: float(t) for name, t in found.items() if name.endswith(".alpha")} == {
+        "transformer.a.to_q.alpha": 3.0, "transformer.a.to_v.alpha": 10.0, "transformer.a.to_k.alpha": 3.0,
+        "unet.b.to_q.alpha": 99.0,
+    }  # fmt: skip
     beside = peft_state({"out.lora_A.weight": torch.ones(2, 3)}, {}, {"lora_alpha": 6}, "x")
     assert {name: float(t) for name, t in beside.items() if "alpha" in name} == {"out.alpha": 6.0}

@@ -371,6 +371,17 @@ def test_a_partition_gives_every_pixel_to_the_largest_map(rule):
     assert found[1, 1].all() and not found[1, [0, 2]].any()
 
 
+@pytest.mark.parametrize("rule", ["by_place", "top_by_place"])
+def test_a_shared_map_that_is_strongest_nowhere_leaves_its_concepts_without_a_region(rule):
+    """As any concept whose map is the largest nowhere: two share a flat map, two others have half a picture each."""
+    halves = torch.zeros(2, 6, 10)
+    halves[0, :, :4], halves[1, :, 4:] = 2.0, 2.0
+    flat = torch.full((2, 6, 10), 1.0)
+    found = regions(torch.cat([flat, halves + 0.2])[None], 0.1, 0.0, rule)[0]
+    assert not found[:2].any() and found[2].any() and found[3].any()
+    assert not found[2, :, 4:].any() and not found[3, :, :4].any()
+
+
 def blob(x, y, side=(12, 20), sigma=1.5):
     down, right = torch.arange(float(side[0]))[:, None], torch.arange(float(side[1]))[None]
     return torch.exp(-((right - x) ** 2 + (down - y) ** 2) / (2 * sigma**2))

@@ -72,6 +72,19 @@ def test_what_a_run_has_not_left_is_made_of_what_it_has():
         )
 
 
+@pytest.mark.parametrize("order, left", [(None, "rex"), (torch.tensor([[1, 0]]), "tom")])
+def test_areas_of_two_of_a_class_are_divided_by_place_in_the_order_of_the_prompt(order, left):
+    """One map with two peaks for both, and no routed adapter, so that the run took no areas itself."""
+    maps = torch.full((1, 2, 4, 10), 0.1)
+    maps[0, :, 2, 1] = maps[0, :, 2, 8] = 5.0
+    made = LodaTrace(("rex", "tom"), after=maps, order=order)
+    for name in ("rex", "tom"):
+        found = concept_masks(made, name, "area", (4, 10), 0.0)[0]
+        wanted = torch.zeros(4, 10)
+        wanted[:, slice(0, 5) if name == left else slice(5, 10)] = 1.0
+        assert torch.equal(found, wanted), name
+
+
 def test_sizes_that_do_not_divide_keep_the_middle_of_each_cell():
     left = trace()
     found = concept_masks(left, "", "area", (4, 7), 1.0)

@@ -180,10 +180,28 @@ def test_what_is_given_is_its_concepts_and_nobody_elses():
     own[:, :2], own[:, 2] = 1.0, 0.5
     torch.testing.assert_close(timeline.areas[0, 1], own)
     assert torch.equal(timeline.afg[0, 1], own >= 0.5)
-    for other in (0, 2):
-        torch.testing.assert_close(timeline.areas[0, other], free.areas[0, other] * (1 - own))
-        assert torch.equal(timeline.afg[0, other], free.afg[0, other] & (own < 0.5))
     assert not timeline.areas[0, 0, :, :2].any() and free.areas[0, 0, 0, 1] == 1
+    # The others divide what is left, by what their maps say there; the masked concept's map no longer counts.
+    left = [(APART[0, i] + 5e-4) * (1 - own) for i in (0, 2)]  # what the reader adds at x = 0
+    p0, p2 = (one / one.sum() for one in left)
+    torch.testing.assert_close(timeline.areas[0, 0], (p0 >= p2).float() * (1 - own))
+    torch.testing.assert_close(timeline.areas[0, 2], (p2 > p0).float() * (1 - own))
+    for other in (0, 2):
+        assert timeline.areas[0, other].any() and timeline.afg[0, other].any(), "each has a place of its own"
+        assert not (timeline.afg[0, other] & (own >= 0.5)).any()
+
+
+@pytest.mark.parametrize("masked", [0, 1])
+def test_a_mask_for_one_of_two_of_a_class_leaves_the_other_place_to_the_other(masked):
+    """One map with two peaks for both; the user draws the left half for one of them, and says nothing of the other."""
+    both = maps_of((3.0, 2.0)) + maps_of((3.0, 6.5))
+    timeline, _ = line(maps=both.expand(1, 2, -1, -1), names=NAMES[:2], routed=True, given={masked: mask(0, 0, 20, 16)})
+    timeline.locate(torch.zeros(1, 4, H, W), 4, 2.0)
+    other = 1 - masked
+    assert timeline.areas[0, masked, :, :4].all() and not timeline.areas[0, masked, :, 4:].any()
+    assert timeline.areas[0, other, :, 4:].all() and not timeline.areas[0, other, :, :4].any()
+    top = (maps_of((3.0, 6.5))[0, 0] * timeline.afg[0, other]).sum() / timeline.afg[0, other].sum()
+    assert top > 0.5, "AFG's region is the free peak"
 
 
 def test_a_mask_of_one_picture_serves_a_batch():
@@ -249,6 +267,17 @@ def test_regions_of_maps_that_could_not_be_read_are_taken_back():
     drawn, _ = line(routed=True, given={0: mask(0, 0, 20, 8), 1: mask(0, 8, 20, 4), 2: mask(0, 16, 8, 8)})
     drawn.forget()
     assert drawn.located and drawn.trace.regions is not None
+    # With a mask for one alone the others act wherever nothing is drawn.
+    one, _ = line(routed=True, given={1: mask(0, 0, 20, 10)})
+    one.read_maps = lambda x, step, sigma: torch.zeros_like(APART)  # as of a pass that could read none
+    one.locate(torch.zeros(1, 4, H, W), 4, 2.0)
+    assert not one.areas[0, 0].any()
+    one.forget()
+    rest = torch.ones(H, W)
+    rest[:, :2], rest[:, 2] = 0.0, 0.5
+    for i, wanted in enumerate((rest, 1 - rest, rest)):
+        assert torch.equal(one.areas[0, i], wanted) and torch.equal(one.trace.areas[0, i], wanted)
+    assert not one.afg[0, 0].any() and one.afg[0, 1].any()
 
 
 @pytest.mark.parametrize("order, left, right", [((), "anna", "cilla"), ((2, 1, 0), "cilla", "anna")])

@@ -27,6 +27,7 @@ from ...adapters.lora import (
     lora_factor,
     peft_state,
     trained_words,
+    widened,
 )
 from ...errors import ConceptSplitError
 from ...method.tova import Pair
@@ -90,17 +91,19 @@ def read_lora(
         ConceptSplitError: not a safetensors file, damaged, or made for another model.
     """
     state, metadata = _opened(path)
-    state = peft_state(state, metadata, config_beside(path), path.name)
     network = network_map(model.model)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     # The host knows diffusers' older names alone, with `processor` in them; PEFT writes the plain ones, OneTrainer its
     # prefix before the checkpoint's own, and Musubi Tuner kohya's before those of diffusers' transformers.
     for site in network.sites.values():
-        keys |= dict.fromkeys((f"unet.{site.name}", f"unet.{site.path}"), f"{DENOISER}{site.path}.weight")
+        whole = f"{DENOISER}{site.path}.weight"
+        keys[f"unet.{site.path}"] = whole
+        keys[f"unet.{site.name}"] = whole if site.columns is None else (whole, (0, *site.columns))
     parts = {name.removeprefix("transformer."): key for name, key in keys.items() if name.startswith("transformer.")}
     keys = {f"lora_unet_{name.replace('.', '_')}": key for name, key in parts.items()} | keys
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    state = peft_state(widened(state), metadata, config_beside(path), path.name, keys)
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys)
     if not loaded:
         first = repr(next(iter(state))[:80]) if state else "none"
@@ -111,22 +114,22 @@ def read_lora(
     factors: dict[str, Pair | Factor] = {}
     unsupported: list[str] = []
     text: dict[Any, Any] = {}
-    for key, patch in loaded.items():
-        place = key if isinstance(key, str) else key[0]
-        if not place.startswith(DENOISER):
-            text[key] = patch
-            continue
-        if place.endswith(".bias"):
-            unsupported.append("a change of a bias or a norm")
-            continue
-        columns = None if isinstance(key, str) or key[1] is None else (key[1][1], key[1][2])
-        canonical = names.get((place.removeprefix(DENOISER).removesuffix(".weight"), columns), place)
-        factor = _factor(patch, canonical, network)
-        if isinstance(factor, str):
-            unsupported.append(factor)
-        else:
-            factors[canonical] = factor
     try:
+        for key, patch in loaded.items():
+            place = key if isinstance(key, str) else key[0]
+            if not place.startswith(DENOISER):
+                text[key] = patch
+                continue
+            if place.endswith(".bias"):
+                unsupported.append("a change of a bias or a norm")
+                continue
+            columns = None if isinstance(key, str) or key[1] is None else (key[1][1], key[1][2])
+            canonical = names.get((place.removeprefix(DENOISER).removesuffix(".weight"), columns), place)
+            factor = _factor(patch, canonical, network)
+            if isinstance(factor, str):
+                unsupported.append(factor)
+            else:
+                factors[canonical] = factor
         adapter, report = lora_adapter(name, words, factors, network, unsupported, len(text))
     except ConceptSplitError as error:
         raise ConceptSplitError(f"{path.name}: {error}") from error

@@ -72,7 +72,9 @@ def sample(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
         log.warning(
             "[ConceptSplit] LODA found none of the prompt's concepts in the model's attention and did nothing%s: "
             "another node changes the text, shows the model windows of the picture, or cuts off gradients.",
-            ", so that each LoRA acts in the whole picture" if run.concepts.routed else "",
+            f", so that each LoRA acts {'where no mask is drawn' if run.masks else 'in the whole picture'}"
+            if run.concepts.routed
+            else "",
         )
     return out
 

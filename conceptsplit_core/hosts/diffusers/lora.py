@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...adapters.factors import Factor
 from ...adapters.file import config_beside
-from ...adapters.lora import LoraAdapter, LoraReport, lora_adapter, lora_factor, peft_alpha, peft_facts
+from ...adapters.lora import LoraAdapter, LoraReport, lora_adapter, lora_factor, peft_alpha, peft_facts, widened
 from ...errors import ConceptSplitError
 from ...files import MAX_TAGS_BYTES, read_header
 from ...method.tova import Pair
@@ -50,8 +50,8 @@ def read_lora(model: DiffusersModel, path: Path, concept: Concept) -> tuple[Lora
     try:
         data = path.read_bytes()
         metadata = read_header(data, path.name, MAX_TAGS_BYTES).get("__metadata__") or {}
-        state = load_tensors(data)
-    except (OSError, SafetensorError) as error:
+        state = widened(load_tensors(data))
+    except (OSError, SafetensorError, KeyError) as error:  # a key: numbers that torch does not know
         raise ConceptSplitError(
             f"{path.name} cannot be read ({shown(str(error))}): it is damaged; download it again."
         ) from error
@@ -64,9 +64,10 @@ def read_lora(model: DiffusersModel, path: Path, concept: Concept) -> tuple[Lora
     }
     unsupported = [form for module, form in other.items() if not module.startswith(_TEXT)]
     if not state:
+        held = ", ".join(sorted(set(unsupported)))
         raise ConceptSplitError(
-            f"{path.name} holds nothing that can be read here ({', '.join(sorted(set(unsupported))) or 'text encoder'}"
-            "): the terminal reads LoRA and LoCon for the UNet; the ComfyUI nodes read more."
+            f"{path.name} holds nothing that can be read here ({held or ('text encoder' if text else 'no tensors')}): "
+            "the terminal reads LoRA and LoCon for the UNet; the ComfyUI nodes read more."
         )
     try:
         converted, alphas = diffusers.loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(

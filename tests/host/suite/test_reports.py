@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+# The host's own modules: the suite has booted it.
+import comfy.lora
 import pytest
 import torch
 
@@ -38,10 +42,19 @@ def factors(model):
     [
         ("unet.{}.lora_A.weight unet.{}.lora_B.weight", None),
         ("unet.base_model.model.{}.lora_A.weight unet.base_model.model.{}.lora_B.weight", None),
+        ("base_model.model.{}.lora_A.weight base_model.model.{}.lora_B.weight", None),
+        ("{}.lora_A.weight {}.lora_B.weight", None),
         ("lora_unet_{_}.lora_down.weight lora_unet_{_}.lora_up.weight", (94.0, 123.0, 1.5)),
         ("unet.{p}_lora.down.weight unet.{p}_lora.up.weight", None),
     ],
-    ids=["ranks of their own without alpha", "SimpleTuner's names", "alphas of their own", "processor names"],
+    ids=[
+        "ranks of their own without alpha",
+        "SimpleTuner's names",
+        "PEFT's",
+        "the UNet's own",
+        "alphas of their own",
+        "processor names",
+    ],
 )
 def test_scales_and_names_of_other_trainers(sd, write, layout, alphas):
     state, wanted = {}, {}
@@ -59,6 +72,19 @@ def test_scales_and_names_of_other_trainers(sd, write, layout, alphas):
     for site in SITES:
         a, b, scale = factors(model).factor(site, torch.device("cpu"), torch.float32)
         torch.testing.assert_close(scale * b @ a, wanted[site])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_lora_in_eight_bits_is_what_its_numbers_say(sd, write, dtype):
+    state, wanted = {}, {}
+    for site, (down, up) in parts(sd).items():
+        down, up = down.to(dtype), up.to(dtype)
+        state |= {f"unet.{site}.lora_A.weight": down, f"unet.{site}.lora_B.weight": up}
+        wanted[site] = up.float() @ down.float()
+    model, *_ = load(sd, write(state, "fp8.safetensors"), "anna", "dog")
+    for site in SITES:
+        a, b, scale = factors(model).factor(site, torch.device("cpu"), torch.float32)
+        assert torch.equal(scale * b @ a, wanted[site])
 
 
 def test_a_lora_whose_training_has_diverged_is_refused(sd, write):
@@ -194,6 +220,33 @@ def test_a_z_image_lora_with_queries_keys_and_values_apart(write, base, name, si
         changes.append(scale * b @ a)
     for wanted in dense.values():
         assert sum(torch.allclose(change, wanted, atol=1e-5) for change in changes) == 1
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "z_image", "qwen_image"])
+@pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", "transformer.base_model.model.", ""])
+def test_peft_names_and_alpha_of_a_transformer(write, base, family, prefix):
+    """α 3 of rank 4, as diffusers' trainers write it: in the header, under `transformer.`."""
+    if family not in transformers.here():
+        pytest.skip(f"this host has no {family}")
+    model = transformers.build(family)
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    block = "layers.0.attention" if family == "z_image" else "transformer_blocks.0.attn"
+    more = () if family == "z_image" else (f"{block}.add_v_proj",)
+    state, wanted, g = {}, {}, torch.Generator().manual_seed(3)
+    for module in (f"{block}.to_q", f"{block}.to_v", *more):
+        key = keys[f"transformer.{module}"]
+        weight = model.model.get_submodule((key if isinstance(key, str) else key[0]).removesuffix(".weight")).weight
+        tall = weight.shape[0] if isinstance(key, str) else key[1][2]
+        down, up = torch.randn(4, weight.shape[1], generator=g), torch.randn(tall, 4, generator=g)
+        state |= {f"{prefix}{module}.lora_A.weight": down, f"{prefix}{module}.lora_B.weight": up}
+        wanted[module] = 0.75 * up @ down
+    said = {"transformer.lora_alpha": 3, "transformer.r": 4}
+    path = base / "models" / "loras" / write(state, "peft.safetensors", lora_adapter_metadata=json.dumps(said))
+    found = read(model, path)
+    assert not found.report.left_out and len(found.adapter.sites) == len(wanted)
+    for change in wanted.values():
+        made = [found.adapter.factor(site, torch.device("cpu"), torch.float32) for site in found.adapter.sites]
+        assert sum(b.shape[0] == len(change) and torch.allclose(s * b @ a, change, atol=1e-5) for a, b, s in made) == 1
 
 
 def test_a_lora_of_one_block_only(write, base):
