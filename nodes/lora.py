@@ -15,6 +15,7 @@ from ..conceptsplit_core.method.masks import MASKS, concept_masks
 from ..conceptsplit_core.options import from_values
 from ..conceptsplit_core.settings import LoaderConfig
 from ..conceptsplit_core.text.concepts import concept_name as clean_name
+from ..conceptsplit_core.text.concepts import meant
 from .types import AttentionMapsType, field, loader_inputs, loader_outputs, mask_of, out, schema, setting_fields, told
 
 _MASK = (
@@ -161,7 +162,9 @@ class ConceptSplitMasks(io.ComfyNode):
     @classmethod
     def execute(cls, attention_maps: AttentionMaps, images: Any, concept_name: str, kind: str) -> io.NodeOutput:
         size = (images.shape[1], images.shape[2])
-        masks = concept_masks(attention_maps.trace, clean_name(concept_name), kind, size)
+        trace = attention_maps.trace
+        name = meant(concept_name, trace.concepts if trace else ()) or clean_name(concept_name)
+        masks = concept_masks(trace, name, kind, size)
         return io.NodeOutput(masks.expand(images.shape[0], -1, -1) if len(masks) == 1 else masks)
 
 

@@ -87,7 +87,9 @@ def with_logits(
     # Plain attention divides by √(d + more), and must divide what it was given by √d and the bias by nothing.
     q = F.pad(q * ((d + more) / d) ** 0.5, (0, more))
     k, v = F.pad(k, (0, more)), F.pad(v, (0, more))
-    added = logits.transpose(1, 2).to(q) * (d + more) ** 0.5
+    # −1e8 is beyond half precision, and −∞ times the other rows' 0 would be NaN.
+    most = 0.5 * min(torch.finfo(t.dtype).max for t in (q, logits)) / (d + more) ** 0.5
+    added = logits.transpose(1, 2).clamp(-most, most).to(q) * (d + more) ** 0.5
     q[:, :, first : first + logits.shape[-1], d : d + n] = added.unsqueeze(1)
     k[:, :, : mask.shape[1], d : d + n] = (mask != 0).to(k).unsqueeze(1)
     return q, k, v

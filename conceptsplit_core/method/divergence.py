@@ -50,8 +50,21 @@ class Divergence:
         """D of each image: [B, n, h, w] to [B, n(n−1)/2], pairs in the order (0,1), (0,2), …; or to [B, m]."""
         if self.set_wise:
             return self.function(distributions)
-        i, j = zip(*combinations(range(distributions.shape[1]), 2), strict=True)
-        return self.function(distributions[:, list(i)], distributions[:, list(j)])
+        i, j = _pairs(distributions.shape[1])
+        return self.function(distributions[:, i], distributions[:, j])
+
+    def counted(self, there: Tensor) -> Tensor:
+        """Which of these numbers tell something, bool [B, pairs] or [B, 1]. there: which concepts an image has, bool
+        [B, n]."""
+        if self.set_wise:
+            return there.sum(dim=1, keepdim=True) > 1
+        i, j = _pairs(there.shape[1])
+        return there[:, i] & there[:, j]
+
+
+def _pairs(n: int) -> tuple[list[int], list[int]]:
+    i, j = zip(*combinations(range(n), 2), strict=True)
+    return list(i), list(j)
 
 
 DIVERGENCES: dict[str, Divergence] = {}
@@ -153,6 +166,13 @@ def pairwise(distributions: Tensor, divergence: str) -> Tensor:
     return found(distributions)
 
 
-def harmonic_mean(values: Tensor) -> Tensor:
-    """HM(D) = m / Σ 1/D over the last axis; the smallest rules, the pair that overlaps most (ConceptSplit, LODA)."""
-    return values.shape[-1] / (1.0 / values.clamp(min=EPS)).sum(dim=-1)
+def harmonic_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """HM(D) = m / Σ 1/D over the last axis; the smallest rules, the pair that overlaps most (ConceptSplit, LODA).
+
+    counted: bool, broadcastable to D, which of them count; the mean of none is 0.
+    """
+    inverse = 1.0 / values.clamp(min=EPS)
+    if counted is None:
+        return values.shape[-1] / inverse.sum(dim=-1)
+    counted = counted.expand_as(values)
+    return counted.sum(dim=-1) / inverse.where(counted, 0.0).sum(dim=-1).clamp(min=EPS**2)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergence import EPS, harmonic_mean, pairwise
+from .divergence import EPS, harmonic_mean, named, pairwise
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
@@ -46,7 +46,8 @@ def separation_loss(maps: Tensor, divergence: str, threshold: float, sigma: floa
     """L = ReLU(t − HM(D)) of each image, and D (ConceptSplit, LODA's objective).
 
     Args:
-        maps: [B, n, h, w], n ≥ 2.
+        maps: [B, n, h, w], n ≥ 2; a concept whose map is zero is not in that image and has no part in its L, which is 0
+            where fewer than two are.
         divergence: a name in `divergence.DIVERGENCES`.
         threshold: t, in the divergence's unit; once every pair is about this far apart the loss is zero.
         sigma: Gaussian smoothing in map pixels.
@@ -55,4 +56,6 @@ def separation_loss(maps: Tensor, divergence: str, threshold: float, sigma: floa
         loss [B] and divergences [B, pairs] (a set-wise divergence: [B, m]).
     """
     values = pairwise(distributions(maps, sigma), divergence)
-    return F.relu(threshold - harmonic_mean(values)), values
+    counted = named(divergence).counted(maps.detach().flatten(2).any(dim=-1))
+    loss = F.relu(threshold - harmonic_mean(values, counted))
+    return loss.where(counted.any(dim=-1), 0.0), values

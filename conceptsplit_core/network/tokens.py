@@ -29,7 +29,8 @@ class CallTokens:
         self, rows: Tensor, areas: Tensor | None, latent: tuple[int, int], sequence: TokenSequence | None = None
     ):
         self.rows = rows
-        self.bound = rows.amax(dim=1)
+        # A concept's weight in each prompt, which may be negative: of all its rows' the one that is largest.
+        self.bound = rows.take_along_dim(rows.abs().argmax(dim=1, keepdim=True), dim=1).squeeze(1)
         self.areas = areas
         self.latent = latent
         self.sequence = sequence

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConceptSplitError
 from .concepts import Concept as Concept
-from .concepts import Place, expand, is_letter, shown, written
+from .concepts import Place, expand, is_letter, one_word, shown, written
 from .layout import SpecialTokens, content
 
 Tokenize = Callable[[str], Sequence[Sequence[int]]]
@@ -227,10 +227,7 @@ def _occurrences(text: str, concept: Concept) -> list[Place]:
     for match in re.finditer(f"({spelled(word)})(e?s)?{other}", text, re.IGNORECASE):
         start, end = match.span()
         bound = end if match[1] is None else match.end(1)  # the s or es behind a word is found by its tokens
-        before, behind = text[start - 1 : start], text[end : end + 1]
-        if before and is_letter(before) and is_letter(text[start]):
-            continue
-        if behind and is_letter(behind) and is_letter(text[bound - 1]):
+        if one_word(text[max(start - 1, 0) : start], text[start]) or one_word(text[bound - 1], text[end : end + 1]):
             continue
         (plain if match[1] and not match[2] else plural).append(Place(concept, start, bound))
     return plain + plural

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -23,6 +23,17 @@ _JOINERS = "\u200c\u200d"  # they stand inside words of Persian and of Indian la
 def is_letter(sign: str) -> bool:
     """Whether `sign` is part of a word: a letter, or a combining mark of any script."""
     return sign.isalpha() or unicodedata.category(sign)[0] == "M"
+
+
+_UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA", "HANGUL ", "BOPOMOFO ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
+"""How Unicode calls the signs of scripts that put no space between words, or write particles together with them."""
+
+
+def one_word(before: str, behind: str) -> bool:
+    """Whether two neighbouring signs are of one word, as far as signs can tell. Either may be empty."""
+    if not (before and behind and is_letter(before) and is_letter(behind)):
+        return False
+    return not any(unicodedata.name(sign, "").startswith(_UNSPACED) for sign in (before, behind))
 
 
 def _is_name(text: str) -> bool:
@@ -229,8 +240,21 @@ def expand(
 
 
 def _named(name: str, known: dict[str, Concept]) -> Concept | None:
-    alike = [concept for other, concept in known.items() if other.casefold() == name.casefold()]
-    return known.get(name) or (alike[0] if len(alike) == 1 else None)
+    found = alike(name, known)
+    return None if found is None else known[found]
+
+
+def alike(name: str, names: Iterable[str]) -> str | None:
+    """Which of the names is `name`, or the only one that differs from it in case alone; None if there is none."""
+    known = list(names)
+    close = [other for other in known if other.casefold() == name.casefold()]
+    return name if name in known else close[0] if len(close) == 1 else None
+
+
+def meant(text: str, names: Iterable[str]) -> str | None:
+    """Which concept a user means who writes its name, with brackets or without, or the word that it was marked by."""
+    known = list(names)
+    return alike(concept_name(text), known) or alike(word_name(text), known)
 
 
 def _near(name: str, known: dict[str, Concept]) -> str | None:

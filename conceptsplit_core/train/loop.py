@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import TrainedAdapter, kind_of
+from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
 from ..settings import TrainConfig
 from .checkpoint import _check_room, _load_checkpoint, _save_checkpoint, run_facts
@@ -124,13 +125,12 @@ def check_routed(adapter: TrainedAdapter, data: TrainData) -> None:
     """Refuses routed training where nothing could be routed.
 
     Raises:
-        ConceptSplitError: an adapter that changes no pixels, or no masks.
+        ConceptSplitError: an adapter that changes no pixels or is no LoRA file, or no masks.
     """
     kind = kind_of(adapter)
-    if kind.scope != "region":
+    if kind.scope != "region" or not isinstance(adapter, LowRankAdapter):
         raise ConceptSplitError(
-            f"Only a LoRA can be trained routed, and this is a {kind.label}, which changes no pixel directly: set kind "
-            "to 'lora', or switch routed off."
+            f"Only a LoRA can be trained routed, and this is a {kind.label}: set kind to 'lora', or switch routed off."
         )
     if data.masks is None:
         raise ConceptSplitError(

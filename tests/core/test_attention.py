@@ -492,6 +492,24 @@ def test_logits_that_are_added_without_a_matrix_are_those_of_a_bias(concepts, wi
     assert not out[..., 4:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_bias_that_forbids_everything_forbids_it_in_every_precision(dtype):
+    """−10⁸ outside a region, as the paper has it: there the rows' values are as if they were not."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, 2, tokens, 8, generator=g).to(dtype) for tokens in (6, 9, 9))
+    mask = torch.zeros(1, 4, 2)
+    mask[0, 1, 0], mask[0, 2:, 1] = 1.0, 1.0
+    logits = torch.full((1, 2, 6), 3.0)
+    logits[0, 0, :4] = logits[0, 1, 3:] = -1e8
+    out = torch.nn.functional.scaled_dot_product_attention(*with_logits(q, k, v, logits, 0, mask))[..., :8]
+    for pixel in range(6):
+        bias = torch.zeros(9)
+        bias[1], bias[2:4] = logits[0, 0, pixel], logits[0, 1, pixel]
+        share = torch.softmax(q[0, :, pixel].float() @ k[0].float().mT / 8**0.5 + bias, dim=-1)
+        wanted = torch.stack([share[head, head] @ v[0, head].float() for head in range(2)])
+        torch.testing.assert_close(out[0, :, pixel].float(), wanted, atol=4e-2, rtol=4e-2)
+
+
 def test_adding_in_place_writes_into_the_output():
     out = torch.zeros(2, 3, 4)
     assert add_at(out, torch.tensor([1, 5]), torch.ones(2, 4, dtype=torch.float64), in_place=True) is out

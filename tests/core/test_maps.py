@@ -32,6 +32,21 @@ def test_divergence_is_zero_for_the_same_and_grows_with_distance(name):
     assert values[0] < values[1] < values[2] < values[3]
 
 
+def test_a_concept_that_an_image_does_not_hold_has_no_part_in_its_loss():
+    """Its map is zero: three without the middle one are two, and one alone has nothing to be apart from."""
+    maps = torch.stack([blob(4, 5), blob(6, 7), blob(9, 9)])[None].repeat(3, 1, 1, 1)
+    maps[0, 1] = 0.0
+    maps[1, :2] = 0.0
+    maps.requires_grad_(True)
+    loss, _ = separation_loss(maps, "jsd", 0.6, 1.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), maps)
+    maps, loss = maps.detach(), loss.detach()
+    alone, _ = separation_loss(maps[:1, [0, 2]], "jsd", 0.6, 1.0)
+    assert float(loss[0]) == pytest.approx(float(alone)) and float(loss[1]) == 0.0
+    assert torch.equal(loss[2:], separation_loss(maps[2:], "jsd", 0.6, 1.0)[0]) and 0 < loss[0] < loss[2]
+    assert gradient.isfinite().all() and gradient[0, 0].any() and not gradient[0, 1].any() and not gradient[1].any()
+
+
 def test_jsd_of_disjoint_maps_is_ln_2():
     maps = torch.zeros(1, 2, 4, 4)
     maps[0, 0, 0], maps[0, 1, 3] = 1, 1

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conceptsplit_core.adapters.base import AdapterInfo
+from conceptsplit_core.adapters.base import KINDS, AdapterInfo
 from conceptsplit_core.adapters.low_rank import LowRankAdapter
 from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.method.subject import WHOLE, acting_areas, attention_masks, map_overlap
@@ -121,6 +121,13 @@ def test_a_layer_that_learns_changes_inside_its_area_alone():
     for y, x in ((0, 0), (1, 2), (2, 1)):
         rows, columns = (slice(at * 5 // 3, -(-(at + 1) * 5 // 3)) for at in (y, x))
         torch.testing.assert_close(small[:, y, x], batch.area[:, 0, rows, columns].mean(dim=(1, 2)))
+
+
+def test_a_kind_whose_file_is_no_lora_is_not_trained_routed():
+    """It acts in a region too, and would only fail when it is saved, after its last step."""
+    adapter = KINDS["para"].create({"down.attn1.to_q": (6, 5)}, replace(lora().info, kind="para", rank=2), 0)
+    with pytest.raises(ConceptSplitError, match="Only a LoRA can be trained routed, and this is a parameter rank red"):
+        train(adapter, data(masks=True), ALPHAS, toy_denoise(lora()), TrainConfig(steps=2, routed=True))
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -354,6 +354,25 @@ def test_a_word_in_a_script_without_spaces_is_bound_where_its_placeholder_stands
     assert bound.text == "一只dog跑" and bound.bindings[0].rows == (2, 3, 4)
 
 
+SIGNS = lambda text: [[ord(sign) for sign in text]]
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "second", "found"),
+    [
+        ("一只猫和一只狗。", "猫", "狗", [(2,), (6,)]),
+        ("犬と猫", "犬", "猫", [(0,), (2,)]),
+        ("강아지와 고양이가", "강아지", "고양이", [(0, 1, 2), (5, 6, 7)]),
+        ("แมวและหมา", "แมว", "หมา", [(0, 1, 2), (6, 7, 8)]),
+        ("一只cat和dogs", "cat", "dog", [(2, 3, 4), (6, 7, 8)]),
+        ("кот и котёнок", "кот", "котёнок", [(0, 1, 2), (6, 7, 8, 9, 10, 11, 12)]),  # a script with spaces
+    ],
+)
+def test_class_words_in_scripts_without_spaces_need_no_placeholder(text, first, second, found):
+    bound = bind(text, [Concept("a", first), Concept("b", second)], SIGNS, SpecialTokens(None, None, 0))
+    assert [binding.rows for binding in bound.bindings] == found and bound.text == text
+
+
 def framed(before, after, left=0, right=0):
     """A tokenizer with a template and padding of its own, and no end."""
 

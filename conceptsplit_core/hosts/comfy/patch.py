@@ -26,6 +26,7 @@ from torch import Tensor
 from ...errors import ConceptSplitError
 from ...settings import LodaConfig
 from ...text.binding import Binding
+from ...text.concepts import meant
 from . import call, sampler
 from .carried import BoundText
 from .model import KEY, compute_dtype, network_map, whole
@@ -233,7 +234,7 @@ def _warn_of_idle(patch: Patch, mentioned: set[str]) -> None:
             "is encoded with the CLIP of its loader.",
             " or ".join(idle),
         )
-    if unplaced := [f"<{name}>" for name in patch.masks if name not in mentioned]:
+    if unplaced := [f"<{name}>" for name in patch.masks if meant(name, mentioned) is None]:
         log.warning(
             "[ConceptSplit] No prompt of this run mentions %s: its region has no effect. Concept Region takes the "
             "concept's name or the marked word as the prompt writes it.",

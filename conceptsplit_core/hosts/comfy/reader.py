@@ -70,7 +70,11 @@ class MapReader:
         return kept
 
     def __call__(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
-        """Maps [B, n, h, w] of a latent x₀ + σ·ε, left after the last layer where nothing else stands between."""
+        """Maps [B, n, h, w] of a latent x₀ + σ·ε, left after the last layer where nothing else stands between.
+
+        Without a gradient a concept whose every conditioning begins later or is over is looked for all the same: its
+        place is needed for the whole picture.
+        """
         run, inner = self.run, self.guider.inner_model
         with torch.inference_mode(False):
             level = sigma.detach().clone().reshape(1).expand(x.shape[0]).clone()
@@ -84,27 +88,40 @@ class MapReader:
         weight = x.new_zeros(1, len(self.bound), 1, 1)
         run.gradient = torch.is_grad_enabled()
         asked = read = False
+
+        def add(cond: dict[str, Any], wanted: Tensor) -> None:
+            nonlocal total, weight, asked, read
+            area = _area(cond, latent)
+            seen = latent if area is None else area[2:]
+            run.reading = Reading(self.layers, (x.shape[0], *seen))
+            # One conditioning at a time: then the batch is x's, and its area is known.
+            self._call(inner, cond, x, level, options)
+            found = run.reading.found
+            asked, read = asked or run.reading.asked, read or bool(found)
+            if not found:
+                return  # outside its timestep range, or another pack has changed its text
+            part = size if area is None else level_sizes(seen)[self.factor]
+            maps = aggregate([found[name] for name in sorted(found)], part, seen)[:, list(self.bound)]
+            total = total + _placed(maps, area, latent, size) * wanted
+            weight = weight + wanted
+
         try:
             for cond in self.conds:
-                area = _area(cond, latent)
-                seen = latent if area is None else area[2:]
-                run.reading = Reading(self.layers, (x.shape[0], *seen))
-                # One conditioning at a time: then the batch is x's, and its area is known.
-                self._call(inner, cond, x, level, options)
-                found = run.reading.found
-                asked, read = asked or run.reading.asked, read or bool(found)
-                if not found:
-                    continue  # outside its timestep range, or another pack has changed its text
-                part = size if area is None else level_sizes(seen)[self.factor]
-                maps = aggregate([found[name] for name in sorted(found)], part, seen)[:, list(self.bound)]
-                has = attended_rows(cond, run).any(dim=1)[:, list(self.bound)].to(maps)[..., None, None]
-                total = total + _placed(maps, area, latent, size)
-                weight = weight + has
+                add(cond, self._binds(cond).to(x))
+            if not run.gradient:
+                for cond in self.conds:
+                    missing = self._binds(cond).to(x) * (weight == 0)
+                    if cond.keys() & {"timestep_start", "timestep_end"} and bool(missing.any()):
+                        add({**cond, "timestep_start": float("inf"), "timestep_end": 0.0}, missing)
             self._no_gradient = self._no_gradient or (run.gradient and asked and not read)
             self._asked, self._read = self._asked or asked, self._read or read
         finally:
             run.reading, run.gradient = None, False
         return total / weight.clamp(min=1.0)
+
+    def _binds(self, cond: dict[str, Any]) -> Tensor:
+        """Which of the bound concepts a conditioning holds, bool [1, n, 1, 1]."""
+        return attended_rows(cond, self.run).any(dim=1)[:, list(self.bound), None, None]
 
     def _call(self, inner: Any, cond: dict[str, Any], x: Tensor, level: Tensor, options: dict[str, Any]) -> None:
         """One call of the model for its maps. Where another pack computes with tensors that it has made under the
@@ -137,7 +154,8 @@ def _area(cond: dict[str, Any], latent: tuple[int, int]) -> tuple[int, int, int,
     """(y, x, height, width) of a conditioning's area in the latent, clipped as the host does; None for the whole."""
     if "area" not in cond:
         return None
-    height, width, y, x = cond["area"]
+    sides = len(cond["area"]) // 2  # sizes, then places; of a video's latent the frames come first
+    (height, width), (y, x) = cond["area"][sides - 2 : sides], cond["area"][-2:]
     return y, x, min(latent[0] - y, height), min(latent[1] - x, width)
 
 

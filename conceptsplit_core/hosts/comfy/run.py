@@ -19,6 +19,7 @@ from ...network.hooks import Group, Hooks, KeptChanges
 from ...network.site import NetworkMap
 from ...settings import AUTO, LodaConfig
 from ...text.binding import Binding, row_mask
+from ...text.concepts import meant
 from .model import KEY, transformer_of
 from .texts import BoundTexts, TextIndex, fingerprints
 
@@ -59,7 +60,7 @@ class AttentionMaps:
 class Patch:
     """What ConceptSplit knows about one MODEL; an attachment, shared by its clones and never changed.
 
-    masks: regions that the user has drawn for concepts without an adapter, by name.
+    masks: regions that the user has drawn in Concept Region, by what they call the concept (`concepts.meant`).
     earlier: of an earlier stage, whose regions are taken instead of new ones.
     """
 
@@ -283,12 +284,12 @@ class Run:
 
     @cached_property
     def masks(self) -> dict[int, Tensor]:
-        """Regions that the user has drawn, by channel."""
-        found = {}
-        for channel, (name, one) in enumerate(zip(self.concepts.names, self.concepts.loaded, strict=True)):
-            mask = one.mask if one is not None and one.mask is not None else self.patch.masks.get(name)
-            if mask is not None:
-                found[channel] = mask
+        """Regions that the user has drawn, by channel. Concept Region stands behind the loaders, so its masks count."""
+        names, loaded = self.concepts.names, self.concepts.loaded
+        found = {channel: one.mask for channel, one in enumerate(loaded) if one is not None and one.mask is not None}
+        for text, mask in self.patch.masks.items():
+            if (name := meant(text, names)) is not None:
+                found[names.index(name)] = mask
         return found
 
 

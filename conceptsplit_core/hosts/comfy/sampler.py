@@ -236,7 +236,9 @@ class StagedSampler:
         if not (self.maps.unreadable or self.too_large):
             try:
                 x = self._begin(timeline, k, x, segment[0], extra_args.get("denoise_mask"))
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise
                 self.too_large = True
                 comfy.model_management.soft_empty_cache()
                 log.warning(
@@ -292,6 +294,12 @@ class StagedSampler:
         whole = found.new_zeros(found.shape[0], len(self.run.concepts.names), *found.shape[-2:])
         whole[:, list(self.bound)] = found
         return whole.to(x.device)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a card was full; some drivers tell so in an error of another kind, which newer hosts know."""
+    known = getattr(comfy.model_management, "is_oom", None)
+    return bool(known(error)) if known is not None else isinstance(error, torch.OutOfMemoryError)
 
 
 def _shifted(callback: Callable | None, offset: int) -> Callable | None:

@@ -219,6 +219,39 @@ def test_a_mask_for_one_is_taken_from_the_other(sd, write):
     assert areas[1].any() and torch.equal(regions[0], own >= 0.5)
 
 
+def test_concepts_whose_prompt_begins_later_have_places_all_the_same(sd, write, caplog):
+    """A background first, both concepts from four tenths on: at the end of the plan no prompt that names them acts."""
+    model, both, negative = two(sd, write)
+    clip = sd.clip
+    for name, words in (("anna", "brown dog"), ("bert", "cat")):
+        _, clip, _ = load(type(sd)(model=sd.model, clip=clip), f"{name}.safetensors", name, words)
+
+    def between(text, start, end):
+        return run("ConditioningSetTimestepRange", conditioning=text, start=start, end=end)[0]
+
+    def joined(first, second):
+        return run("ConditioningCombine", conditioning_1=first, conditioning_2=second)[0]
+
+    start = between(encode(sd.clip, "a grey wall"), 0.0, 0.4)
+    late, image = joined(start, between(both, 0.4, 1.0)), latent(104, 64)
+    options = {"steps": 10, "loda_steps": 0, "plan_steps": 2, "area_rule": "argmax"}
+    with messages(caplog) as told:
+        _, maps = sample_loda(model, late, negative, image, **options)
+    areas = maps.trace.areas
+    assert not told and is_partition(areas) and areas.flatten(2).any(dim=-1).all()
+    # As where the prompt begins just before the maps are read, after the same plan of the wall.
+    _, just = sample_loda(model, joined(start, between(both, 0.15, 1.0)), negative, image, **options)
+    assert torch.equal(just.trace.after, maps.trace.after) and torch.equal(just.trace.areas, areas)
+    assert not close(sample(model, late, negative, image, steps=10), sample(sd.model, late, negative, image, steps=10))
+    # One that acts is read as ever, whatever else is looked for.
+    first, second = (encode(clip, f"<{name}> in the rain") for name in ("anna", "bert"))
+    found = {}
+    for begin in (0.15, 0.4):
+        _, maps = sample_loda(model, joined(first, between(second, begin, 1.0)), negative, image, **options)
+        found[begin] = maps.trace.after
+    assert torch.equal(found[0.15], found[0.4]) and found[0.4].flatten(2).any(dim=-1).all()
+
+
 def test_concepts_that_need_no_place_ask_for_no_plan(sd, write):
     """A LoRA with a mask beside a marked word: the stock sampler draws at once, KSampler (LODA) looks for the word."""
     file = write(lora(sd.model, torch.Generator().manual_seed(5)), "anna.safetensors")
@@ -254,6 +287,31 @@ def test_a_region_of_a_marked_word(sd):
     )
     (empty,) = run("ConceptSplitRegion", model=sd.model, concept_name="cat", mask=torch.zeros(1, 8, 8))
     assert torch.equal(sample(empty, *conds, image), stock)
+
+
+@pytest.mark.parametrize("called", ["red cat", "red_cat", "<red_cat>", "RED cat"])
+def test_a_region_by_the_marked_word_as_the_prompt_writes_it(sd, caplog, called):
+    (clip,) = run("ConceptSplitMarkWords", clip=sd.clip, words="dog, red cat")
+    conds, mask = (encode(clip, "a dog and a red cat"), encode(clip, "")), drawn(72, 40, 40, 72)
+    (model,) = run("ConceptSplitRegion", model=sd.model, concept_name=called, mask=mask)
+    with messages(caplog) as told:
+        _, maps = sample_loda(model, *conds, latent(72, 40), steps=4, loda_steps=1)
+    assert not told and maps.trace.concepts == ("dog", "red_cat")
+    small = torch.nn.functional.adaptive_avg_pool2d(drawn(9, 5, 5, 9)[None], maps.trace.regions.shape[-2:])[0, 0]
+    assert torch.equal(maps.trace.regions[0, 1], small >= 0.5)
+    (found,) = run(
+        "ConceptSplitMasks", attention_maps=maps, images=torch.rand(1, 40, 72, 3), concept_name=called, kind="region"
+    )
+    assert found[0, :, -20:].all() and not found[0, :, :36].any()
+
+
+def test_concept_region_counts_more_than_the_mask_of_the_loader_before_it(sd, write):
+    left, right, image = drawn(72, 40, 0, 24), drawn(72, 40, 48, 72), latent(72, 40)
+    model, *conds = two(sd, write, (left, drawn(72, 40, 24, 48)))
+    (moved,) = run("ConceptSplitRegion", model=model, concept_name="Anna", mask=right)
+    wanted, *_ = two(sd, write, (right, drawn(72, 40, 24, 48)))
+    assert torch.equal(sample(moved, *conds, image), sample(wanted, *conds, image))
+    assert not close(sample(moved, *conds, image), sample(model, *conds, image))
 
 
 def test_a_region_of_an_unknown_name_is_said(sd, caplog):
