@@ -225,27 +225,30 @@ def separation_curve(steps: Sequence[int], series: Sequence[tuple[str, Sequence[
 
 def trace_sheets(trace: LodaTrace, images: NDArray, side: int = 256) -> list[Picture]:
     """One sheet per image [N, h, w, C] of a run: each concept's map before LODA, where it ran, and the map that its
-    region, outlined, was taken from.
+    region, outlined, was taken from; or the regions alone, where the user has drawn all of them. What a run knows of
+    one image is shown on each.
 
     Raises:
         ConceptSplitError: another number of images than the run had.
     """
-    if trace.after is None:
+    found, kind = (trace.regions, "region") if trace.after is None else (trace.after, "after")
+    if found is None:
         raise ConceptSplitError("There are no attention maps to show: the run read none.")
-    after = trace.after.numpy()
-    if len(images) != len(after):
+    if len(found) not in (1, len(images)):
         raise ConceptSplitError(
-            f"{len(images)} pictures but attention maps of {len(after)}: decode the latent of the same sampler."
+            f"{len(images)} pictures but attention maps of {len(found)}: decode the latent of the same sampler."
         )
+    of_image = lambda maps, i: maps[i % len(maps)].numpy()
     sheets = []
     for i, image in enumerate(images):
-        region = None if trace.regions is None else trace.regions[i].numpy()
+        region = None if trace.regions is None else of_image(trace.regions, i)
         tiles = []
         if trace.before is not None:
-            before = trace.before[i].numpy()
-            tiles += concept_overlays(image, before, [f"{name}: before" for name in trace.concepts], None, side)
-        labels = [name if trace.before is None else f"{name}: after" for name in trace.concepts]
-        tiles += concept_overlays(image, after[i], labels, region, side)
+            before = [f"{name}: before" for name in trace.concepts]
+            tiles += concept_overlays(image, of_image(trace.before, i), before, None, side)
+        alone = trace.before is None and kind == "after"
+        labels = [name if alone else f"{name}: {kind}" for name in trace.concepts]
+        tiles += concept_overlays(image, of_image(found, i), labels, region, side)
         sheets.append(contact_sheet(tiles, None, len(trace.concepts), side))
     return sheets
 

@@ -44,7 +44,7 @@ class ConceptSplitPreview(io.ComfyNode):
     def execute(cls, attention_maps: AttentionMaps, images: Any) -> io.NodeOutput:
         pictures = images.cpu().numpy()
         trace = attention_maps.trace
-        if trace is None or trace.after is None:
+        if trace is None or (trace.after is None and trace.regions is None):
             sheets, curve = [notice_sheet(picture, _NO_MAPS) for picture in pictures], separation_curve((), ())
         else:
             sheets = trace_sheets(trace, pictures)

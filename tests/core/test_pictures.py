@@ -130,3 +130,26 @@ def test_before_and_after_are_each_in_their_own_tile():
         trace_sheets(trace, np.full((1, 60, 60, 3), 0.5))
     with pytest.raises(ConceptSplitError, match="no attention maps to show: the run read none"):
         trace_sheets(LodaTrace(), np.zeros((1, 6, 6, 3)))
+
+
+def test_regions_that_the_user_has_drawn_are_shown_where_no_map_was_read():
+    """rex has the left third and tom the lowest sixth of both pictures, of which the run was told once."""
+    drawn = torch.zeros(1, 2, 6, 6, dtype=torch.bool)
+    drawn[0, 0, :, :2] = drawn[0, 1, 5:] = True
+    sheets = trace_sheets(LodaTrace(concepts=("rex", "tom"), regions=drawn), np.full((2, 60, 60, 3), 0.5), side=96)
+    assert len(sheets) == 2 and np.array_equal(*sheets)
+    difference = sheets[1][..., 0].astype(int) - sheets[1][..., 2]
+    rex, tom = difference[8:104, 8:104][30:], difference[8:104, 112:208]
+    assert rex[:, 4:20].mean() > 50 and abs(rex[:, 50:-4].mean()) < 20
+    assert tom[-10:-2].mean() < -50 and abs(tom[30:60].mean()) < 20
+
+
+def test_maps_of_one_picture_are_shown_on_every_picture_made_of_it():
+    maps = torch.full((1, 2, 6, 6), 1e-4)
+    maps[0, 0, :, :2] = maps[0, 1, 4:] = 1.0
+    trace = LodaTrace(concepts=("rex", "tom"), before=maps.flip(-1), after=maps, regions=maps > 0.5)
+    images = np.stack([np.full((60, 60, 3), grey) for grey in (0.3, 0.6, 0.9)])
+    sheets = trace_sheets(trace, images, side=96)
+    for sheet, image in zip(sheets, images, strict=True):
+        assert np.array_equal(sheet, trace_sheets(trace, image[None], side=96)[0])
+    assert len(sheets) == 3 and not np.array_equal(sheets[0], sheets[1])

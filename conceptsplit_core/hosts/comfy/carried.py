@@ -6,6 +6,7 @@ copies such keys along.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -40,6 +41,30 @@ class BoundText:
     rows: int = 0
     known: BoundTexts | None = field(default=None, compare=False, repr=False)
     clip: bool = True
+
+    def __reduce__(self) -> Any:
+        # A conditioning that a node writes to a file: plain data, which torch reads with weights_only too, and without
+        # the encoder's texts, which are those of this process.
+        bindings = [(one.concept, one.rows, one.weight) for one in self.bindings]
+        plain = {"text": self.text, "bindings": bindings, "rows": self.rows, "clip": self.clip}
+        return OrderedDict, (list(plain.items()),)
+
+    def __copy__(self) -> BoundText:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> BoundText:
+        return self
+
+
+def bound_text(facts: Mapping[str, Any]) -> BoundText | None:
+    """What the options of a conditioning carry of ours, also where it comes from a file."""
+    carried = facts.get(KEY)
+    if isinstance(carried, BoundText):
+        return carried
+    if isinstance(carried, Mapping):
+        bindings = tuple(Binding(*one) for one in carried["bindings"])
+        return BoundText(carried["text"], bindings, carried["rows"], clip=carried["clip"])
+    return None
 
 
 class BoundChunks(list):
@@ -163,8 +188,8 @@ def with_correction(conditioning: Sequence[Any], config: CorrectionConfig) -> li
     """
     made: list[Any] = []
     for text, facts, *rest in conditioning:
-        carried = facts.get(KEY)
-        if isinstance(carried, BoundText) and carried.bindings and config.correction:
+        carried = bound_text(facts)
+        if carried is not None and carried.bindings and config.correction:
             if not carried.clip:
                 raise ConceptSplitError(
                     "Correction by similarities is for texts of CLIP (SD1.5, SD2.x, SDXL), and the prompt "

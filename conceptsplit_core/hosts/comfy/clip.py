@@ -102,7 +102,8 @@ class ConceptCLIP(_AnyCLIP):
         out = super().encode_from_tokens(tokens, return_pooled, return_dict)
         if return_dict:
             if carried is not None:
-                out["cond"] = self._with_loras(out["cond"], carried, super().clone, tokens)
+                encode = lambda clip: [clip.encode_from_tokens(tokens, return_dict=True)["cond"]]
+                (out["cond"],) = self._with_loras([out["cond"]], carried, super().clone, encode)
             out[KEY] = carried and carried.encoded(self, out["cond"])
         elif carried is not None and carried.bindings:
             log.warning(
@@ -112,26 +113,35 @@ class ConceptCLIP(_AnyCLIP):
         return out
 
     def _with_loras(
-        self, encoded: torch.Tensor, carried: CarriedText, clone: Callable[[], comfy.sd.CLIP], tokens: Any
-    ) -> torch.Tensor:
-        """The text [1, L, d] in which each concept's rows come from the encoder with that concept's LoRA alone."""
+        self,
+        encoded: list[torch.Tensor],
+        carried: CarriedText,
+        clone: Callable[[], comfy.sd.CLIP],
+        encode: Callable[[comfy.sd.CLIP], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """The text [1, L, d], once or for each part of a schedule, in which each concept's rows come from the encoder
+        with that concept's LoRA alone.
+
+        encode: what has given `encoded`, with another CLIP.
+        """
         if carried.layout.remade and self.conceptsplit_loras:
             log.warning(
                 "[ConceptSplit] The text encoder's part of a LoRA has no effect: the %s model makes its rows anew.",
                 carried.layout.name,
             )
             return encoded
+        made = list(encoded)
         for lora in self.conceptsplit_loras:
-            bindings = carried.placed(encoded)
-            rows = [row for one in bindings if one.concept == lora.concept for row in one.rows]
-            if not rows:
+            placed = [carried.placed(text) for text in encoded]
+            rows = [[row for one in bindings if one.concept == lora.concept for row in one.rows] for bindings in placed]
+            if not any(rows):
                 continue
             patched = clone()
             patched.add_patches(dict(lora.patches), lora.strength)
-            own = patched.encode_from_tokens(tokens, return_dict=True)["cond"]
-            encoded = encoded.clone()
-            encoded[:, rows] = own[:, rows].to(encoded)
-        return encoded
+            for place, own in enumerate(encode(patched)):
+                made[place] = made[place].clone()
+                made[place][:, rows[place]] = own[:, rows[place]].to(made[place])
+        return made
 
     def encode_from_tokens_scheduled(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         out = []
@@ -139,15 +149,29 @@ class ConceptCLIP(_AnyCLIP):
         for start, end in zip(starts, [*starts[1:], 1.0], strict=True):
             # At a level that lies exactly between two stages both act, as with the host's own timestep ranges.
             part = tokens if len(starts) == 1 else at_start(tokens, start)
-            for entry in super().encode_from_tokens_scheduled(part, *args, **kwargs):
-                if KEY not in entry[1]:
-                    carried = carried_by(self, part)
-                    entry[1][KEY] = carried and carried.encoded(self, entry[0])
+            entries = super().encode_from_tokens_scheduled(part, *args, **kwargs)
+            if any(KEY not in entry[1] for entry in entries):  # scheduled hooks, for which the host encodes by itself
+                entries = self._carrying(entries, part, super().clone, args, kwargs)
+            for entry in entries:
                 if len(starts) > 1:
                     entry[1]["start_percent"] = max(start, entry[1].get("start_percent", 0.0))
                     entry[1]["end_percent"] = min(end, entry[1].get("end_percent", 1.0))
                 out.append(entry)
         return out
+
+    def _carrying(
+        self, entries: list[Any], tokens: Any, clone: Callable[[], comfy.sd.CLIP], args: Any, kwargs: Any
+    ) -> list[Any]:
+        """What the host has encoded by itself, with what `encode_from_tokens` would have added."""
+        carried = carried_by(self, tokens)
+        texts = [entry[0] for entry in entries]
+        if carried is not None:
+            encode = lambda clip: [one[0] for one in clip.encode_from_tokens_scheduled(tokens, *args, **kwargs)]
+            texts = self._with_loras(texts, carried, clone, encode)
+        return [
+            [text, {**entry[1], KEY: carried and carried.encoded(self, text)}]
+            for text, entry in zip(texts, entries, strict=True)
+        ]
 
 
 def with_concepts(clip: comfy.sd.CLIP, concepts: Sequence[Concept]) -> comfy.sd.CLIP:

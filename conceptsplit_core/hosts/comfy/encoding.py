@@ -71,7 +71,7 @@ def encode_images(vae: comfy.sd.VAE, images: Tensor) -> Tensor:
 
 def without_concepts(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
     plain = clip.clone()
-    plain.conceptsplit_concepts = ()
+    plain.conceptsplit_concepts = plain.conceptsplit_loras = ()
     return plain
 
 

@@ -17,8 +17,7 @@ from ...errors import ConceptSplitError
 from ...method.loda import LodaTrace
 from ...text.concepts import Concept
 from . import files
-from .carried import BoundText
-from .model import KEY
+from .carried import BoundText, bound_text
 
 ROUTE = "/conceptsplit/file"
 
@@ -55,7 +54,7 @@ def run_lines(trace: LodaTrace | None, positive: Sequence[Any]) -> list[str]:
     Args:
         positive: the host's conditionings, (text, facts) each.
     """
-    bound = _bound(entry[1].get(KEY) for entry in positive)
+    bound = _bound(bound_text(entry[1]) for entry in positive)
     lines = ["Bound in the prompt: " + ", ".join(f"<{name}>" for name in bound) + "."] if bound else []
     if trace is None:
         return lines
@@ -74,8 +73,8 @@ def run_lines(trace: LodaTrace | None, positive: Sequence[Any]) -> list[str]:
     return lines
 
 
-def _bound(carried: Iterable[Any]) -> list[str]:
-    texts = [one for one in carried if isinstance(one, BoundText)]
+def _bound(carried: Iterable[BoundText | None]) -> list[str]:
+    texts = [one for one in carried if one is not None]
     return list(dict.fromkeys(binding.concept for text in texts for binding in text.bindings))
 
 

@@ -127,9 +127,11 @@ def picture_of(name: str, lora: bool = False) -> str | None:
     if not any((mimetypes.guess_type(one.name)[0] or "").startswith("image/") for one in beside):
         return None
     for place, root in enumerate(folder_paths.get_folder_paths(folder)):
-        if _inside(path, root):
-            inside = path.relative_to(Path(root).resolve()).as_posix()
-            return f"/experiment/models/preview/{folder}/{place}/{quote(inside)}"
+        # A LoRA's path goes through the links that its folder is reached by, an adapter's through none.
+        for start in (Path(root), Path(root).resolve()):
+            if path.is_relative_to(start):
+                inside = path.relative_to(start).as_posix()
+                return f"/experiment/models/preview/{folder}/{place}/{quote(inside)}"
     return None
 
 

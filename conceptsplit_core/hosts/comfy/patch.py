@@ -28,7 +28,7 @@ from ...settings import LodaConfig
 from ...text.binding import Binding
 from ...text.concepts import meant
 from . import call, sampler
-from .carried import BoundText
+from .carried import bound_text
 from .model import KEY, compute_dtype, network_map, whole
 from .run import AttentionMaps, Concepts, LoadedAdapter, Patch, Run, RunTexts, bindings_mask, optimised, patch_of
 
@@ -125,7 +125,7 @@ def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     patch = patch_of(guider.model_patcher)
-    carried = [text for conds in guider.conds.values() for cond in conds if (text := _carried(cond)) is not None]
+    carried = [text for conds in guider.conds.values() for cond in conds if (text := bound_text(cond)) is not None]
     encoders = list({id(text.known): text.known for text in carried if text.known is not None}.values())
     bindings: dict[int, tuple[Binding, ...]] = {}
     ambiguous = False
@@ -197,15 +197,10 @@ def _run(guider: Any, patch: Patch, names: tuple[str, ...], encoders: list[Any])
     return Run(patch, Concepts(names, loaded, spans), model, network_map(model), texts)
 
 
-def _carried(cond: Mapping[str, Any]) -> BoundText | None:
-    carried = cond.get(KEY)
-    return carried if isinstance(carried, BoundText) else None
-
-
 def _bindings(cond: Mapping[str, Any]) -> tuple[tuple[Binding, ...], bool]:
     """The bindings of a conditioning, those of texts that were joined to its own included, and whether one of these
     texts could be either of two."""
-    carried, text = _carried(cond), cond.get("cross_attn")
+    carried, text = bound_text(cond), cond.get("cross_attn")
     if carried is None or (text is not None and not bool(text.any())):
         return (), False  # no text of ours, or one that a node has blanked (ConditioningZeroOut) and that binds nothing
     if carried.known is None or text is None or text.shape[1] <= carried.rows:

@@ -2,7 +2,7 @@
 
 A bypassed loader: the page leaves its node out of the prompt, so nobody would know its concept, and `<rex>` would reach
 the text encoder as it is written. What the page saves into pictures, the workflow, still has the node with its values:
-from there come the words.
+from there come the words. A muted loader is left out as well, and read alike.
 
 A model from before a loader: where no loader has touched it, no code of this pack runs while it samples.
 """
@@ -20,13 +20,14 @@ from .lora import concept_of
 from .messages import send
 
 EVENT = "conceptsplit.queued"
-# The first values of a loader in a saved workflow, in their order; sockets have none there.
+# The first values of what makes concepts known in a saved workflow, in their order; sockets have none there.
 _LOADERS = {
     "ConceptSplitLoader": ("adapter", "concept_name", "strength", "class_word"),
     "ConceptSplitLoraLoader": ("lora", "concept_name", "words"),
+    "ConceptSplitMarkWords": ("words",),
 }
-_LOADING = (*_LOADERS, "ConceptSplitApply")
-_BYPASSED = 4  # a node's mode in a saved workflow
+_LOADING = ("ConceptSplitLoader", "ConceptSplitLoraLoader", "ConceptSplitApply")  # a MODEL passes these
+_LEFT_OUT = (2, 4)  # a node's mode in a saved workflow: muted, bypassed
 
 
 def register_queued() -> None:
@@ -51,10 +52,10 @@ def as_queued(queued: dict[str, Any]) -> dict[str, Any]:
     words: dict[str, str] = {}
     for kind, values in (one[:2] for one in loaders if one[2]):
         try:
-            concept = _concept(kind, values)
+            concepts = _concepts(kind, values)
         except (ConceptSplitError, OSError):
             continue  # a file that is gone; the CLIP then says that it does not know the name
-        words[concept.name.casefold()] = concept.class_word
+        words |= {concept.name.casefold(): concept.class_word for concept in concepts}
     lines = _apart(prompt)
     if words:
         prompt, replaced = _replaced(prompt, words)
@@ -120,6 +121,8 @@ def _replaced(prompt: Mapping[str, Any], words: Mapping[str, str]) -> tuple[dict
     out = dict(prompt)
     lines: dict[str, list[str]] = {}
     for key, node in prompt.items():
+        if node["class_type"].startswith("ConceptSplit"):
+            continue  # these take names of concepts and no prompt
         inputs = dict(node["inputs"])
         for name, text in inputs.items():
             if isinstance(text, str):
@@ -140,41 +143,64 @@ def _provided(node: Mapping[str, Any]) -> list[Concept]:
         ConceptSplitError: they are known only when it runs, or it will not run.
     """
     kind, inputs = node["class_type"], node["inputs"]
-    if kind == "ConceptSplitMarkWords" and isinstance(inputs.get("words"), str):
-        return marked_concepts(inputs["words"])
     if kind in _LOADERS and not any(isinstance(inputs.get(name), list) for name in _LOADERS[kind]):
-        return [_concept(kind, inputs)]
-    if kind in ("ConceptSplitMarkWords", *_LOADING):
+        return _concepts(kind, inputs)
+    if kind in (*_LOADERS, *_LOADING):
         raise ConceptSplitError("This node's concept is known when it has run.")
     return []
 
 
-def _concept(kind: str, values: Mapping[str, Any]) -> Concept:
-    """The concept of a loader with these values of its inputs.
+def _concepts(kind: str, values: Mapping[str, Any]) -> list[Concept]:
+    """The concepts of a loader with these values of its inputs.
 
     Raises:
         ConceptSplitError: a file that is not there, or no words.
     """
-    file, name, words = (str(values.get(_LOADERS[kind][place]) or "") for place in (0, 1, -1))
-    name = concept_name(name)
+    said = {field: str(values.get(field) or "") for field in _LOADERS[kind]}
+    if kind == "ConceptSplitMarkWords":
+        return marked_concepts(said["words"])
+    name = concept_name(said["concept_name"])
     if kind == "ConceptSplitLoraLoader":
-        return concept_of(files.lora_path(file), name, words)
-    info = files.load_named(file).info
-    return Concept(name or info.concept, words.strip() or info.class_word)
+        return [concept_of(files.lora_path(said["lora"]), name, said["words"])]
+    info = files.load_named(said["adapter"]).info
+    return [Concept(name or info.concept, said["class_word"].strip() or info.class_word)]
 
 
 def _loaders(workflow: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """Each loader of a workflow, those inside subgraphs included: its type, its values, and whether it is bypassed."""
+    """Each loader of a workflow, those inside subgraphs included: its type, its values, and whether it is left out of
+    the prompt."""
     inner = {one["id"]: one for one in (workflow.get("definitions") or {}).get("subgraphs", [])}
 
-    def walk(graph: Mapping[str, Any], off: bool) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    def walk(
+        graph: Mapping[str, Any], off: bool, given: Mapping[int, Any]
+    ) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """given: what the fields of the subgraph's own node say, by the links that take it to the nodes inside."""
         for node in graph.get("nodes", []):
-            kind, bypassed = node.get("type"), off or node.get("mode") == _BYPASSED
+            kind, left_out = node.get("type"), off or node.get("mode") in _LEFT_OUT
+            if kind not in _LOADERS and kind not in inner:
+                continue
+            values = node.get("widgets_values") or []
+            if not isinstance(values, dict):
+                names = _LOADERS.get(kind) or _promoted(node, inner[kind])
+                values = dict(zip(names, values, strict=False))
+            # A node whose field is promoted to the subgraph's node keeps a value that no longer counts.
+            linked = {one["name"]: given[one["link"]] for one in node.get("inputs") or [] if one.get("link") in given}
+            values = {**values, **linked}
             if kind in _LOADERS:
-                values = node.get("widgets_values") or []
-                named = values if isinstance(values, dict) else dict(zip(_LOADERS[kind], values, strict=False))
-                yield kind, named, bypassed
-            elif kind in inner:
-                yield from walk(inner[kind], bypassed)
+                yield kind, values, left_out
+            else:
+                ports = [one for one in inner[kind].get("inputs") or [] if values.get(one["name"]) is not None]
+                by_link = {link: values[one["name"]] for one in ports for link in one.get("linkIds") or []}
+                yield from walk(inner[kind], left_out, by_link)
 
-    return walk(workflow, False)
+    return walk(workflow, False, {})
+
+
+def _promoted(node: Mapping[str, Any], graph: Mapping[str, Any]) -> list[str]:
+    """Which inputs of a subgraph the values of its node are for, in their order."""
+    # Pages that list the fields also list those of nodes inside, which keep their values themselves.
+    if listed := (node.get("properties") or {}).get("proxyWidgets"):
+        return [name if str(owner) == "-1" else "" for owner, name, *_ in listed]
+    inputs = [one for inside in graph.get("nodes", []) for one in inside.get("inputs") or []]
+    fields = {one.get("link") for one in inputs if one.get("widget")}
+    return [one["name"] for one in graph.get("inputs") or [] if fields & set(one.get("linkIds") or [])]

@@ -35,9 +35,9 @@ from .denoiser import parameterisation_of, schedule_of
 from .encoding import encode_prompts, in_model_space, own, without_concepts
 from .flow import distilled, flow_objective, framed
 from .identity import model_identity
-from .model import adopt_parameters, compute_dtype, network_map, transformer_of, whole
+from .model import KEY, adopt_parameters, compute_dtype, network_map, transformer_of, whole
 from .objective import objective
-from .patch import LoadedAdapter, with_adapter
+from .patch import LoadedAdapter, Patch, with_adapter
 
 log = logging.getLogger("ConceptSplit")
 
@@ -276,7 +276,10 @@ def draw(
 ) -> Tensor:
     """One picture [1, H, W, 3] of the concept, of the size of the training pictures `like`, always from one noise."""
     with torch.inference_mode():
-        patched = with_adapter(model, LoadedAdapter(concept.name, adapter))
+        # The MODEL may carry concepts, this one as it was before and others; what is learned here is drawn alone.
+        plain = model.clone()
+        plain.set_attachments(KEY, Patch())
+        patched = with_adapter(plain, LoadedAdapter(concept.name, adapter))
         knowing = with_concepts(without_concepts(clip), [concept])
         positive, negative = (
             knowing.encode_from_tokens_scheduled(knowing.tokenize(text))

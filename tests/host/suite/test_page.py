@@ -284,6 +284,15 @@ def test_two_concepts_as_one_node(page, program):
     (saved,) = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
     (wanted,) = pictures(program, run_anew(program, prompt))[saved]
     assert seen.shape == (128, 96, 3) and np.array_equal(seen, wanted)
+    # A loader inside is bypassed: its words are those that the node outside says, not those it was made with.
+    page.value("""(() => {
+      const both = app.graph._nodes.find((node) => node.subgraph);
+      both.widgets.find((one) => one.name === "second_words").value = "blue hat";
+      both.subgraph.nodes.filter((node) => node.type === "ConceptSplitLoraLoader")[1].mode = 4;
+    })()""")
+    asked = queued_by_page(page, program)["prompt"][2].values()
+    texts = [node["inputs"]["text"] for node in asked if node["class_type"] == "CLIPTextEncode"]
+    assert sorted(texts) == ["", "a <pixa> beside a blue hat"]
 
 
 def test_what_files_hold_and_what_a_run_warns_of_stands_on_the_nodes(page):

@@ -10,8 +10,8 @@ TEXT = "a <PIXA>, <anna:0.5> and <nobody>"
 
 
 @pytest.fixture
-def queued(monkeypatch):
-    """Queues a prompt with one text, and gives that text afterwards and what the page was told."""
+def queue(monkeypatch):
+    """Queues a prompt with one text, and gives the prompt afterwards and what the page was told."""
     from server import PromptServer
 
     sent = []
@@ -26,9 +26,20 @@ def queued(monkeypatch):
         sent.clear()
         after = PromptServer.instance.trigger_on_prompt(body)
         assert repr(body) == before, "what the caller holds stays"
-        return after["prompt"]["5"]["inputs"]["text"], list(sent)
+        return after["prompt"], list(sent)
 
     return queue
+
+
+@pytest.fixture
+def queued(queue):
+    """The text alone, and what the page was told."""
+
+    def text_of(*args, **given):
+        prompt, sent = queue(*args, **given)
+        return prompt["5"]["inputs"]["text"], sent
+
+    return text_of
 
 
 def adapter(mode, name="", word="", file="demo_pixa.safetensors"):
@@ -52,6 +63,89 @@ def test_words_come_from_the_loaders_own_fields_and_else_from_its_file(queued):
     assert sent == [("conceptsplit.queued", {"nodes": lines}, "me")]
     text, _ = queued({"nodes": [adapter(4, "anna", "red dog; 0.4: wolf"), lora(0, "bob", "man")]})
     assert text == "a <PIXA>, red dog and <nobody>"
+
+
+def words_of(mode, words):
+    return {"type": "ConceptSplitMarkWords", "mode": mode, "widgets_values": [words]}
+
+
+def test_marked_words_are_read_as_words_where_their_node_is_bypassed(queued):
+    """Also where no loader is in the graph at all."""
+    graph = {"nodes": [words_of(4, "anna:red wolf; 0.4: wolf, nobody:dog, cat")]}
+    text, sent = queued(graph, text="<Anna> and <nobody>, a <cat:0.5> and <tom>")
+    assert text == "red wolf and dog, a cat and <tom>"
+    lines = [line("Anna", "red wolf"), line("nobody", "dog"), line("cat", "cat")]
+    assert sent == [("conceptsplit.queued", {"nodes": {"5": lines}}, "me")]
+    assert queued({"nodes": [words_of(0, "anna:wolf")]})[0] == TEXT
+    assert queued({"nodes": [words_of(4, " , ")]})[0] == TEXT
+
+
+def test_a_muted_loader_is_left_out_as_well(queued):
+    assert queued({"nodes": [adapter(2), words_of(2, "anna:wolf")]})[0] == "a star, wolf and <nobody>"
+
+
+def test_only_prompts_are_read_as_words(queue):
+    """Fields of this pack that name a concept keep the name."""
+    kinds = ("ConceptSplitTrain", "ConceptSplitRegion", "ConceptSplitMasks")
+    prompt = {kind: node(kind, concept_name="<pixa>") for kind in kinds}
+    prompt["other"] = node("NodeOfAnotherPack", concept_name="<pixa>")
+    after, _ = queue({"nodes": [adapter(4)]}, prompt)
+    assert after["5"]["inputs"]["text"] == "a star, <anna:0.5> and <nobody>"
+    assert [after[key]["inputs"]["concept_name"] for key in (*kinds, "other")] == [*["<pixa>"] * 3, "star"]
+
+
+def promoted(mode, **properties):
+    """A subgraph of two loaders whose fields all stand on its own node, which says other things than they do, and a
+    subgraph around it with one of these fields; a mask is a field of nobody."""
+
+    def inputs(*links):
+        fields = ("lora", "concept_name", "words")
+        return [{"name": "mask", "link": 9}] + [
+            {"name": name, "link": link, "widget": {"name": name}} for name, link in zip(fields, links, strict=True)
+        ]
+
+    def port(name, *links):
+        return {"name": name, "linkIds": list(links)}
+
+    inner = {
+        "id": "inner",
+        "inputs": [
+            port("mask", 9), port("second", 5), port("file", 1, 4), port("words", 3), port("second words", 6),
+            port("first", 2),
+        ],
+        "nodes": [
+            {**lora(mode, "pixa", "stale"), "inputs": inputs(1, 2, 3)},
+            {**lora(4, "stale", "older"), "inputs": inputs(4, 5, 6)},
+        ],
+    }  # fmt: skip
+    values = ["anna", "demo_pixa_lora.safetensors", "red cat", "", "Pixa"]
+    node = {"type": "inner", "mode": 0, "widgets_values": values, "properties": properties}
+    outer = {
+        "id": "outer",
+        "inputs": [port("words outside", 7)],
+        "nodes": [{**node, "inputs": [{"name": "words", "link": 7, "widget": {"name": "words"}}]}],
+    }
+    wrapped = {"type": "outer", "mode": 0, "widgets_values": ["blue dog"]}
+    return {"definitions": {"subgraphs": [inner, outer]}}, node, wrapped
+
+
+@pytest.mark.parametrize("mode", [0, 4])
+def test_fields_on_a_subgraphs_own_node_count_and_not_what_the_nodes_inside_keep(queued, mode):
+    graph, node, wrapped = promoted(mode)
+    first = "red cat" if mode else "<PIXA>"
+    assert queued({"nodes": [node], **graph})[0] == f"a {first}, star and <nobody>"
+    first = "blue dog" if mode else "<PIXA>"
+    assert queued({"nodes": [wrapped], **graph})[0] == f"a {first}, star and <nobody>"
+
+
+def test_fields_that_a_page_has_listed_count_in_the_order_of_the_list(queued):
+    """Also those of a node inside, which have no value here, and with fields that were left out."""
+    listed = [["-1", "first"], ["3", "seed"], ["-1", "second"], ["-1", "words"]]
+    graph, node, _ = promoted(4, proxyWidgets=listed)
+    node["widgets_values"] = ["PIXA", None, "anna", "wolf"]
+    assert queued({"nodes": [node], **graph})[0] == "a wolf, older and <nobody>"
+    del node["widgets_values"]
+    assert queued({"nodes": [node], **graph})[0] == "a stale, <anna:0.5> and <nobody>"
 
 
 def test_loaders_inside_a_bypassed_subgraph_are_bypassed(queued):
@@ -137,7 +231,7 @@ def test_values_of_a_saved_workflow_stand_in_the_order_of_the_inputs():
 
     for kind, names in pack("conceptsplit_core.hosts.comfy.queued")._LOADERS.items():
         types = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
-        both = {**types["required"], **types["optional"]}
+        both = {**types["required"], **types.get("optional", {})}
         fields = [name for name, spec in both.items() if spec[0] not in ("MODEL", "CLIP", "MASK")]
         assert tuple(fields[: len(names)]) == names
 
@@ -160,6 +254,28 @@ def test_the_address_of_the_picture_beside_a_file(base, file, shown):
     finally:
         for one in (*beside, folder / "rex.safetensors"):
             one.unlink()
+
+
+@pytest.mark.parametrize("linked", ["folder", "subfolder"])
+def test_the_picture_beside_a_lora_behind_a_link(base, tmp_path, monkeypatch, linked):
+    """People keep LoRAs on another disk; the host serves pictures by the names inside its folder."""
+    import folder_paths
+
+    real = tmp_path / "disk" / "people"
+    real.mkdir(parents=True)
+    for name in ("anna.safetensors", "anna.preview.png"):
+        (real / name).write_bytes(b"x")
+    loras = tmp_path / "loras"
+    if linked == "folder":
+        loras.symlink_to(tmp_path / "disk", target_is_directory=True)
+    else:
+        loras.mkdir()
+        (loras / "people").symlink_to(real, target_is_directory=True)
+    known = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([known[0][-1], str(loras)], known[1]))
+    picture_of = pack("conceptsplit_core.hosts.comfy.files").picture_of
+    assert picture_of("people/anna.safetensors", True) == "/experiment/models/preview/loras/1/people/anna.safetensors"
+    assert picture_of("people/anna.safetensors") is None
 
 
 def test_common_searches_find_our_nodes():

@@ -10,6 +10,7 @@ import torch
 
 from . import test_prompts
 from .conftest import pack, run
+from .helpers import apply, make_adapter
 from .test_training import PlainVAE, adapters, equal, pictures, stop_after, train
 
 executor = test_prompts.executor
@@ -307,6 +308,26 @@ def test_sample_pictures_are_drawn_towards_the_concept(sd, monkeypatch):
     for positive, negative in seen:
         torch.testing.assert_close(positive[0][0], word)
         torch.testing.assert_close(negative[0][0], empty)
+
+
+def test_sample_pictures_show_what_is_learned_alone(sd):
+    """Also on a MODEL that carries this concept already, another one, and a region of it."""
+
+    class Drawing(PlainVAE):
+        def decode(self, latent):
+            return latent[:, :3].movedim(1, -1).repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+    given = {"vae": Drawing(), "steps": 3, "sample_every": 2}
+    before, _, plain = train(sd, file_name="test/once", **given)
+    model, clip = sd.model, sd.clip
+    for name, seed in (("rex", 1), ("anna", 2)):
+        adapter = make_adapter(sd.model, seed=seed)
+        model, clip = apply(model, clip, adapter, concept_name=name)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :24] = 1
+    (model,) = run("ConceptSplitRegion", model=model, concept_name="rex", mask=mask)
+    after, _, again = train(sd, model=model, clip=clip, file_name="test/again", **given)
+    assert equal(before, after) and torch.equal(plain, again) and plain.std() > 0.01
 
 
 def test_recomputation_sees_the_blocks_own_options(sd, monkeypatch):
