@@ -1,13 +1,16 @@
-"""Reading a safetensors header safely, and writing a file whole or not at all."""
+"""Files of users: finding and reading them safely, and writing one whole, or not at all, and over nobody else's."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
 import secrets
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,37 @@ from .errors import ConceptSplitError
 MAX_HEADER_BYTES = 1024 * 1024
 # LoRA files keep the tags of all their training pictures there.
 MAX_TAGS_BYTES = 32 * 1024 * 1024
+# How text in UTF-16 begins, such as a spreadsheet's "Unicode text". Older code pages cannot be told apart.
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+OURS = "Software"  # the text chunk by which pictures that this program wrote are known
+PROGRAM = "ConceptSplit"
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """A path as a user writes it: ~ is the home folder, and so is ~name where there is such a user."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user: a file may be called so
+        return path
+
+
+def numbered(path: Path, n: int) -> Path:
+    """The n-th name of a file that would otherwise replace another: rex, rex_2, rex_3."""
+    return path if n == 1 else path.with_name(f"{path.stem}_{n}{path.suffix}")
+
+
+def decoded(data: bytes, name: str, advice: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 where its mark says so.
+
+    Raises:
+        ConceptSplitError: another encoding, with the line and `advice`.
+    """
+    try:
+        return data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = data.count(b"\n", 0, problem.start) + 1
+        raise ConceptSplitError(f"{name} is not UTF-8 text (line {line}): {advice}.") from None
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -69,6 +103,68 @@ def check_place(path: Path) -> None:
             path.open("ab").close()
     except OSError as problem:
         raise ConceptSplitError(f"Cannot write {path}: {problem.strerror or problem}.") from None
+
+
+@contextmanager
+def held(path: Path, refusal: str) -> Iterator[None]:
+    """Keeps other processes out for as long as this one holds the lock file `path`, which is gone afterwards.
+
+    Raises:
+        ConceptSplitError: `refusal`, where another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConceptSplitError(refusal) from None
+    except NotImplementedError:  # a file system that cannot lock
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def written_by_us(path: Path) -> bool:
+    """Whether a PNG says that this program wrote it: loss curves, samples, maps, sheets."""
+    from PIL import Image
+
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as opened:
+            return str(opened.info.get(OURS, "")).startswith(PROGRAM)
+    except Exception:  # damaged files are reported where they are opened to be used
+        return False
+
+
+def check_report(folder: Path, what: str, beside: str = "") -> None:
+    """Refuses a folder where a report of somebody else would be replaced.
+
+    Args:
+        what: how ours begin to say what they are.
+        beside: a file that is ours where report.json is.
+
+    Raises:
+        ConceptSplitError: report.json is not such a report, or `beside` lies there without one.
+    """
+    path = folder / "report.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError, OSError):
+            found = None
+        if isinstance(found, dict) and str(found.get("what", "")).startswith(what):
+            return
+    elif not (beside and (path := folder / beside).exists()):
+        return
+    raise ConceptSplitError(
+        f"{path} is not a report of {what} and would be replaced: move it away or give another --out."
+    )
 
 
 # Other files that lie where a safetensors file should, by their first bytes: what they are, and what to do.

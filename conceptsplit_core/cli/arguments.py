@@ -116,8 +116,8 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = "demo") -> 
     group.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        help="folder with CLIP's vocab.json and merges.txt; needed for single checkpoint files only. ComfyUI has one: "
-        "comfy/sd1_tokenizer",
+        help="folder with CLIP's vocab.json and merges.txt, for single checkpoint files (default: comfy/sd1_tokenizer "
+        "of the ComfyUI in COMFYUI_PATH, or of the one that this pack is installed in)",
     )
     group.add_argument(
         "--prediction",

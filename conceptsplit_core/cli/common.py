@@ -18,8 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from .. import __version__
 from ..errors import ConceptSplitError
-from ..files import write_whole
-from ..train.folder import OURS, PROGRAM
+from ..files import OURS, PROGRAM, write_whole
 
 if TYPE_CHECKING:
     from ..hosts.diffusers.model import DiffusersModel

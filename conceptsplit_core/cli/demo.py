@@ -26,7 +26,7 @@ from ..adapters.file import save_adapter
 from ..demo import looks, scenes
 from ..demo.checkpoint import DEMO_FILE
 from ..errors import ConceptSplitError
-from ..files import write_whole
+from ..files import check_report, user_path, write_whole
 from ..hosts import diffusers as host
 from ..method.divergence import pairwise
 from ..method.maps import distributions
@@ -189,7 +189,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes training pictures, adapters, curves, composed pictures, overlays and report.json."""
     settings = _settings(arguments)
     seeds = seeds_from(arguments.first_seed, arguments.seeds)
-    out = Path(arguments.out).expanduser()
+    out = user_path(arguments.out)
+    check_report(out, "ConceptSplit demo")
     began = time.perf_counter()
     torch.set_num_threads(THREADS)
     options = argparse.Namespace(model="demo", device="cpu", precision="fp32", prediction=None, tokenizer=None)

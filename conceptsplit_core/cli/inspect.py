@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 from ..adapters.base import BASES, KINDS
@@ -12,13 +12,21 @@ from ..adapters.file import load_adapter, save_adapter
 from ..adapters.low_rank import LowRankAdapter
 from ..adapters.table import TableAdapter
 from ..errors import ConceptSplitError
+from ..files import check_place, user_path
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints to stdout; with --svd and --out also writes a truncated file."""
     if arguments.out and not arguments.svd:
         raise ConceptSplitError("--out writes a truncated adapter: say to which rank with --svd.")
-    path = Path(arguments.file).expanduser()
+    target = user_path(arguments.out) if arguments.out else None
+    if target is not None:
+        if target.suffix != ".safetensors":
+            raise ConceptSplitError(f"--out {target} must end in .safetensors.")
+        if os.path.lexists(target):
+            raise ConceptSplitError(f"--out {target} exists and is kept: give a new name.")
+        check_place(target)
+    path = user_path(arguments.file)
     adapter: Any = load_adapter(path)
     info = adapter.info
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.parameters()})
@@ -39,8 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"  truncated to rank {arguments.svd}: relative error {100 * error:.2f} %, "
             f"{smaller.nbytes() / 2**20:.2f} MiB in half precision"
         )
-        if arguments.out:
-            target = Path(arguments.out).expanduser()
+        if target is not None:
             save_adapter(smaller, target)
             print(f"  written to {target}")
     if arguments.model:

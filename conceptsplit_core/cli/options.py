@@ -274,9 +274,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument(
         "--out",
-        default="sample.png",
         metavar="FILE.png",
-        help="with --batch, the seed is added to the name (default: sample.png)",
+        help="with --batch, the seed is added to the name (default: sample.png, sample_2.png …)",
     )
     out.add_argument("--maps", action="store_true", help="also write where each concept looked before and after LODA")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import sys
 import traceback
 import unicodedata
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConceptSplitError
+from ..files import user_path
 from ..render.crew import Crew, Drawing, Step, Task, Worker
 from ..render.folder import Folder, key
 from ..render.server import LOCAL, Server, fill, find_input, read_graph
-from ..render.table import NAME, Row, Table, meant, one_value, read_table, yes_or_no
+from ..render.table import NAME, Row, Table, meant, no_text, one_value, read_table, yes_or_no
 from ..settings import seeds
 from . import told
 from .common import bar, encode_picture, open_model, say
@@ -23,18 +25,22 @@ from .options import row_parser
 from .sample import draw, loda_config, request
 
 SOME_FAILED = 1
+# Between several files in one cell; "dog; 0.4: dog in armour" is one file's words.
+FILES = r";(?!\s*\d*\.?\d+\s*:)"
 # Which device draws a row changes no option of the picture.
 NOT_OF_A_ROW = {"device", "batch"}
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws what is not there yet; 1 when a row could not be drawn."""
-    path = Path(arguments.table).expanduser()
+    path = user_path(arguments.table)
     table = read_table(path)
-    out = Path(arguments.out or Path("out") / path.stem).expanduser()
+    out = user_path(arguments.out or Path("out") / path.stem)
     on_servers = bool(arguments.server or arguments.graph)
     if on_servers and arguments.ray is not None:
         raise ConceptSplitError("--ray and --server are two ways to draw a table: use one.")
+    if arguments.workers and arguments.ray is None:
+        raise ConceptSplitError("--workers are those of a Ray cluster: add --ray.")
     if arguments.server and not arguments.graph:
         raise ConceptSplitError("--server needs --graph: the graph to run, from ComfyUI's menu Export (API).")
     if on_servers:
@@ -222,7 +228,7 @@ def _arguments(
             line.append(f"--{dashed}" if yes_or_no(dashed, cell) else f"--no-{dashed}")
         elif takes_several:
             setattr(start, option, [])
-            several = cell if isinstance(cell, list) else str(cell).split(";")
+            several = cell if isinstance(cell, list) else re.split(FILES, str(cell))
             line += [f"--{dashed}={str(text).strip()}" for text in several if str(text).strip()]
         else:
             number = isinstance(action.default, float)
@@ -230,6 +236,8 @@ def _arguments(
     arguments = parser.parse_args(line, start)
     if not arguments.prompt:
         raise ConceptSplitError("there is no prompt: give the row or the command one")
+    if fault := no_text(vars(arguments)):
+        raise ConceptSplitError(fault)
     loda_config(arguments)
     return arguments
 
@@ -276,7 +284,7 @@ def graph_tasks(table: Table, shared: argparse.Namespace) -> list[Task]:
             raise ConceptSplitError(
                 f"--{dashed} has no effect with --graph: name a column of the table after an input."
             )
-    graph = read_graph(Path(shared.graph).expanduser())
+    graph = read_graph(user_path(shared.graph))
     targets = {column: find_input(graph, column) for column in table.columns if column.lower() != NAME}
     if twice := _twice(targets):
         raise ConceptSplitError(f"{table.name} has two columns for input '{'.'.join(twice)}': remove one.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from ..adapters.gated import with_gate
 from ..adapters.lora import trained_words
 from ..adapters.low_rank import LowRankAdapter
 from ..errors import ConceptSplitError
-from ..files import MAX_TAGS_BYTES, check_place, read_header
+from ..files import MAX_TAGS_BYTES, check_place, numbered, read_header, user_path
 from ..options import from_values
 from ..settings import CorrectionConfig, GateConfig, LoaderConfig, LodaConfig, seeds
-from ..text.concepts import Concept, concept_name, word_name
+from ..text.concepts import Concept, alike, concept_name, word_name
 from .common import bar, open_model, say, write_picture
 
 if TYPE_CHECKING:
@@ -38,27 +39,43 @@ def parse_adapter_option(text: str) -> tuple[str | None, Path, float]:
     """``[NAME=]FILE[:STRENGTH]`` to (name, file, strength); a file's own name may have = and : in it."""
     name, rest, strength = None, text, LoaderConfig.strength
     head, colon, tail = text.rpartition(":")
-    if not Path(text).expanduser().is_file():
+    if not _is_file(text):
         # A drive letter has a colon too; only a number after the last one is a strength.
         if colon and re.fullmatch(NUMBER, tail.strip()):
             rest, strength = head, float(tail)
         elif colon and head.endswith(".safetensors"):
             raise ConceptSplitError(f"The strength {tail!r} of --adapter {text} is not a number: use for instance 0.8.")
-    named = re.match(r"([^\W_][\w.\-]*)=(.+)\Z", rest)
-    if named and not Path(rest).expanduser().is_file():
-        name, rest = named.group(1), named.group(2)
-    return name, Path(rest).expanduser(), LoaderConfig(strength).strength
+    if not _is_file(rest):
+        name, rest = _name_before(rest)
+    return name, user_path(rest), LoaderConfig(strength).strength
 
 
-LORA = re.compile(r"(?:(?P<name>[^\W_][\w.\-]*)=)?(?P<file>.+?\.safetensors)(?::(?P<rest>.*))?\Z", re.IGNORECASE)
+def _is_file(text: str) -> bool:
+    try:
+        return user_path(text).is_file()
+    except OSError:  # too long for a name, for instance
+        return False
+
+
+def _name_before(text: str) -> tuple[str | None, str]:
+    """``NAME=REST`` to (name, rest); what cannot be a concept's name belongs to the rest."""
+    head, _, rest = text.partition("=")
+    try:
+        return (Concept(head, "word").name, rest) if rest else (None, text)
+    except ConceptSplitError:
+        return None, text
+
+
+LORA = re.compile(r"(?P<file>.+?\.safetensors)(?::(?P<rest>.*))?\Z", re.IGNORECASE)
 
 
 def parse_lora_option(text: str) -> tuple[str | None, Path, str, float]:
     """``[NAME=]FILE[:WORDS][:STRENGTH]`` to (name, file, words, strength)."""
     strength = LoaderConfig.strength
-    if Path(text).expanduser().is_file():
-        return None, Path(text).expanduser(), "", strength
-    found = LORA.match(text)
+    if _is_file(text):
+        return None, user_path(text), "", strength
+    name, rest = _name_before(text)
+    found = LORA.match(rest)
     if found is None:
         raise ConceptSplitError(
             f"--lora {text} is not understood: write FILE.safetensors:WORDS:STRENGTH, for instance "
@@ -69,7 +86,7 @@ def parse_lora_option(text: str) -> tuple[str | None, Path, str, float]:
         strength = float(tail)
     else:
         words += colon + tail
-    return found["name"], Path(found["file"]).expanduser(), words.strip(), LoaderConfig(strength).strength
+    return name, user_path(found["file"]), words.strip(), LoaderConfig(strength).strength
 
 
 def lora_concept(path: Path, name: str, words: str) -> Concept:
@@ -104,21 +121,28 @@ def load_concepts(
         given[name.strip()] = word.strip()
     concepts: list[Concept] = []
     loaded: dict[str, tuple[LowRankAdapter, float]] = {}
+    files: dict[str, Path] = {}
     for text in adapters:
         other, path, strength = parse_adapter_option(text)
         adapter = load_adapter(path)
         name = concept_name(other or adapter.info.concept)
         if name in loaded:
             raise ConceptSplitError(f"Two adapters are named '{name}': rename one with --adapter NAME={path.name}.")
-        word = given.pop(name, adapter.info.class_word)
+        loaded[name], files[name] = (adapter, strength), path
+    said: dict[str, str] = {}
+    for called, word in given.items():
+        found = alike(concept_name(called), loaded)
+        if found is None:
+            raise ConceptSplitError(f"--class-word names '{called}', which no --adapter provides.")
+        said[found] = word
+    for name, (adapter, _) in loaded.items():
+        word = said.get(name, adapter.info.class_word)
         if not word:
             raise ConceptSplitError(
-                f"{path.name} does not say its class word: add --class-word {name}=WORD, for instance {name}=dog."
+                f"{files[name].name} does not say its class word: add --class-word {name}=WORD, for instance "
+                f"{name}=dog."
             )
         concepts.append(Concept(name, word))
-        loaded[name] = (adapter, strength)
-    if given:
-        raise ConceptSplitError(f"--class-word names '{next(iter(given))}', which no --adapter provides.")
     for concept in loras:
         if concept.name in {one.name for one in concepts}:
             raise ConceptSplitError(f"Two concepts are named '{concept.name}': rename one with --lora NAME=FILE.")
@@ -174,22 +198,38 @@ WEIGHT = re.compile(r"\([^()]*:\s*[-+]?[\d.]+\s*\)")
 
 
 def targets(arguments: argparse.Namespace) -> list[tuple[int, Path, Path]]:
-    """Seed, file and file of maps of each picture.
+    """Seed, file and file of maps of each picture. Without --out their names count up where such files are.
 
     Raises:
-        ConceptSplitError: --out is no PNG, or cannot be written.
+        ConceptSplitError: --out is no PNG, is a file that is read, or cannot be written.
     """
-    out = Path(arguments.out).expanduser()
+    out = user_path(arguments.out or "sample.png")
     if out.suffix.lower() != ".png":
         raise ConceptSplitError(f"--out {arguments.out} must end in .png.")
-    found = []
-    for seed in seeds(arguments.seed, arguments.batch):
-        target = out if arguments.batch == 1 else out.with_name(f"{out.stem}-{seed}.png")
-        maps = target.with_name(f"{target.stem}-maps.png")
-        for path in (target, maps) if arguments.maps else (target,):
-            check_place(path)
-        found.append((seed, target, maps))
-    return found
+
+    def named(n: int) -> list[tuple[int, Path, Path]]:
+        found = []
+        for seed in seeds(arguments.seed, arguments.batch):
+            target = numbered(out, n)
+            target = target if arguments.batch == 1 else target.with_name(f"{target.stem}-{seed}.png")
+            found.append((seed, target, target.with_name(f"{target.stem}-maps.png")))
+        return found
+
+    def written(found: list[tuple[int, Path, Path]]) -> list[Path]:
+        return [path for _, target, maps in found for path in ((target, maps) if arguments.maps else (target,))]
+
+    n = 1
+    while not arguments.out and any(map(os.path.lexists, written(named(n)))):
+        n += 1
+    read = [user_path(arguments.model)]
+    read += [parse_adapter_option(text)[1] for text in arguments.adapter]
+    read += [parse_lora_option(text)[1] for text in arguments.lora]
+    inputs = {path.resolve() for path in read}
+    for path in written(named(n)):
+        if path.resolve() in inputs:
+            raise ConceptSplitError(f"--out {path} is a file that this picture is made of: give another name.")
+        check_place(path)
+    return named(n)
 
 
 def guidance(arguments: argparse.Namespace, tell: Callable[[str], None]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import torch
 from .. import pictures
 from ..adapters.file import save_trained
 from ..errors import ConceptSplitError
+from ..files import held, user_path
 from ..options import from_values
 from ..settings import TrainConfig
-from ..text.concepts import Concept
+from ..text.concepts import Concept, concept_name
 from ..train.adapter import training_facts
 from ..train.captions import read_captions
 from ..train.checkpoint import TrainingFiles, training_files
@@ -67,7 +68,7 @@ def adapter_path(arguments: argparse.Namespace, name: str) -> Path:
     Raises:
         ConceptSplitError: a folder, or another ending than .safetensors.
     """
-    out = Path(arguments.out or f"{name}.safetensors").expanduser()
+    out = user_path(arguments.out or f"{name}.safetensors")
     if out.suffix != ".safetensors":
         raise ConceptSplitError(f"The adapter file '{out.name}' must end in .safetensors.")
     if out.is_dir():
@@ -77,7 +78,7 @@ def adapter_path(arguments: argparse.Namespace, name: str) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains and writes FILE and its loss curve; a training that is stopped also leaves a state to resume from."""
-    concept = Concept(arguments.name, arguments.class_word)
+    concept = Concept(arguments.name, concept_name(arguments.class_word))
     out = adapter_path(arguments, concept.name)
     if arguments.template:
         expand_templates(arguments.template, concept.class_word)
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     masks = mask_files(arguments.masks, files) if arguments.masks else []
     for file in masks:
         open_mask(file)
-    captions = read_captions(Path(arguments.captions).expanduser()) if arguments.captions else []
+    captions = read_captions(user_path(arguments.captions)) if arguments.captions else []
     config = train_config(arguments)
 
     # Also before the processes meet: one that leaves early would let the others wait.
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConceptSplitError(
             f"A batch of {config.batch_size} cannot be shared by {world} processes: use a multiple of it."
         )
-    with joined(choose_device(arguments.device), world) as process:
+    with joined(choose_device(arguments.device), world) as process, ExitStack() as until_written:
         written = training_files(out, config.resume)
         for note in written.notes:
             say(note)
@@ -127,10 +128,18 @@ def run(arguments: argparse.Namespace) -> None:
         facts = training_facts(config, len(files), templates, size)
         adapter = host.new_adapter(model, concept, config.rank, config.alpha, config.seed, facts, config.kind)
         host.begin(model, adapter, data, captions)
+        if process.rank == 0:
+            lock = written.state.with_name(f".{written.state.name}.lock")
+            refusal = f"Another training is writing {written.adapter}: wait until it has ended or give another --out."
+            until_written.enter_context(held(lock, refusal))
         progress = ProgressBar(config.steps, concept.name, silent())
 
         def write(result: TrainResult) -> None:
+            nonlocal written
             if process.rank == 0:
+                before, written = written, written.unless_taken()
+                for note in () if written is before else written.notes:
+                    say(note)
                 _write(result, written, arguments.store)
 
         try:

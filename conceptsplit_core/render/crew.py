@@ -155,6 +155,7 @@ class Crew:
             while (task := self._next()) is not None:
                 began = time.monotonic()
                 task.tries, task.worker = task.tries + 1, worker.name
+                drawing, fault = None, ""
                 try:
                     drawing = worker.draw(task.order, partial(self.stepped, task))
                 except WorkerLost as reason:
@@ -163,13 +164,11 @@ class Crew:
                         return
                     continue
                 except ConceptSplitError as problem:
-                    task.fail(str(problem))
-                    drawing = None
+                    fault = str(problem)
                 except Exception as problem:
-                    task.fail(self.explain(problem))
-                    drawing = None
+                    fault = self.explain(problem)
                 task.seconds = round(time.monotonic() - began, 2)
-                self._finish(task, drawing)
+                self._finish(task, drawing, fault)
         except Exception as error:
             self._abort(error)
 
@@ -180,18 +179,19 @@ class Crew:
                 self.changed.wait()
             return self.waiting.popleft() if self.waiting else None
 
-    def _finish(self, task: Task, drawing: Drawing | None) -> None:
+    def _finish(self, task: Task, drawing: Drawing | None, fault: str) -> None:
         with self.changed:
-            if not self.open:  # given up meanwhile
+            if not self.open:  # given up meanwhile, which may be why a worker could not go on
                 return
+            if drawing is None:
+                task.fail(fault)
             self.finished(task, drawing)
             self.open -= 1
             self.changed.notify_all()
 
     def _give_back(self, task: Task, worker: Worker, reason: str) -> None:
         if task.tries >= TRIES:
-            task.fail(f"{TRIES} workers were lost while they drew it, the last because {reason}")
-            self._finish(task, None)
+            self._finish(task, None, f"{TRIES} workers were lost while they drew it, the last because {reason}")
         with self.changed:
             if self.open and task.state == "waiting":
                 self.waiting.appendleft(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -13,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from .. import __version__, pictures
-from ..errors import ConceptSplitError
-from ..files import check_place, write_whole
+from ..files import check_place, check_report, held, write_whole, written_by_us
 from .crew import Drawing, Task
 from .table import NAME, Table
 
+WHAT = "ConceptSplit render"
 PER_SHEET, SHEET_SIDE = 48, 192
 REPORT_SECONDS = 10.0
 STATES = {"done": "drawn", "kept": "there already", "failed": "failed", "waiting": "not drawn"}
@@ -72,24 +72,13 @@ class Folder:
         """Makes the folder, and keeps other runs out of it for as long as this one goes on.
 
         Raises:
-            ConceptSplitError: it cannot be written to, or another run is at it.
+            ConceptSplitError: it cannot be written to, has a report of somebody else, or another run is at it.
         """
         check_place(self.path / "report.json")
-        lock = FileLock(self.path / ".rendering", timeout=0)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise ConceptSplitError(
-                f"Another render is drawing into {self.path}: wait until it has ended or give another --out."
-            ) from None
-        except NotImplementedError:  # a file system that cannot lock
-            pass
-        try:
+        check_report(self.path, WHAT, "report.txt")
+        refusal = f"Another render is drawing into {self.path}: wait until it has ended or give another --out."
+        with held(self.path / ".rendering", refusal):
             yield
-        finally:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
 
     def find_done(self) -> None:
         """Marks the tasks whose pictures are there, whole."""
@@ -136,7 +125,7 @@ class Folder:
             for task in self.tasks
         ]
         told = {
-            "what": "ConceptSplit render",
+            "what": WHAT,
             "version": __version__,
             "table": self.table.name,
             "counts": self.counts(),
@@ -169,13 +158,14 @@ class Folder:
             if len({json.dumps(task.cells.get(column), sort_keys=True) for task in self.tasks}) > 1
         ]
         written = []
-        for i in range(0, len(whole), PER_SHEET):
+        names = (self.path / f"contact-sheet{f'-{n}' if n > 1 else ''}.png" for n in itertools.count(1))
+        free = (path for path in names if not path.exists() or written_by_us(path))
+        for i, path in zip(range(0, len(whole), PER_SHEET), free, strict=False):
             part = [(name, f"{task.number}: {self._label(task, differs)}") for task, name in whole[i : i + PER_SHEET]]
-            path = self.path / f"contact-sheet{f'-{i // PER_SHEET + 1}' if i else ''}.png"
             if self._sheet(path, part):
                 written.append(path)
         for path in self.path.glob("contact-sheet*.png"):  # of a table that was longer
-            if re.fullmatch(r"contact-sheet(-\d+)?", path.stem) and path not in written:
+            if re.fullmatch(r"contact-sheet(-\d+)?", path.stem) and path not in written and written_by_us(path):
                 path.unlink()
         return written
 

@@ -10,6 +10,7 @@ which the host's own examples and comfy-cli use, is the socket; without it, rows
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import re
@@ -61,7 +62,8 @@ def read_graph(path: Path) -> Graph:
 
 
 def _title(node: dict[str, Any]) -> str:
-    return str(node.get("_meta", {}).get("title", ""))
+    facts = node.get("_meta")
+    return str(facts.get("title", "")) if isinstance(facts, dict) else ""
 
 
 def _named(graph: Graph, key: str) -> str:
@@ -157,9 +159,12 @@ class Server:
 
     def __init__(self, address: str):
         text = address if "://" in address else f"http://{address}"
-        parts = urllib.parse.urlsplit(text)
-        other = parts.query or parts.fragment or parts.username
-        if parts.scheme not in ("http", "https") or not parts.hostname or other:
+        try:
+            parts = urllib.parse.urlsplit(text)
+            other = parts.query or parts.fragment or parts.username or parts.port == 0 or not text.isprintable()
+        except ValueError:  # a port that is no number, half an IPv6 address
+            parts, other = urllib.parse.urlsplit(""), True
+        if parts.scheme not in ("http", "https") or not parts.hostname or other or " " in text:
             raise ConceptSplitError(f"--server {address} is no address: write HOST:PORT, for instance {LOCAL}.")
         self.name = f"server {parts.netloc}{parts.path}".rstrip("/")
         self.address = text.rstrip("/")
@@ -343,13 +348,13 @@ class Server:
             if isinstance(getattr(problem, "reason", problem), TimeoutError):
                 raise _Late("it does not answer") from None
             raise WorkerLost(f"it cannot be reached: {getattr(problem, 'reason', problem)}") from None
-        except (OSError, ValueError, EOFError) as problem:
+        except (OSError, ValueError, EOFError, http.client.HTTPException) as problem:
             raise WorkerLost(f"the connection broke: {problem}") from None
 
     def _refused(self, path: str, problem: urllib.error.HTTPError, data: dict[str, Any] | None) -> Exception:
         try:
             answer = json.loads(problem.read())
-        except (ValueError, OSError):
+        except (ValueError, OSError, http.client.HTTPException):
             answer = None
         if path == "/prompt" and isinstance(answer, dict) and data is not None:
             return ConceptSplitError(

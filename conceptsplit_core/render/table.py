@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConceptSplitError
+from ..files import decoded
 
 NAME = "name"  # a column of render's own: how the row's files begin
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
@@ -81,36 +81,38 @@ def read_table(path: Path) -> Table:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConceptSplitError(f"{path.name} is larger than {MAX_BYTES // 2**20} MiB: split the table.")
-        data = path.read_bytes()
-        # A spreadsheet's "Unicode text" begins with the mark of UTF-16. Older code pages cannot be told apart.
-        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = data.decode("utf-16" if wide else "utf-8-sig")
+        text = decoded(path.read_bytes(), path.name, "save it as CSV UTF-8")
     except OSError as problem:
         raise ConceptSplitError(f"Cannot read {path}: {problem.strerror or problem}.") from None
-    except UnicodeDecodeError as problem:
-        line = data.count(b"\n", 0, problem.start) + 1
-        raise ConceptSplitError(f"{path.name} is not UTF-8 text (line {line}): save it as CSV UTF-8.") from None
+    columns: list[str] = []
     comma = False
     if kind in (".csv", ".tsv"):
-        columns, rows, comma = _read_lines(text, path.name)
+        columns, rows, comma = _read_lines(text, path.name, "\t" if kind == ".tsv" else ",;\t")
     else:
         entries = _json_list(text, path.name) if kind == ".json" else list(_json_lines(text))
         rows = [_entry(number, value) for number, value in entries]
-        columns = list(dict.fromkeys(column for row in rows for column in row.cells))
+    rows = [Row(row.number, fault=fault) if (fault := no_text(row.cells)) else row for row in rows]
+    columns = columns or list(dict.fromkeys(column for row in rows for column in row.cells))
     if not rows:
         raise ConceptSplitError(f"{path.name} has no rows: write a line of column names and a line for each picture.")
     return Table(path.name, "entry" if kind == ".json" else "line", columns, rows, comma)
 
 
-def _read_lines(text: str, name: str) -> tuple[list[str], list[Row], bool]:
-    """Columns, rows, and whether semicolons stand between cells, as where the comma is the decimal sign."""
+def _read_lines(text: str, name: str, signs: str) -> tuple[list[str], list[Row], bool]:
+    """Columns, rows, and whether semicolons stand between cells, as where the comma is the decimal sign.
+
+    Args:
+        signs: one of them stands between cells.
+    """
     # Not str.splitlines, which would also end a line at signs that a prompt may contain.
     lines = io.StringIO(text, newline="")
     told = re.match(r"sep=(.)\r?\n", text)  # a spreadsheet's own way to say it
     if told:
         lines.readline()
-    head = re.sub('"[^"]*"', "", lines.getvalue()[lines.tell() :].partition("\n")[0])
-    sign = told[1] if told else max(",;\t", key=head.count)
+    # Quoted texts may hold any sign; lines of separators alone are empty rows, which a spreadsheet may begin with.
+    plain = re.sub('"[^"]*"', '""', lines.getvalue()[lines.tell() :])
+    head = next((line for line in plain.split("\n") if line.strip(f"{signs} \r")), "")
+    sign = told[1] if told else max(signs, key=head.count)
     reader = csv.reader(lines, delimiter=sign, strict=True)
     columns: list[str] = []
     rows: list[Row] = []
@@ -193,6 +195,20 @@ def _entry(number: int, value: Any) -> Row:
     if not isinstance(value, dict):
         return Row(number, fault='the row is not a table of named cells such as {"prompt": "a cat", "seed": 7}')
     return Row(number, {key: cell for key, cell in value.items() if cell is not None and cell != ""})
+
+
+def no_text(cells: dict[str, Any]) -> str:
+    """What is wrong with a row whose texts no file and no path can hold; '' otherwise."""
+    strange = next((text for text in _texts(cells) if re.search("[\0\ud800-\udfff]", text)), None)
+    return "" if strange is None else f"{strange[:60]!r} holds a sign that is no text: write it anew"
+
+
+def _texts(cell: Any) -> Iterator[str]:
+    if isinstance(cell, str):
+        yield cell
+    elif isinstance(cell, (dict, list)):
+        for part in (*cell, *cell.values()) if isinstance(cell, dict) else cell:
+            yield from _texts(part)
 
 
 def meant(name: str, known: list[str]) -> str:

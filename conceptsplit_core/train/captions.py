@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ConceptSplitError
+from ..files import UTF16, decoded
 
 MOST, MAX_BYTES = 10_000, 4 * 2**20
 COUNT = 300
@@ -68,15 +69,15 @@ def given_captions(lines: list[str], source: str) -> list[str]:
 
 
 def read_captions(path: Path) -> list[str]:
-    """The captions of a text file in UTF-8.
+    """The captions of a text file in UTF-8 or UTF-16.
 
     Raises:
-        ConceptSplitError: unreadable, no text, empty or too large.
+        ConceptSplitError: unreadable, no text or of another encoding, empty or too large.
     """
     try:
         data = path.read_bytes()[: MAX_BYTES + 1]
     except OSError as error:
         raise ConceptSplitError(f"Cannot read {path}: {error.strerror or error}.") from None
-    if len(data) > MAX_BYTES or b"\0" in data:
+    if len(data) > MAX_BYTES or (b"\0" in data and not data.startswith(UTF16)):
         raise ConceptSplitError(f"{path.name} is no list of captions: give a text file with a caption per line.")
-    return given_captions(data.decode("utf-8-sig", "replace").splitlines(), path.name)
+    return given_captions(decoded(data, path.name, "save it as UTF-8").splitlines(), path.name)

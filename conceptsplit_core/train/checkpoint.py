@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..adapters.base import TrainedAdapter
 from ..adapters.file import largest
 from ..errors import ConceptSplitError
-from ..files import read_header, write_whole
+from ..files import numbered, read_header, write_whole
 from ..settings import TrainConfig
 from .data import TrainData
 from .identity import digest
@@ -42,37 +42,61 @@ _DIFFERENCES = {
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """Where a training writes its adapter and its resumable state, and what the user should know about it."""
+    """Where a training writes its adapter and its resumable state, and what the user should know about it.
+
+    Attributes:
+        asked: where the adapter was asked to be written.
+        replaces: whether the adapter lies there already, written by a stop of this very training.
+    """
 
     adapter: Path
     state: Path
+    asked: Path
     notes: tuple[str, ...] = ()
+    replaces: bool = False
+
+    def unless_taken(self) -> TrainingFiles:
+        """The same, or the next names where somebody else has written an adapter meanwhile; a state moves there."""
+        if self.replaces or not os.path.lexists(self.adapter):
+            return self
+        other = training_files(self.asked, resume=False)
+        if self.state.exists():
+            os.replace(self.state, other.state)
+        kept = f"{self.adapter.name} has been written by somebody else meanwhile and is kept"
+        return replace(other, notes=(f"{kept}: this training is written to {other.adapter.name}.",))
 
 
 def training_files(path: Path, resume: bool) -> TrainingFiles:
     """The files of a training whose adapter was asked to be written to `path`.
 
-    A finished adapter is never replaced: the name counts up (rex, rex_2, rex_3). With `resume`, the newest of these
-    names that has a state is continued, and its adapter file, if a stop wrote one, is replaced.
+    Neither a finished adapter nor the state of a stopped training is ever replaced: the name counts up (rex, rex_2,
+    rex_3). With `resume`, the newest of these names that has a state is continued, and its adapter file, if a stop
+    wrote one, is replaced.
     """
 
-    def numbered(n: int) -> Path:
-        return path if n == 1 else path.with_name(f"{path.stem}_{n}{path.suffix}")
+    def state(n: int) -> Path:
+        return numbered(path, n).with_suffix(".checkpoint")
 
     free = 1
-    while os.path.lexists(numbered(free)):
+    while os.path.lexists(numbered(path, free)) or os.path.lexists(state(free)):
         free += 1
-    for n in range(free, 0, -1) if resume else ():
-        if (state := numbered(n).with_suffix(".checkpoint")).exists():
-            return TrainingFiles(numbered(n), state)
-    found = numbered(free)
+    stopped = next((n for n in range(free, 0, -1) if state(n).exists()), None)
+    if resume and stopped:
+        adapter = numbered(path, stopped)
+        return TrainingFiles(adapter, state(stopped), path, replaces=os.path.lexists(adapter))
+    found = numbered(path, free)
     notes = []
     if resume:
         missing = path.with_suffix(".checkpoint").name
         notes.append(f"There is no stopped training to resume ({missing}): this one starts from the beginning.")
-    if free > 1:
+    if stopped:
+        notes.append(
+            f"{state(stopped).name} holds a stopped training, which resume (terminal: --resume) goes on from: this one "
+            f"is written to {found.name}."
+        )
+    elif free > 1:
         notes.append(f"{path.name} exists and is kept: this training is written to {found.name}.")
-    return TrainingFiles(found, found.with_suffix(".checkpoint"), tuple(notes))
+    return TrainingFiles(found, state(free), path, tuple(notes))
 
 
 def run_facts(adapter: TrainedAdapter, data: TrainData, config: TrainConfig) -> dict[str, Any]:

@@ -13,15 +13,17 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import ConceptSplitError
+from ..files import user_path, written_by_us
 from . import heic
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 PLUGIN_EXTENSIONS = (*heic.ENDINGS, ".avif", ".jxl")  # opened where Pillow has the plugin for them
-OURS = "Software"  # the text chunk by which pictures that this program wrote are known
-PROGRAM = "ConceptSplit"
 _OTHER_PICTURES = (".gif", ".psd", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".tga", ".jp2")
+# Behind "mask" may stand what a system adds to a copy; OneTrainer's condlabels are no masks, but no pictures either.
 _MASK_NAME = re.compile(
-    r"(?P<of>.+?)[-_. ]+(?:masklabel|masks?|matte|segmentation|seg)|masks?[-_. ]+(?P<before>.+)", re.I
+    r"(?P<of>.+?)(?:[-_. ]+(?:masklabel|(?P<cond>condlabel)|matte|segmentation|seg)|[-_. ]*masks?)"
+    r"(?P<copy> ?\(\d+\))?|masks?[-_. ]+(?P<before>.+)",
+    re.I,
 )
 
 
@@ -69,17 +71,20 @@ def picture_folder(folder: str | os.PathLike[str]) -> PictureFolder:
         ConceptSplitError: no such folder, or no picture in it.
     """
     files = _files(folder, "training picture")
-    candidates = {path: stem(path) for path in files if _is_picture(path)}
-    names = set(candidates.values())
+    candidates = dict.fromkeys(path for path in files if _is_picture(path))
+    names = _Names(candidates)
     masks: dict[Path, Path] = {}
     pictures: list[Path] = []
     unused: Counter[str] = Counter()
     for path in files:
         if path not in candidates:
             unused[_why_not(path)] += 1
-        elif (of := _picture_of(candidates[path], names)) is not None:
-            unused["mask (used with --masks)"] += 1
-            masks |= {picture: path for picture, name in candidates.items() if name == of}
+        elif of := names.covered_by(path):
+            if _is_condition(path):
+                unused["conditioning picture"] += 1
+            else:
+                unused["mask (used with --masks)"] += 1
+                masks |= dict.fromkeys(of, path)
         elif written_by_us(path):
             unused["ConceptSplit picture"] += 1
         else:
@@ -103,30 +108,24 @@ def mask_files(folder: str | os.PathLike[str], pictures: Iterable[Path]) -> list
     files = [path for path in _files(folder, "mask") if _is_picture(path)]
     if not files:
         raise ConceptSplitError(f"The folder '{folder}' holds no mask: put PNG, JPEG, WebP, BMP or TIFF files there.")
-    wanted = {stem(path) for path in pictures}
+    names = _Names(pictures)
     # Where masks lie beside their pictures, a picture is not its own mask.
     own = {path.resolve() for path in pictures}
-    by_name = {stem(path): path for path in files if path.resolve() not in own}
-    by_name |= {of: path for path in files if (of := _picture_of(stem(path), wanted)) is not None}
+    found: dict[Path, Path] = {}
+    for path in sorted(files, key=lambda path: stem(path) in names.exact):  # what fits to the letter goes before
+        if path.resolve() not in own:
+            found |= dict.fromkeys(names.called(stem(path)), path)
+    for path in files:
+        if not _is_condition(path):
+            found |= dict.fromkeys(names.covered_by(path), path)
     for path in pictures:
-        if stem(path) not in by_name:
+        if path not in found:
             raise ConceptSplitError(f"There is no mask for '{path.name}' in '{folder}': name it like the picture.")
-    return [by_name[stem(path)] for path in pictures]
-
-
-def written_by_us(path: Path) -> bool:
-    """Whether a PNG says that this program wrote it: loss curves, samples, maps."""
-    if path.suffix.lower() != ".png":
-        return False
-    try:
-        with Image.open(path) as opened:
-            return str(opened.info.get(OURS, "")).startswith(PROGRAM)
-    except Exception:  # damaged files are reported where they are opened to be used
-        return False
+    return [found[path] for path in pictures]
 
 
 def _files(folder: str | os.PathLike[str], what: str) -> list[Path]:
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if not path.is_dir():
         raise ConceptSplitError(f"There is no folder '{folder}': give the folder with the {what}s.")
     return sorted(p for p in path.iterdir() if not p.name.startswith("."))
@@ -159,8 +158,33 @@ def _why_not(path: Path) -> str:
     return "other file"
 
 
-def _picture_of(name: str, names: Iterable[str]) -> str | None:
-    """The picture whose mask a file of this name is, if that picture is there."""
-    found = _MASK_NAME.fullmatch(name)
-    of = str(found["of"] or found["before"]) if found else ""
-    return of if of in names else None
+def _is_condition(path: Path) -> bool:
+    found = _MASK_NAME.fullmatch(stem(path))
+    return found is not None and found["cond"] is not None
+
+
+class _Names:
+    """Pictures by what they are called: to the letter, and in any case, as on disks that do not tell cases apart."""
+
+    def __init__(self, pictures: Iterable[Path]):
+        self.exact: dict[str, list[Path]] = {}
+        self.folded: dict[str, list[Path]] = {}
+        for path in pictures:
+            for name in {stem(path), unicodedata.normalize("NFC", path.name)}:
+                self.exact.setdefault(name, []).append(path)
+                self.folded.setdefault(name.casefold(), []).append(path)
+
+    def called(self, name: str) -> list[Path]:
+        """Those of a name, with or without its ending."""
+        return self.exact.get(name) or self.folded.get(name.casefold()) or []
+
+    def covered_by(self, mask: Path) -> list[Path]:
+        """Those whose mask a file of this name is."""
+        found = _MASK_NAME.fullmatch(stem(mask))
+        if found is None:
+            return []
+        of = str(found["of"] or found["before"])
+        plain, dot, ending = of.rpartition(".")
+        candidates = [f"{of}{found['copy']}"] if found["copy"] else []
+        candidates += [of, *([plain] if f"{dot}{ending}".lower() in (*EXTENSIONS, *PLUGIN_EXTENSIONS) else [])]
+        return next(filter(None, map(self.called, candidates)), [])

@@ -90,6 +90,20 @@ def check_strength(mask: Tensor | np.ndarray, what: str) -> None:
         )
 
 
+def check_left(before: Tensor | np.ndarray, after: Tensor | np.ndarray, what: str, size: tuple[int, int]) -> None:
+    """Asks about a mask of which scaling and cropping to (height, width) leave nothing; one that was empty before is
+    reported later, as empty.
+
+    Raises:
+        ConceptSplitError: the concept lies outside the crop, or is smaller than a pixel.
+    """
+    if float(before.max()) > 0 and not float(after.max()) > 0:
+        raise ConceptSplitError(
+            f"{what} marks nothing in what is left of its picture, which is scaled and cropped around its centre to "
+            f"{size[1]} x {size[0]} pixels: crop the picture around the concept, or train at a size of its shape."
+        )
+
+
 def check_masks(
     masks: Tensor | None, count: int, size: tuple[int, int], picture: tuple[int, int] | None = None
 ) -> Tensor | None:
@@ -182,6 +196,7 @@ def one_size(
                     "it the shape of the image."
                 )
         fitted.append(_fit_tensor(cover[..., None].clamp(0, 1), wanted)[..., 0])
+        check_left(cover, fitted[-1], f"Mask {number}", wanted)
     note = (
         f"The {len(pictures)} training images have {len(shapes)} sizes: all are scaled and cropped around their centre "
         f"to {wanted[1]} x {wanted[0]} pixels.",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import ConceptSplitError
-from .images import check_strength, fit, same_shape
+from .images import check_left, check_strength, fit, same_shape
 
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _WHITE, _BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
@@ -68,6 +68,7 @@ def read_masks(paths: Sequence[Path], pictures: Sequence[Path], size: tuple[int,
                 f"{picture.height}: make it the picture's shape."
             )
         found.append(np.asarray(fit(mask, size), dtype=np.float32) / 255.0)
+        check_left(np.asarray(mask), found[-1], f"The mask '{path.name}'", size)
     return np.stack(found)[:, None]
 
 

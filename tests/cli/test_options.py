@@ -19,6 +19,7 @@ from conceptsplit_core import cli
 from conceptsplit_core.cli import common, options
 from conceptsplit_core.cli import sample as sample_command
 from conceptsplit_core.cli import train as train_command
+from conceptsplit_core.errors import ConceptSplitError
 from conceptsplit_core.files import check_place
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.options import options as all_options
@@ -279,6 +280,65 @@ def test_case_27_a_file_name_may_have_an_equals_sign(monkeypatch, tmp_path):
     assert parse(f"{odd.name}:0.8") == (None, Path(odd.name), 0.8)
     concepts, adapters = sample_command.load_concepts([f"{odd.name}:0.8"], [], "")
     assert concepts[0].name == "pixa" and adapters["pixa"][1] == 0.8
+
+
+@pytest.mark.parametrize("name", ["रेक्स", "<rex>", "cafe\u0301", " re-x.2"])
+def test_what_can_be_a_name_is_one_before_the_equals_sign(name):
+    wanted = {"cafe\u0301": "caf\u00e9"}.get(name, name.strip(" <>"))
+    assert sample_command.parse_adapter_option(f"{name}=a/b=c.safetensors:0.5") == (
+        wanted,
+        Path("a/b=c.safetensors"),
+        0.5,
+    )
+    found = sample_command.parse_lora_option(f"{name}=b.safetensors:a=b:0.5")
+    assert found == (wanted, Path("b.safetensors"), "a=b", 0.5)
+    assert sample_command.parse_adapter_option("a b=c.safetensors")[:2] == (None, Path("a b=c.safetensors"))
+
+
+@pytest.mark.parametrize("called", ["pixa", "<pixa>", "PIXA", " <Pixa> "])
+def test_class_words_find_their_adapter_as_placeholders_do(called):
+    concepts, _ = sample_command.load_concepts(
+        [str(ADAPTER), f"Rex={ADAPTER}", f"rex={ADAPTER}"], [f"{called}=ring"], ""
+    )
+    assert (concepts[0].name, concepts[0].class_word) == ("pixa", "ring")
+    concepts, _ = sample_command.load_concepts([f"Rex={ADAPTER}", f"rex={ADAPTER}"], ["<rex>=ring"], "")
+    assert [concept.class_word == "ring" for concept in concepts] == [False, True]
+    with pytest.raises(ConceptSplitError, match=r"--class-word names 'REX', which no --adapter provides\."):
+        sample_command.load_concepts([f"Rex={ADAPTER}", f"rex={ADAPTER}"], ["REX=ring"], "")
+
+
+def test_pictures_without_a_name_count_up_and_inputs_are_no_output(refused, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def named(*line):
+        found = sample_command.targets(options.parse(["sample", "--prompt", "a", *line]))
+        return [path.name for _, *pair in found for path in pair]
+
+    for name in ("sample.png", "sample_2-maps.png", "sample_3-8.png"):
+        Path(name).touch()
+    assert named() == ["sample_2.png", "sample_2-maps.png"] and named("--maps") == ["sample_3.png", "sample_3-maps.png"]
+    assert named("--batch", "2", "--seed", "7")[0] == "sample-7.png" and named("--out", "sample.png")[0] == "sample.png"
+    Path("sample-8.png").touch()
+    assert named("--batch", "2", "--seed", "7")[::2] == ["sample_2-7.png", "sample_2-8.png"]
+    shutil.copy(ADAPTER, "a.png")
+    before = Path("a.png").read_bytes()
+    said = refused("sample", "--prompt", "a <pixa>", "--adapter", "a.png", "--out", tmp_path / "a.png")
+    assert "a.png is a file that this picture is made of: give another name." in said
+    assert Path("a.png").read_bytes() == before
+
+
+def test_what_inspect_and_demo_would_replace_is_refused(refused, monkeypatch, tmp_path):
+    mine, text = tmp_path / "mine.safetensors", tmp_path / "thesis.txt"
+    shutil.copy(ADAPTER, mine)
+    text.write_text("of years")
+    assert "mine.safetensors exists and is kept: give a new name." in refused(
+        "inspect", mine, "--svd", 1, "--out", mine
+    )
+    assert "thesis.txt must end in .safetensors." in refused("inspect", mine, "--svd", 1, "--out", text)
+    assert mine.read_bytes() == ADAPTER.read_bytes() and text.read_text() == "of years"
+    (tmp_path / "report.json").write_text('{"patients": 30}')
+    assert "is not a report of ConceptSplit demo and would be replaced" in refused("demo", "--out", tmp_path)
+    assert (tmp_path / "report.json").read_text() == '{"patients": 30}'
 
 
 def test_a_strength_out_of_range_is_named(refused):

@@ -109,6 +109,22 @@ def test_a_spreadsheets_table_where_the_comma_is_the_decimal_sign(tmp_path, enco
     assert made["9"]["inputs"]["cfg"] == -7.25
 
 
+@pytest.mark.parametrize("first", ["\n", "\r\n \r\n", ";;\r\n"])
+def test_lines_without_anything_before_the_head_do_not_hide_its_separator(tmp_path, first):
+    table = read_table(write(tmp_path / "t.csv", f"{first}prompt;cfg\na, b;2,5\n"))
+    assert (table.columns, table.comma, table.rows[0].cells) == (
+        ["prompt", "cfg"],
+        True,
+        {"prompt": "a, b", "cfg": "2,5"},
+    )
+    assert table.rows[0].number == first.count("\n") + 2
+
+
+def test_cells_of_a_tsv_may_have_every_sign_but_its_own(tmp_path):
+    table = read_table(write(tmp_path / "t.tsv", "prompt\na cat, a dog; red\n"))
+    assert (table.columns, table.rows[0].cells) == (["prompt"], {"prompt": "a cat, a dog; red"})
+
+
 def test_a_head_with_the_separator_in_quotes(tmp_path):
     table = read_table(write(tmp_path / "t.csv", '"a, b, c";seed\nx;3\n'))
     assert (table.columns, table.rows[0].cells) == (["a, b, c", "seed"], {"a, b, c": "x", "seed": "3"})
@@ -227,6 +243,38 @@ def test_a_cell_goes_before_the_command_and_an_empty_one_takes_it(tmp_path):
     assert [task.order["afg"] for task in tasks] == [False, True, False]
     lists = [[f"{PIXA}:0.5", str(NERO)], [str(NERO), f"x={PIXA}"], [f"{PIXA}:0.25"]]
     assert [task.order["adapter"] for task in tasks] == lists
+
+
+def test_words_of_stages_in_a_cell_belong_to_their_file(tmp_path):
+    cell = f"a={LORAS[0][5:]}:star; 0.4: blue star:0.5; b={LORAS[1][5:]}:heart;.25:red heart"
+    (task,) = tasks_of(tmp_path, [{"prompt": "<a> and <b>", "lora": cell, "adapter": f"{PIXA};{NERO}:2"}])
+    assert task.fault == "" and task.order["adapter"] == [str(PIXA), f"{NERO}:2"]
+    assert task.order["lora"] == [
+        f"a={LORAS[0][5:]}:star; 0.4: blue star:0.5", f"b={LORAS[1][5:]}:heart;.25:red heart"
+    ]  # fmt: skip
+
+
+def test_a_row_that_no_file_can_hold_is_told_and_the_others_wait(tmp_path):
+    rows = [
+        {"prompt": "a", "adapter": "~nobodyx/a.safetensors"},
+        {"prompt": "a", "adapter": "x" * 300 + ".safetensors"},
+        {"prompt": "a", "lora": "y" * 300 + ".safetensors:dog"},
+        {"prompt": "a \ud800 cat"},
+        {"prompt": "a", "name": "\udfff"},
+        {"prompt": "a", "adapter": ["a\0.safetensors"]},
+        {"prompt": "a", "\ud800": "b"},
+        {"prompt": "a star", "name": "x" * 300, "seed": 3},
+    ]
+    tasks = tasks_of(tmp_path, rows)
+    assert [task.state for task in tasks] == ["failed"] * 7 + ["waiting"]
+    said = ["no file ~nobodyx/a", "File name too long", "File name too long", *["holds a sign that is no text"] * 4]
+    for task, words in zip(tasks, said, strict=False):
+        assert words in task.fault.replace(os.sep, "/"), task.fault
+    made = folder.Folder(tmp_path, read_table(tmp_path / "t.json"), tasks, bytes)
+    made.report()
+    assert report(tmp_path)["counts"]["failed"] == 7
+    (task,) = tasks_of(tmp_path, [{}], "--prompt", "a \udc80 cat")
+    assert task.fault == "'a \\udc80 cat' holds a sign that is no text: write it anew."
 
 
 def test_a_batch_is_a_row_per_seed(tmp_path):
@@ -456,6 +504,26 @@ def test_contact_sheets_follow_the_table(tmp_path):
     assert not (tmp_path / names[2]).exists() and (tmp_path / "contact-sheet-mine.png").exists()
 
 
+def test_sheets_and_reports_of_others_are_left_alone(refused, tmp_path):
+    for name in ("contact-sheet.png", "contact-sheet-3.png", "contact-sheet-9.png"):
+        Image.new("RGB", (9, 5)).save(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    made, _ = drawn_folder(tmp_path, 101, 16)
+    assert [path.name for path in made.sheets()] == [f"contact-sheet-{n}.png" for n in (2, 4, 5)]
+    shorter, _ = drawn_folder(tmp_path, 5, 16)
+    assert [path.name for path in shorter.sheets()] == ["contact-sheet-2.png"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in tmp_path.glob("contact-sheet*")} == {path.name for path in before} | {
+        "contact-sheet-2.png"
+    }
+    table = table_of(tmp_path / "t.csv", [{"prompt": "a star"}])
+    for name, text in (("report.txt", "my notes"), ("report.json", '{"what": "ConceptSplit demo"}')):
+        (tmp_path / name).write_text(text)
+        said = refused("render", table, "--out", tmp_path)
+        assert f"{name} is not a report of ConceptSplit render and would be replaced: move it away or" in said
+        assert (tmp_path / name).read_text() == text
+
+
 def test_a_sheet_of_large_pictures_needs_the_memory_of_a_few(tmp_path):
     made, _ = drawn_folder(tmp_path, 40, 1536)
     tracemalloc.start()
@@ -531,6 +599,38 @@ def test_without_any_worker_the_run_ends_and_says_what_is_left():
     one.places = 1  # a second place might be drawing the first row when the worker is lost
     tasks, drawn, _ = crew([4, 5, 6], [one], patience=0.0)
     assert drawn == {0: b"4"} and [task.state for task in tasks] == ["waiting"] * 3 and not tasks[1].fault
+
+
+def test_a_row_that_is_stopped_with_the_run_has_not_failed():
+    """Closing a worker ends what it draws, which is no fault of the row."""
+    begun, stopped, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Stopped(Hand):
+        places = 1
+
+        def draw(self, order, step):
+            if self.name == "two":
+                begun.wait(20)
+                return Drawing([(".txt", b"")])
+            begun.set()
+            try:
+                stopped.wait(20)
+                raise ConceptSplitError("It was stopped at the server")
+            finally:
+                ended.set()
+
+        def close(self):
+            stopped.set()
+            ended.wait(20)
+            time.sleep(0.05)
+
+    def full(task, drawing):
+        raise ConceptSplitError("The disk is full.")
+
+    tasks = [Task(i, {}, order=i) for i in range(2)]
+    with pytest.raises(ConceptSplitError, match="disk is full"):
+        Crew(tasks, [Stopped("one", set()), Stopped("two", set())], full, str, print).run()
+    assert [task.state for task in tasks] == ["waiting", "waiting"]
 
 
 def test_a_full_disk_ends_the_run():
@@ -730,6 +830,12 @@ def test_cells_take_the_type_of_their_input():
         (["--server", "127.0.0.1:9", "--graph", TEMPLATE], "server 127.0.0.1:9 cannot be reached: start ComfyUI"),
         (["--server", "127.0.0.1:9"], "--server needs --graph"),
         (["--server", "ftp://x", "--graph", TEMPLATE], "--server ftp://x is no address"),
+        (["--server", "127.0.0.1:abc", "--graph", TEMPLATE], "--server 127.0.0.1:abc is no address: write HOST:PORT"),
+        (["--server", "127.0.0.1:99999", "--graph", TEMPLATE], "--server 127.0.0.1:99999 is no address"),
+        (["--server", "my host:8188", "--graph", TEMPLATE], "--server my host:8188 is no address"),
+        (["--server", "http://[::1", "--graph", TEMPLATE], "--server http://[::1 is no address"),
+        (["--server", "h\u00a0:1", "--graph", TEMPLATE], "is no address"),
+        (["--workers", "3", "--graph", TEMPLATE], "--workers are those of a Ray cluster: add --ray."),
         (["--graph", TEMPLATE, "--cfg", "2"], "--cfg has no effect with --graph: name a column of the table"),
         (["--graph", TEMPLATE, "--ray"], "--ray and --server are two ways to draw a table: use one."),
         (["--graph", ROOT / "workflows" / TEMPLATE.name], "export it with ComfyUI's menu Export (API)"),
@@ -739,6 +845,35 @@ def test_servers_that_cannot_be_asked_are_one_sentence(refused, tmp_path, line, 
     table = table_of(tmp_path / "t.csv", [{"9.seed": 3}])
     told = refused("render", table, *line, "--out", tmp_path / "out")
     assert said in told
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", "the connection broke: IncompleteRead"),
+        (b"what?\r\n\r\n", "the connection broke: what?"),
+        (b"HTTP/1.1 502 Bad\r\nContent-Length: 500\r\n\r\n{", "it answers 502 to /queue"),
+    ],
+)
+def test_a_server_that_dies_in_its_answer_is_lost(answer, refused):
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def die():
+            with door.accept()[0] as line:
+                line.recv(4096)
+                line.sendall(answer)
+
+        threading.Thread(target=die, daemon=True).start()
+        dying = server.Server(f"127.0.0.1:{door.getsockname()[1]}")
+        with pytest.raises(WorkerLost, match=re.escape(refused)):
+            dying._ask("/queue")
+
+
+def test_a_node_of_a_graph_may_say_nothing_about_itself(tmp_path):
+    graph = {"3": {"class_type": "KSampler", "inputs": {"seed": 1}, "_meta": None}}
+    (tmp_path / "g.json").write_text(json.dumps(graph))
+    assert server.find_input(server.read_graph(tmp_path / "g.json"), "seed") == ("3", "seed")
+    assert server._named(graph, "3") == "KSampler (node 3)"
 
 
 def test_keys_tell_rows_apart():

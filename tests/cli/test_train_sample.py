@@ -202,6 +202,31 @@ def test_b15_a_finished_adapter_is_not_replaced(call, tmp_path, cat_folder, mode
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
+def test_what_others_left_or_write_meanwhile_is_kept(call, tmp_path, cat_folder, model_folder, monkeypatch):
+    """The state of a training that was killed, and an adapter that appears under the name of this one."""
+    from conceptsplit_core.files import held
+    from conceptsplit_core.train.progress import ProgressBar
+
+    out, state = tmp_path / "tom.safetensors", tmp_path / "tom.checkpoint"
+    state.write_bytes(b"hours of work")
+    line = train_options(cat_folder, model_folder, out, word="<cat>", steps=1)
+    with held(tmp_path / ".tom_2.checkpoint.lock", "taken"):
+        code, _, err = call(*line)
+    assert code == 2 and f"train: Another training is writing {tmp_path / 'tom_2.safetensors'}: wait until" in err
+    genuine = ProgressBar.__call__
+    second = tmp_path / "tom_2.safetensors"
+    monkeypatch.setattr(ProgressBar, "__call__", lambda *given: second.write_bytes(b"other") and genuine(*given))
+    code, _, err = call(*line)
+    assert code == 0, err
+    assert "tom.checkpoint holds a stopped training, which resume (terminal: --resume) goes on from" in err
+    assert "tom_2.safetensors has been written by somebody else meanwhile and is kept" in err
+    assert state.read_bytes() == b"hours of work" and second.read_bytes() == b"other"
+    assert load_adapter(tmp_path / "tom_3.safetensors").info.class_word == "cat"
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
+        "tom.checkpoint", "tom_2.safetensors", "tom_3.safetensors", "tom_3.loss.png",
+    }  # fmt: skip
+
+
 def test_case_9_training_twice_inside_the_picture_folder(call, cat_folder, model_folder, monkeypatch):
     """Our own curves and pictures, and masks beside the pictures, are not learned from."""
     monkeypatch.chdir(cat_folder)

@@ -3,11 +3,12 @@
 import os
 import stat
 import threading
+from contextlib import nullcontext
 
 import pytest
 
 from conceptsplit_core.errors import ConceptSplitError
-from conceptsplit_core.files import write_whole
+from conceptsplit_core.files import check_report, held, user_path, write_whole
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
@@ -53,3 +54,37 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypa
     with pytest.raises(ConceptSplitError, match="Cannot write .*rex.safetensors: No space left on device; free space"):
         write_whole(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["rex.safetensors"] and path.read_bytes() == b"old"
+
+
+def test_a_name_behind_a_tilde_need_not_be_a_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert user_path("~/a b") == tmp_path / "a b" and str(user_path("~nobodyx/a")) == os.path.join("~nobodyx", "a")
+
+
+def test_a_lock_keeps_others_out_and_is_gone_afterwards(tmp_path):
+    path = tmp_path / "deep" / ".rex.lock"
+    with held(path, "It is taken."):
+        with pytest.raises(ConceptSplitError, match=r"^It is taken\.$"), held(path, "It is taken."):
+            pass
+        assert path.exists()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fits"),
+    [
+        ("report.json", '{"what": "ConceptSplit demo: pictures"}', True),
+        ("report.json", '{"what": "ConceptSplit render"}', False),
+        ("report.json", '["ConceptSplit demo"]', False),
+        ("report.json", "{", False),
+        ("notes.txt", "mine", False),
+        ("report.txt", "mine", True),
+        ("other.json", "{}", True),
+    ],
+)
+def test_only_an_own_report_is_replaced(tmp_path, name, text, fits):
+    (tmp_path / name).write_text(text)
+    refusal = pytest.raises(ConceptSplitError, match=f"{name} is not a report of ConceptSplit demo and would be replac")
+    with nullcontext() if fits else refusal:
+        check_report(tmp_path, "ConceptSplit demo", "notes.txt")

@@ -214,8 +214,11 @@ def test_captions_of_a_user(tmp_path, monkeypatch):
     with pytest.raises(ConceptSplitError, match="captions has 10001 captions"):
         given_captions(["a"] * 10_001, "captions")
     assert len(given_captions([" a "] * 10_000, "captions")) == 10_000 and given_captions(["a"], "captions") == ["a"]
-    file.write_bytes("café\n".encode("latin-1"))
-    assert read_captions(file) == ["caf\ufffd"]
+    file.write_bytes("a dog\ncafé\n".encode("cp1252"))
+    with pytest.raises(ConceptSplitError, match=r"^mine\.txt is not UTF-8 text \(line 2\): save it as UTF-8\.$"):
+        read_captions(file)
+    file.write_bytes("a café\r\nдва кота\r\n".encode("utf-16"))
+    assert read_captions(file) == ["a café", "два кота"]
     assert captions.MAX_BYTES == 4 * 1024**2
     monkeypatch.setattr(captions, "MAX_BYTES", 30)
     file.write_bytes(b"x" * 30)

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from conceptsplit_core.errors import ConceptSplitError
+from conceptsplit_core.files import OURS, written_by_us
 from conceptsplit_core.train import folder as module
 from conceptsplit_core.train import heic
-from conceptsplit_core.train.folder import OURS, mask_files, picture_folder, written_by_us
+from conceptsplit_core.train.folder import mask_files, picture_folder
 
 
 def draw(path, value=90):
@@ -300,3 +301,45 @@ def test_a_picture_without_its_mask_is_named(tmp_path):
     draw(tmp_path / "masks" / "a.png")
     with pytest.raises(ConceptSplitError, match=r"There is no mask for 'b.jpg' in '.*masks': name it like the picture"):
         mask_files(tmp_path / "masks", pictures)
+
+
+@pytest.mark.parametrize(
+    ("picture", "mask"),
+    [
+        ("IMG_0.PNG", "IMG_0.PNG_mask.png"),
+        ("IMG_0.PNG", "img_0_mask.png"),
+        ("IMG_1.jpg", "IMG_1.jpg.mask.png"),
+        ("IMG_1.jpg", "img_1.JPEG-mask.webp"),
+        ("IMG_1.jpg", "IMG_1mask.png"),
+        ("IMG_1.jpg", "IMG_1_mask (1).png"),
+        ("IMG_1.jpg", "IMG_1_Masks(12).png"),
+        ("IMG_1 (1).jpg", "IMG_1_mask (1).png"),
+        ("STRASSE.jpg", "straße_mask.png"),
+        ("IMG_1.jpg", "IMG_1-masklabel.png"),
+    ],
+)
+def test_masks_under_the_names_that_programs_give_are_no_pictures(tmp_path, picture, mask):
+    photo, cover = draw(tmp_path / "a.png").rename(tmp_path / picture), draw(tmp_path / mask)
+    other = draw(tmp_path / "other_mask (1).png")
+    found = picture_folder(tmp_path)
+    assert found.pictures == (photo, other) and found.masks == {photo: cover}
+    assert mask_files(tmp_path, [photo]) == [cover]
+
+
+def test_a_mask_belongs_to_the_picture_of_its_very_name(tmp_path):
+    photos = [draw(tmp_path / name) for name in ("IMG_1 (1).png", "IMG_1.jpg", "IMG_1.png", "Img_1.png")]
+    covers = [draw(tmp_path / f"{path.name}_mask.png") for path in photos]
+    found = picture_folder(tmp_path)
+    assert found.masks == dict(zip(photos, covers, strict=True)) and mask_files(tmp_path, photos) == covers
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for cover in [draw(masks / "A.png"), draw(masks / "a.png")]:
+        assert mask_files(masks, [tmp_path / cover.name]) == [cover]
+
+
+def test_onetrainers_conditioning_pictures_are_neither_pictures_nor_masks(tmp_path):
+    photo, cover = draw(tmp_path / "IMG_1.png"), draw(tmp_path / "IMG_1-masklabel.png")
+    draw(tmp_path / "IMG_1-condlabel.png")
+    found = picture_folder(tmp_path)
+    assert found.pictures == (photo,) and found.masks == {photo: cover} and mask_files(tmp_path, [photo]) == [cover]
+    assert found.left_out == "1 conditioning picture, 1 mask (used with --masks)"

@@ -251,3 +251,12 @@ def test_pictures_of_several_batches_and_one_size_keep_their_masks_sizes_apart()
     assert note == () and torch.equal(batch, torch.cat(images)) and masks.shape == (3, 40, 60)
     for cover in masks:
         assert float(cover[:, :27].min()) > 0.9 and float(cover[:, 33:].max()) < 0.1
+
+
+def test_a_mask_of_a_list_that_only_the_crop_empties_is_told_as_such():
+    wide, mask = torch.full((1, 32, 128, 3), 0.5), torch.zeros(1, 32, 128)
+    mask[:, :, 100:] = 1
+    with pytest.raises(
+        ConceptSplitError, match=r"^Mask 2 marks nothing in what is left of its picture, .* 32 x 32 pix"
+    ):
+        one_size([torch.rand(1, 64, 64, 3), wide], [torch.ones(1, 64, 64), mask], 32)

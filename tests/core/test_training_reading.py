@@ -419,3 +419,19 @@ def test_pictures_of_a_list_are_cropped_to_one_size(tmp_path):
     assert found.shape == (2, 20, 20, 3) and found.dtype == np.uint8
     assert np.array_equal(found[1], wide[:, 10:30]) and np.array_equal(found[0], found[1])
     assert read_pictures([tmp_path / "a.png"], (10, 24)).shape == (1, 10, 24, 3)
+
+
+def test_a_mask_that_only_the_crop_empties_is_told_as_such(tmp_path):
+    """A thing at the left edge of a wide picture, and training at a square."""
+    draw = np.zeros((30, 110), np.uint8)
+    draw[4:20, 3:25] = 255
+    Image.fromarray(draw).save(tmp_path / "a_mask.png")
+    Image.new("RGB", (110, 30)).save(tmp_path / "a.jpg")
+    files = ([tmp_path / "a_mask.png"], [tmp_path / "a.jpg"])
+    with pytest.raises(
+        ConceptSplitError, match=r"^The mask 'a_mask\.png' marks nothing in what is left .* 16 x 24 pix"
+    ):
+        read_masks(*files, (24, 16))
+    assert read_masks(*files, (16, 56)).max() > 0.9
+    Image.fromarray(draw * 0).save(tmp_path / "a_mask.png")
+    assert read_masks(*files, (24, 16)).max() == 0, "an empty one is told where all are looked at"

@@ -272,6 +272,38 @@ def test_b15_a_finished_adapter_is_kept_and_the_name_counts_up(tmp_path):
     assert training_files(path, resume=False).adapter.name == "re.x_3.safetensors", "a dead link is a name in use"
 
 
+def test_the_state_of_a_stopped_training_is_kept_and_resume_finds_it(tmp_path):
+    """A training that was killed leaves a state and no adapter."""
+    path, state = tmp_path / "re.x.safetensors", tmp_path / "re.x.checkpoint"
+    state.write_bytes(b"hours of work")
+    fresh = training_files(path, resume=False)
+    assert (fresh.adapter.name, fresh.state.name) == ("re.x_2.safetensors", "re.x_2.checkpoint")
+    assert fresh.notes == (
+        "re.x.checkpoint holds a stopped training, which resume (terminal: --resume) goes on from: this one is written "
+        "to re.x_2.safetensors.",
+    )
+    again = training_files(path, resume=True)
+    assert (again.adapter, again.state, again.notes, again.replaces) == (path, state, (), False)
+
+
+def test_an_adapter_that_appears_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "rex.safetensors"
+    path.touch()
+    mine = training_files(path, resume=False)
+    assert mine.adapter.name == "rex_2.safetensors" and mine.unless_taken() is mine
+    mine.state.write_bytes(b"mine")
+    mine.adapter.write_bytes(b"another's")
+    other = mine.unless_taken()
+    assert (other.adapter.name, other.state.read_bytes()) == ("rex_3.safetensors", b"mine") and not mine.state.exists()
+    assert other.notes == (
+        "rex_2.safetensors has been written by somebody else meanwhile and is kept: this training is written to "
+        "rex_3.safetensors.",
+    )
+    other.adapter.write_bytes(b"written by its stop")
+    resumed = training_files(path, resume=True)
+    assert resumed.state == other.state and resumed.unless_taken() is resumed
+
+
 def test_case_17_resume_takes_the_newest_state_and_says_when_there_is_none(tmp_path):
     path = tmp_path / "rex.safetensors"
     none = training_files(path, resume=True)

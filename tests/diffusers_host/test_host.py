@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -431,11 +432,112 @@ def test_case_23_plain_weights_come_first(folder, tmp_path):
         assert torch.equal(value, plain[key])
 
 
-def test_a_checkpoint_file_without_a_tokenizer_says_so(tmp_path):
+def _without(path, start):
+    """A weights file without the tensors whose names begin so."""
+    from safetensors.torch import load_file, save_file
+
+    kept = {key: value for key, value in load_file(path).items() if not key.startswith(start)}
+    save_file(kept, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: [file.unlink() for file in (p / "tokenizer").glob("*[bz]*")] and None, "no words"),
+        (lambda p: [file.unlink() for file in (p / "tokenizer").iterdir() if "config" not in file.name], "no words"),
+        (
+            lambda p: _without(
+                p / "text_encoder" / "model.safetensors", ("text_model.encoder.layers.1", "encoder.layers.1")
+            ),
+            "lacks 16 of its",
+        ),
+        (lambda p: _without(p / "unet" / "diffusion_pytorch_model.safetensors", "mid_block"), r"lacks \d+ of its"),
+        (lambda p: _without(p / "vae" / "diffusion_pytorch_model.safetensors", "encoder.mid"), r"lacks \d+ of its"),
+        (lambda p: _index(p, unet=["diffusers", "UNet1DModel"]), "unet in .* cannot be loaded"),
+        (lambda p: _other_unet(p), r"The unet in .* is a UNet2DModel: choose a model of SD 1\.x"),
+        (lambda p: _index(p, vae=["diffusers", 5]), "unknown class '5' as its vae"),
+        (
+            lambda p: _write(p / "model_index.json", b"[1, 2]"),
+            r"model_index\.json' is not a table of the model's parts",
+        ),
+        (lambda p: _write(p / "scheduler" / "scheduler_config.json", b"[]"), r"_config\.json' is not a table of set"),
+        (
+            lambda p: _write(p / "scheduler" / "scheduler_config.json", b'{"num_train_timesteps": "many"}'),
+            "The scheduler of .* cannot be used: ",
+        ),
+        (
+            lambda p: _write(p / "scheduler" / "scheduler_config.json", b'{"beta_schedule": "odd"}'),
+            "cannot be used: odd",
+        ),
+    ],
+)
+def test_a_folder_that_lacks_parts_draws_no_nonsense(folder, tmp_path, change, said):
+    import shutil
+
+    copy = shutil.copytree(folder("sd15"), tmp_path / "model")
+    change(copy)
+    with pytest.raises(ConceptSplitError, match=said) as told:
+        host.load_model(copy)
+    assert "\n" not in str(told.value)
+
+
+def _other_unet(folder):
+    import shutil
+
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    made = UNet2DModel(block_out_channels=(4, 8), norm_num_groups=2, in_channels=4, layers_per_block=1, **blocks)
+    shutil.rmtree(folder / "unet")
+    made.save_pretrained(folder / "unet")
+    _index(folder, unet=["diffusers", "UNet2DModel"])
+
+
+def _index(folder, **changes):
+    import json
+
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_tokenizer_of_a_single_file_is_a_comfyuis(tmp_path, monkeypatch):
+    """COMFYUI_PATH may name several; a pack in custom_nodes belongs to the ComfyUI around it."""
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    path = _save(tmp_path / "model.safetensors", {key: torch.zeros(8, 768)})
+    asked = []
+    monkeypatch.setattr(single_file, "write_config", lambda *given: asked.append(given[3]) or 1 / 0)
+    hosts = {name: tmp_path / name / "comfy" / "sd1_tokenizer" for name in ("empty", "named", "around", "mine")}
+    for name, words in hosts.items():
+        words.mkdir(parents=True)
+        for file in ("vocab.json", "merges.txt")[: 1 if name == "empty" else 2]:
+            (words / file).touch()
+    monkeypatch.setenv("COMFYUI_PATH", os.pathsep.join(str(tmp_path / name) for name in ("nowhere", "empty", "named")))
+    monkeypatch.setattr(
+        single_file, "__file__", str(tmp_path / "around" / "custom_nodes" / "pack" / "core" / "a" / "b" / "c.py")
+    )
+    for wanted, given in ((hosts["named"], None), (hosts["mine"], hosts["mine"])):
+        with pytest.raises(ZeroDivisionError):
+            host.load_model(path, tokenizer=given)
+        assert asked.pop() == wanted
+    monkeypatch.delenv("COMFYUI_PATH")
+    with pytest.raises(ZeroDivisionError):
+        host.load_model(path)
+    assert asked.pop() == hosts["around"]
+    monkeypatch.undo()
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    for given in ("~nobodyx/words", tmp_path / "none"):
+        with pytest.raises(ConceptSplitError, match="(words|none)' holds no vocab.json and merges.txt: set"):
+            host.load_model(path, tokenizer=given)
+    with pytest.raises(ConceptSplitError, match="no model at '~nobodyx/a'"):
+        host.load_model("~nobodyx/a")
+
+
+def test_a_checkpoint_file_without_a_tokenizer_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     path = _save(tmp_path / "model.safetensors", {key: torch.zeros(8, 768)})
     assert single_file.detect_file(path) == single_file.CheckpointKind("sd15", "epsilon")
-    with pytest.raises(ConceptSplitError, match="--tokenizer"):
+    with pytest.raises(ConceptSplitError, match="no vocab.json and merges.txt: set COMFYUI_PATH to .* --tokenizer"):
         host.load_model(path)
 
 

@@ -11,6 +11,7 @@ from tiny import REX, TOM
 
 from conceptsplit_core import ConceptSplitError
 from conceptsplit_core.hosts import diffusers as host
+from conceptsplit_core.hosts.diffusers.drawing import scheduler
 from conceptsplit_core.hosts.diffusers.schedule import schedule, solved
 from conceptsplit_core.settings import LodaConfig
 
@@ -77,3 +78,15 @@ def test_zero_terminal_snr_is_diffusers_own_but_for_the_last_step():
     torch.testing.assert_close(again, alphas, rtol=1e-3, atol=0)
     plain = schedule("epsilon")
     assert solved(plain)[0] is plain
+
+
+def test_more_steps_than_the_schedule_has_are_one_sentence(load):
+    model = load()
+    prompt = host.encode_text(model, "a dog")
+    with pytest.raises(
+        ConceptSplitError, match=r"^1001 sampling steps are more than the model's 1000: use at most 1000"
+    ):
+        host.sample(model, [prompt], seeds=[0], steps=1001)
+    assert (
+        len(scheduler(model, "ddim", 1000).timesteps) == 1000 and len(scheduler(model, "euler", 1001).timesteps) == 1001
+    )

@@ -9,10 +9,10 @@ None is in the repository yet, because none draws shapes well enough. On two CPU
 70 minutes (two processes that averaged their gradients; rate 2e-3, falling from step 1,709). Colours and backgrounds
 came within 500 steps, patterns within 1,000; outlines are blobs still. The loss with objects weighted was 0.38 at step
 500, 0.31 at 950, 0.27 at 1,700 and 0.23 at the end, and was falling; the demo UNet took 21,800 steps. What such a model
-shows of LoRAs is in docs/models.md. With latents packed 2 × 2, as Flux packs its own, the loss was the same after as many
-steps (0.32 at step 1,100), and a step took 0.9 s instead of 1.65: a better one should begin there. The guided
-UNet as teacher (450 steps from step 1,709 on) and the UNet's features as further targets (110 steps) brought nothing. A
-step of batch 256 took 75 ms on an H200 before the UNet was its teacher:
+shows of LoRAs is in docs/models.md. With latents packed 2 × 2, as Flux packs its own, the loss was the same after as
+many steps (0.32 at step 1,100), and a step took 0.9 s instead of 1.65: a better one should begin there. The guided UNet
+as teacher (450 steps from step 1,709 on) and the UNet's features as further targets (110 steps) brought nothing. A step
+of batch 256 took 75 ms on an H200 before the UNet was its teacher:
 
     python -m tools.demo_model start --out FOLDER
     python -m tools.demo_model latents --out FOLDER --scenes 24000        (or in parts, see --part)

@@ -34,6 +34,11 @@ def scheduler(model: DiffusersModel, name: str, steps: int) -> Any:
         raise ConceptSplitError(f"Sampler {name!r} is unknown: use one of {', '.join(SAMPLERS)}.")
     if steps < 1:
         raise ConceptSplitError(f"{steps} sampling steps are not possible: use 1 or more.")
+    most = len(model.alphas_cumprod)
+    if name == "ddim" and steps > most:
+        raise ConceptSplitError(
+            f"{steps} sampling steps are more than the model's {most}: use at most {most}, or another sampler."
+        )
     if name == "ddim":
         made: Any = DDIMScheduler(
             **model.scheduler, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 
 from ...errors import ConceptSplitError
+from ...files import user_path
 from .model import DiffusersModel, check_channels, family_of, text_encoder
 from .schedule import folder_schedule, schedule, solved
-from .single_file import load_file
+from .single_file import is_tokenizer, load_file
 
 
 def load_model(
@@ -33,7 +34,8 @@ def load_model(
 
     Args:
         prediction_type: "epsilon" or "v_prediction" to overrule what was detected.
-        tokenizer: folder with CLIP's vocab.json and merges.txt; only needed for single checkpoint files.
+        tokenizer: folder with CLIP's vocab.json and merges.txt, for single checkpoint files; None looks beside the
+            file and in a ComfyUI.
         demo_file: for ``demo`` another checkpoint of the demo model's format.
 
     Raises:
@@ -42,7 +44,7 @@ def load_model(
     if str(source) == "demo":
         model = _load_demo(demo_file)
     else:
-        path = Path(source).expanduser()
+        path = user_path(source)
         if path.is_dir():
             model = _load_folder(path, dtype)
         elif path.is_file():
@@ -82,6 +84,8 @@ def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
         index = json.loads(index_path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as problem:
         raise ConceptSplitError(f"'{index_path}' cannot be read: {problem}.") from None
+    if not isinstance(index, dict):
+        raise ConceptSplitError(f"'{index_path}' is not a table of the model's parts: download the model again.")
     needed = [n for n in ("unet", "vae", "text_encoder", "tokenizer") if not (path / n).is_dir()]
     if needed:
         raise ConceptSplitError(f"The model folder '{path}' has no subfolder '{needed[0]}'.")
@@ -89,30 +93,55 @@ def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
     # Both before any weight is read.
     latent_channels = _number(path / "vae" / "config.json", "latent_channels")
     check_channels(f"The model folder '{path}'", _number(path / "unet" / "config.json", "in_channels"), latent_channels)
-    settings, alphas = solved(folder_schedule(path))
+    described = folder_schedule(path)
+    try:
+        settings, alphas = solved(described)
+    except Exception as problem:  # a value of another type, or one that no schedule can have
+        raise ConceptSplitError(f"The scheduler of '{path}' cannot be used: {_first_line(problem)}") from None
 
     import diffusers
     import transformers
 
     def part(library: Any, name: str, default: str) -> Any:
         entry = index.get(name) or [None, None]
-        cls = getattr(library, entry[1] or default, None)
+        asked = entry[1] or default if isinstance(entry, list) and len(entry) == 2 else entry
+        cls = getattr(library, asked, None) if isinstance(asked, str) else None
         if cls is None or not hasattr(cls, "from_pretrained"):
-            raise ConceptSplitError(f"The model folder '{path}' asks for an unknown class '{entry[1]}' as its {name}.")
+            raise ConceptSplitError(f"The model folder '{path}' asks for an unknown class '{asked}' as its {name}.")
         options: dict[str, Any] = {"subfolder": name, "local_files_only": True}
-        if "Tokenizer" not in cls.__name__:
+        weights = "Tokenizer" not in cls.__name__
+        if weights:
+            options["output_loading_info"] = True
             if library is diffusers:
                 options["torch_dtype"] = dtype
             variant = _variant(path / name)
             if variant:
                 options["variant"] = variant
+        elif not is_tokenizer(path / name):
+            raise ConceptSplitError(
+                f"The {name} in '{path}' has no words: download its vocab.json and merges.txt, or tokenizer.json."
+            )
         try:
-            return cls.from_pretrained(str(path), **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-            raise ConceptSplitError(f"The {name} in '{path}' cannot be loaded: {reason}") from None
+            made = cls.from_pretrained(str(path), **options)
+        except Exception as problem:  # libraries raise their own kinds of error on a part that does not fit its class
+            raise ConceptSplitError(f"The {name} in '{path}' cannot be loaded: {_first_line(problem)}") from None
+        if not weights:
+            return made
+        made, told = made
+        # Positions are counted anew; files have them or not.
+        if missing := sorted(key for key in told["missing_keys"] if not key.endswith("position_ids")):
+            raise ConceptSplitError(
+                f"The {name} in '{path}' lacks {len(missing)} of its tensors, such as {missing[0]}: download it again."
+            )
+        return made
 
     unet = part(diffusers, "unet", "UNet2DConditionModel")
+    supported: Any = diffusers.UNet2DConditionModel
+    if not isinstance(unet, supported):
+        raise ConceptSplitError(
+            f"The unet in '{path}' is a {type(unet).__name__}: choose a model of SD 1.x, 2.x or XL, which has a "
+            "UNet2DConditionModel."
+        )
     vae = part(diffusers, "vae", "AutoencoderKL")
     encoders = []
     for suffix in ("", "_2"):
@@ -135,6 +164,10 @@ def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
         scheduler=settings,
         source=str(path),
     )
+
+
+def _first_line(problem: Exception) -> str:
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)
 
 
 def _number(config: Path, key: str) -> int:

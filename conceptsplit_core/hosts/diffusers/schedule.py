@@ -61,6 +61,8 @@ def folder_schedule(path: Path) -> dict[str, Any]:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, OSError) as problem:
             raise ConceptSplitError(f"'{file}' cannot be read: {problem}.") from None
+        if not isinstance(found, dict):
+            raise ConceptSplitError(f"'{file}' is not a table of settings: download the model again.")
     name = str(found.get("_class_name", ""))
     kind = next((what for start, what in _OTHER_DENOISERS.items() if name.startswith(start)), None)
     if found.get("timestep_type") == "continuous":

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import ConceptSplitError
-from ...files import refuse_others
+from ...files import refuse_others, user_path
 from .configs import TEXT_CONFIGS, write_config
 from .model import DiffusersModel, check_channels, text_encoder
 from .schedule import refuse_denoiser, schedule, solved
@@ -147,15 +147,30 @@ def load_file(path: Path, dtype: torch.dtype, tokenizer: str | os.PathLike[str] 
     )
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Whether CLIP's words lie there."""
+    files = [folder / name for name in ("vocab.json", "merges.txt")]
+    return (folder / "tokenizer.json").is_file() or all(file.is_file() for file in files)
+
+
 def _tokenizer_folder(model: Path, given: str | os.PathLike[str] | None) -> Path:
-    """Where CLIP's vocabulary lies: the folder the user named, or `tokenizer` beside the checkpoint."""
-    places = [Path(given).expanduser()] if given else [model.parent / "tokenizer"]
+    """Where CLIP's words lie: the folder the user named, or `tokenizer` beside the checkpoint, or a ComfyUI's.
+
+    Raises:
+        ConceptSplitError: nowhere.
+    """
+    hosts = [user_path(part) for part in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if part]
+    # Not resolved: a pack that is linked into custom_nodes belongs to that ComfyUI.
+    nodes = Path(os.path.abspath(__file__)).parents[4]
+    if nodes.name == "custom_nodes":
+        hosts.append(nodes.parent)
+    usual = [model.parent / "tokenizer", *(host / "comfy" / "sd1_tokenizer" for host in hosts)]
+    places = [user_path(given)] if given else usual
     for place in places:
-        if (place / "tokenizer.json").is_file() or (
-            (place / "vocab.json").is_file() and (place / "merges.txt").is_file()
-        ):
+        if is_tokenizer(place):
             return place
     raise ConceptSplitError(
-        f"A single checkpoint file has no tokenizer, and '{places[0]}' holds no vocab.json and merges.txt: name a "
-        "folder with CLIP's (ComfyUI ships one as comfy/sd1_tokenizer) with --tokenizer."
+        f"A single checkpoint file has no tokenizer, and '{places[0]}' holds no vocab.json and merges.txt: set "
+        "COMFYUI_PATH to a ComfyUI, which ships CLIP's as comfy/sd1_tokenizer, or name a folder with them with "
+        "--tokenizer."
     )
