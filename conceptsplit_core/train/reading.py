@@ -15,6 +15,7 @@ from .images import check_left, check_strength, fit, same_shape
 
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _WHITE, _BLACK = (255, 255, 255, 255), (0, 0, 0, 255)
+_PHOTOMETRIC = 262  # TIFF's tag of what 0 stands for; 0 is white
 VOID = 255  # the palette index that datasets give to a label's border
 
 
@@ -82,6 +83,9 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
             picture.load()
+            # Of 16 bits Pillow leaves it to us that a TIFF may count from white on.
+            if picture.mode.startswith("I;16") and getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+                picture = Image.fromarray(65535 - np.asarray(picture).astype(np.uint16))
             return picture
     except Image.DecompressionBombError:
         raise ConceptSplitError(f"'{path.name}' is too large a picture to open: scale it down first.") from None
@@ -95,6 +99,12 @@ def _open(path: Path) -> Image.Image:
 
 def _is_deep(picture: Image.Image) -> bool:
     return picture.mode == "F" or picture.mode.startswith("I")
+
+
+def _numbers(picture: Image.Image) -> NDArray[np.float64]:
+    """A deep picture's values. Pillow takes the upper half of 32 bits without a sign for negative numbers."""
+    values = np.asarray(picture, dtype=np.float64)
+    return np.where(values < 0, values + 2**32, values) if picture.mode == "I" else values
 
 
 def _has_alpha(picture: Image.Image) -> bool:
@@ -140,16 +150,17 @@ def _shares(picture: Image.Image, name: str, high: int) -> NDArray[np.uint8]:
     """16-bit, 32-bit and float grey as 0…`high`.
 
     Floats whose typical value is at most 1 are shares of 1; what lies above are highlights, and clipped. All others
-    are 8 or 16 bit deep, whichever holds them.
+    are 8, 16 or 32 bit deep, whichever holds them.
     """
-    values = np.asarray(picture, dtype=np.float64)
+    values = _numbers(picture)
     if not np.isfinite(values).all():
         raise ConceptSplitError(f"'{name}' holds values that are not finite: replace or remove it.")
     lit = values[values > 0]
     if picture.mode == "F" and (lit.size == 0 or np.median(lit) <= 1.0):
         top = 1.0
     else:
-        top = 255.0 if values.max() <= 255.0 else 65535.0
+        tops = (255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0, 2.0**32 - 1)
+        top = next((top for top in tops if values.max() <= top), tops[-1])
     return (values / top * high).clip(0, high).round().astype(np.uint8)
 
 
@@ -161,7 +172,7 @@ def _mask_values(picture: Image.Image, name: str) -> NDArray[np.uint8]:
             return alpha
         picture = _on(picture, _BLACK)
     if _is_deep(picture):
-        values = np.asarray(picture, dtype=np.float64)
+        values = _numbers(picture)
         if picture.mode != "F" and values.max() <= 1.0:  # labels, not a 255th of white
             return (values > 0).astype(np.uint8) * 255
         return _shares(picture, name, 255)

@@ -1,5 +1,7 @@
 """Pictures and masks of every mode and depth, against what they show."""
 
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -287,6 +289,28 @@ def test_a_palette_of_greys_is_brightness(tmp_path):
     picture.putpalette([0, 0, 0, 128, 128, 128, 255, 255, 255])
     picture.save(tmp_path / "x.png")
     assert np.asarray(open_mask(tmp_path / "x.png")).tolist() == [[0, 128, 255]]
+
+
+def tiff(values, photometric):
+    """Grey numbers without a sign as a TIFF of one strip; photometric 0 counts from white on."""
+    height, width = values.shape
+    strip = 8 + 2 + 9 * 12 + 4  # behind the head, the tags' number, nine tags, and the place of no further table
+    tags = [(256, width), (257, height), (258, 8 * values.itemsize), (259, 1), (262, photometric), (273, strip),
+            (277, 1), (278, height), (279, values.nbytes)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return head + entries + struct.pack("<I", 0) + values.astype(values.dtype.newbyteorder("<")).tobytes()
+
+
+@pytest.mark.parametrize(("dtype", "from_white"), [(np.uint16, False), (np.uint16, True), (np.uint32, False)])
+def test_deep_tiffs_count_from_black_or_from_white(tmp_path, dtype, from_white):
+    most = np.iinfo(dtype).max
+    shares = np.array([[0, 64, 128], [191, 230, 255]]) / 255.0
+    values = (shares * most).round().astype(dtype)
+    path = tmp_path / "deep.tif"
+    path.write_bytes(tiff(most - values if from_white else values, 0 if from_white else 1))
+    assert np.asarray(open_picture(path))[..., 1].tolist() == [[0, 64, 128], [191, 230, 255]]
+    assert np.asarray(open_mask(path)).tolist() == [[0, 64, 128], [191, 230, 255]]
 
 
 @pytest.mark.parametrize(
