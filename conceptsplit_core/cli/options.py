@@ -116,7 +116,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "--images",
         required=True,
         metavar="FOLDER",
-        help="pictures of the one thing, 3 to 20: PNG, JPEG, WebP, BMP or TIFF, any size",
+        help="pictures of the one thing, 3 to 10: PNG, JPEG, WebP, BMP or TIFF, any size",
     )
     need.add_argument(
         "--class-word",
