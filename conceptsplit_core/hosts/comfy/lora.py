@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ def concept_of(path: Path, name: str, words: str) -> Concept:
         raise ConceptSplitError(
             f"{path.name} does not say which words it was trained on: write them into words, for instance 'ohwx woman'."
         )
-    return Concept(name, words.strip() or proposed[0])
+    # A tag's brackets are signs of it, and no weight.
+    return Concept(name, words.strip() or re.sub(r"(?<!\\)([()])", r"\\\1", proposed[0]))
 
 
 def read_lora(

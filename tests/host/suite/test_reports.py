@@ -178,6 +178,23 @@ def test_a_webui_tag_in_the_prompt_is_text(sd, write):
     assert ours[0][1]["conceptsplit"].bindings[0].rows == (2,)
 
 
+@pytest.mark.parametrize("tag", ["hatsune miku (vocaloid)", r"hatsune miku \(vocaloid\)"])
+def test_brackets_of_a_tag_that_a_file_proposes_are_no_weight(sd, write, tag):
+    state = {}
+    for site, (down, up) in parts(sd).items():
+        state |= {f"unet.{site}.lora_A.weight": down, f"unet.{site}.lora_B.weight": up}
+    file = write(state, "tag.safetensors", ss_tag_frequency=json.dumps({"10_miku": {tag: 9, "1girl": 4}}))
+    _, clip, info = load(sd, file, "anna", "")
+    assert r"hatsune miku \(vocaloid\)" in info
+    ours, stock = encode(clip, "a <anna> at sea"), encode(sd.clip, r"a hatsune miku \(vocaloid\) at sea")
+    assert torch.equal(ours[0][0], stock[0][0])
+    assert not torch.equal(stock[0][0], encode(sd.clip, "a hatsune miku (vocaloid) at sea")[0][0])
+    (binding,) = ours[0][1]["conceptsplit"].bindings
+    (ids,) = sd.clip.tokenize(r"a hatsune miku \(vocaloid\) at sea").values()
+    end = [token for token, *_ in ids[0]].index(ids[0][-1][0])  # the texts are padded with their end
+    assert binding.rows == tuple(range(2, end - 2)), "all but 'a' before and 'at sea' behind"
+
+
 # --- transformers ---------------------------------------------------------------------------------------------
 
 
