@@ -161,8 +161,7 @@ class Timeline:
         if free:
             for own in self._drawn(maps).values():
                 maps = maps * (1.0 - own[:, None])
-            chosen = self.order[torch.isin(self.order, torch.tensor(free))].view(len(self.order), -1)
-            order = torch.searchsorted(torch.tensor(free), chosen)
+            order = self.order.argsort(dim=1)[:, free].argsort(dim=1)  # by their places in it
             config = self.config
             found[:, free] = ordered_regions(maps[:, free], order, config.afg_region, config.afg_smoothing, rule)
         return found

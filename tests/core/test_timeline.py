@@ -204,6 +204,17 @@ def test_a_mask_for_one_of_two_of_a_class_leaves_the_other_place_to_the_other(ma
     assert top > 0.5, "AFG's region is the free peak"
 
 
+@pytest.mark.parametrize(("order", "left", "right"), [((0, 1, 2), 0, 2), ((2, 1, 0), 2, 0), ((1, 2, 0), 2, 0)])
+def test_who_has_no_mask_divides_the_rest_in_the_order_of_the_prompt(order, left, right):
+    """Three of one class, the middle of the picture drawn for the second."""
+    both = (maps_of((3.0, 1.0)) + maps_of((3.0, 6.5))).expand(1, 3, -1, -1)
+    given = {1: mask(0, 12, 20, 8)}
+    timeline = Timeline(LodaConfig(), 20, NAMES, Reader(both), True, given, order=torch.tensor([order]))
+    timeline.locate(torch.zeros(1, 4, H, W), 4, 2.0)
+    assert timeline.areas[0, left, :, :3].all() and timeline.areas[0, right, :, 5:].all()
+    assert not timeline.areas[0, left, :, 3:].any() and not timeline.areas[0, right, :, :5].any()
+
+
 def test_a_mask_of_one_picture_serves_a_batch():
     timeline, _ = line(maps=maps_of((0.5, 1.0), (3.0, 6.5), images=3), routed=True, given={1: mask(0, 16, 20, 16)})
     timeline.locate(torch.zeros(3, 4, H, W), 4, 2.0)
