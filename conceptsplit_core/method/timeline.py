@@ -68,12 +68,13 @@ class Timeline:
         self.total = total
         self.read_maps = read_maps
         self.given = dict(given or {})
+        self.free = [i for i in range(len(concepts)) if i not in self.given]
         self.routed = routed
         self.order = torch.arange(len(concepts))[None] if order is None else order
         self.trace = LodaTrace(concepts=concepts, settings=asdict(self.config), order=self.order)
         self.afg: Tensor | None = None
         self.areas: Tensor | None = None
-        if self.given and len(self.given) == len(concepts):
+        if self.given and not self.free:
             masks = self.given.values()
             size = next(iter(masks)).shape[-2:]
             self._take(torch.zeros(max(map(len, masks)), len(concepts), *size))
@@ -125,11 +126,8 @@ class Timeline:
         if not self.given:
             self.afg = self.areas = self.trace.regions = self.trace.areas = None
         elif self.areas is not None:
-            free = [i for i in range(self.areas.shape[1]) if i not in self.given]
-            self.areas[:, free] = 1.0
-            for own in self._drawn(self.areas).values():
-                self.areas[:, free] *= 1.0 - own[:, None]
-            self.trace.areas = self.areas.cpu()
+            assert self.afg is not None
+            self._use(self.afg, torch.ones_like(self.areas))
 
     def _continue(self, earlier: LodaTrace) -> None:
         """Takes the regions of an earlier run, at that run's size: layers fit them to their own."""
@@ -156,7 +154,7 @@ class Timeline:
 
     def _found(self, maps: Tensor, rule: str) -> Tensor:
         """Regions of the concepts without a mask, in what the masks of the others leave; the others' stay empty."""
-        free = [i for i in range(maps.shape[1]) if i not in self.given]
+        free = self.free
         found = maps.new_zeros(maps.shape, dtype=torch.bool)
         if free:
             for own in self._drawn(maps).values():
@@ -177,11 +175,10 @@ class Timeline:
         for channel, own in self._drawn(found).items():
             # What the user has drawn is the concept's and nobody else's.
             inside = (own >= 0.5).expand(found.shape[0], -1, -1)
-            others = [i for i in range(found.shape[1]) if i not in self.given]
-            found[:, others] &= ~inside[:, None]
+            found[:, self.free] &= ~inside[:, None]
             found[:, channel] = inside
             if areas is not None:
-                areas[:, others] = areas[:, others] * (1.0 - own[:, None])
+                areas[:, self.free] = areas[:, self.free] * (1.0 - own[:, None])
                 areas[:, channel] = own
         self.trace.regions = found.cpu()
         self.trace.areas = None if areas is None else areas.cpu()

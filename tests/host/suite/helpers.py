@@ -53,6 +53,12 @@ def encode(clip: Any, text: str) -> Any:
     return run("CLIPTextEncode", clip=clip, text=text)[0]
 
 
+def dog_and_cat(clip: Any) -> tuple[Any, Any]:
+    """A prompt of two marked words, and an empty one."""
+    (marked,) = run("ConceptSplitMarkWords", clip=clip, words="dog, cat")
+    return encode(marked, "a dog and a cat"), encode(marked, "")
+
+
 def latent(width: int = 64, height: int = 64, batch: int = 1) -> Any:
     return run("EmptyLatentImage", width=width, height=height, batch_size=batch)[0]
 

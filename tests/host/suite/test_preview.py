@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .conftest import run
-from .helpers import encode, latent, sample_loda
+from .helpers import dog_and_cat, latent, sample_loda
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,7 @@ def sd(loaded):
 
 @pytest.fixture
 def prompts(sd):
-    (clip,) = run("ConceptSplitMarkWords", clip=sd.clip, words="dog, cat")
-    return encode(clip, "a dog and a cat"), encode(clip, "")
+    return dog_and_cat(sd.clip)
 
 
 def test_regions_that_are_all_drawn_are_shown(sd, prompts):

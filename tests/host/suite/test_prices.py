@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from .conftest import pack, run
-from .helpers import apply, changed_rows, encode, make_adapter, sample, sample_loda, watched
+from .helpers import apply, changed_rows, dog_and_cat, encode, make_adapter, sample, sample_loda, watched
 from .test_fixtures import declared
 
 base = pack("conceptsplit_core.adapters.base")
@@ -63,9 +63,7 @@ def sd(loaded):
 
 @pytest.fixture
 def two(sd):
-    """A prompt of two marked words, and an empty one."""
-    (clip,) = run("ConceptSplitMarkWords", clip=sd.clip, words="dog, cat")
-    return encode(clip, "a dog and a cat"), encode(clip, "")
+    return dog_and_cat(sd.clip)
 
 
 def test_a_kind_is_one_class_and_one_line(sd):
