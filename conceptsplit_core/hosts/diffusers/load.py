@@ -18,7 +18,7 @@ from ...errors import ConceptSplitError
 from ...files import user_path
 from .model import DiffusersModel, check_channels, family_of, text_encoder
 from .schedule import folder_schedule, schedule, solved
-from .single_file import is_tokenizer, load_file
+from .single_file import first_line, is_tokenizer, load_file
 
 
 def load_model(
@@ -97,7 +97,7 @@ def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
     try:
         settings, alphas = solved(described)
     except Exception as problem:  # a value of another type, or one that no schedule can have
-        raise ConceptSplitError(f"The scheduler of '{path}' cannot be used: {_first_line(problem)}") from None
+        raise ConceptSplitError(f"The scheduler of '{path}' cannot be used: {first_line(problem)}") from None
 
     import diffusers
     import transformers
@@ -124,7 +124,7 @@ def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
         try:
             made = cls.from_pretrained(str(path), **options)
         except Exception as problem:  # libraries raise their own kinds of error on a part that does not fit its class
-            raise ConceptSplitError(f"The {name} in '{path}' cannot be loaded: {_first_line(problem)}") from None
+            raise ConceptSplitError(f"The {name} in '{path}' cannot be loaded: {first_line(problem)}") from None
         if not weights:
             return made
         made, told = made
@@ -164,10 +164,6 @@ def _load_folder(path: Path, dtype: torch.dtype) -> DiffusersModel:
         scheduler=settings,
         source=str(path),
     )
-
-
-def _first_line(problem: Exception) -> str:
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)
 
 
 def _number(config: Path, key: str) -> int:
@@ -218,7 +214,7 @@ def _load_demo(file: str | os.PathLike[str] | None = None) -> DiffusersModel:
         text.load_state_dict({prefix + k: v for k, v in parts.text_encoder.items()})
     except RuntimeError as problem:
         raise ConceptSplitError(
-            f"The demo model does not fit this version of diffusers: {str(problem).splitlines()[0]}"
+            f"The demo model does not fit this version of diffusers: {first_line(problem)}"
         ) from None
     settings, alphas = solved({**schedule(), **config["scheduler"]})
     return DiffusersModel(

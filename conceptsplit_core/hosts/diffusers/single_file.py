@@ -129,8 +129,9 @@ def load_file(path: Path, dtype: torch.dtype, tokenizer: str | os.PathLike[str] 
                 str(path), config=temp, local_files_only=True, torch_dtype=dtype, **options
             )
         except Exception as problem:  # a file that lacks a part raises diffusers' own kinds of error
-            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-            raise ConceptSplitError(f"'{path.name}' cannot be loaded as a {family} checkpoint: {reason}") from None
+            raise ConceptSplitError(
+                f"'{path.name}' cannot be loaded as a {family} checkpoint: {first_line(problem)}"
+            ) from None
     pairs = [(loaded.tokenizer, loaded.text_encoder)]
     if family == "sdxl":
         pairs.append((loaded.tokenizer_2, loaded.text_encoder_2))
@@ -145,6 +146,11 @@ def load_file(path: Path, dtype: torch.dtype, tokenizer: str | os.PathLike[str] 
         scheduler=settings,
         source=str(path),
     )
+
+
+def first_line(problem: Exception) -> str:
+    """What a library says of an error, or the error's kind where it says nothing."""
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)
 
 
 def is_tokenizer(folder: Path) -> bool:
