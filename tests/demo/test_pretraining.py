@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -108,7 +113,7 @@ def test_the_written_out_attention_is_diffusers_own_and_its_shares_are_kept():
     for block, name in ((1, transformer.GROUNDED[0]), (2, transformer.GROUNDED[1]), (3, transformer.GROUNDED[2])):
         query, key = seen[block]
         share = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", query, key) / 8.0, dim=-1).mean(1)
-        assert share.shape[-1] == 256 + transformer.TEXT_ROWS
+        assert share.shape[-1] == 64 + transformer.TEXT_ROWS
         share = share[:2, transformer.TEXT_ROWS :]
         expected = torch.stack([share[0][:, [3, 6]], share[1][:, [2, 1]]])
         assert torch.allclose(maps[name], expected, atol=1e-6)
@@ -163,6 +168,50 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest():
     held = [[tuple(one.shape) for group in each.param_groups for one in group["params"]] for each in (first, second)]
     assert held == [[(5, 3)], [(5,), (2, 5), (2,)]]
     assert {group["lr"] for each in (first, second) for group in each.param_groups} == {0.25}
+
+
+def test_a_token_of_the_picture_is_two_by_two_latent_pixels_in_fluxs_order():
+    x = torch.randn(2, 8, 16, 16)
+    tokens = transformer.packed(x)
+    assert tokens.shape == (2, 64, 32)
+    for token, y, left in ((0, 0, 0), (3, 0, 6), (21, 4, 10)):
+        assert torch.equal(tokens[1, token], x[1, :, y : y + 2, left : left + 2].flatten())
+    assert torch.equal(transformer.unpacked(tokens), x)
+
+
+AVERAGED = """
+import torch
+from tools.demo_model.together import together
+team = together()
+parameters = [torch.nn.Parameter(torch.zeros(size)) for size in ((2,), (1, 3), (1,))]
+parameters[0].grad = torch.tensor([[1.0, -4.0], [3.0, 6.0]][team.place])
+parameters[1].grad = torch.full((1, 3), 0.5 + team.place)
+ended = [team.average(parameters, done) for done in (False, team.place == 1)]
+assert team.count == 2 and ended == [False, True], ended
+assert parameters[0].grad.tolist() == [2.0, 1.0] and parameters[1].grad.tolist() == [[1.0] * 3], parameters
+assert parameters[2].grad is None
+team.leave()
+"""
+
+
+def test_two_processes_take_the_mean_of_their_gradients_and_stop_together(tmp_path):
+    script = tmp_path / "averaged.py"
+    script.write_text(AVERAGED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300, env=environment())
+    assert ran.returncode == 0, ran.stderr
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+
+
+def test_each_process_of_a_training_has_pictures_of_its_own(drawn):
+    data = latents.Data(drawn)
+    (first, a), (second, b) = (next(iter(data.batches(7, [5], 3, place=place))) for place in (0, 1))
+    alone = data.batch(np.random.default_rng([7, 5]), 3)
+    assert first == second == 5 and torch.equal(a["x"], alone["x"]) and torch.equal(a["ids"], alone["ids"])
+    assert not torch.equal(b["ids"], a["ids"])
 
 
 def test_a_lora_of_the_transformer_is_what_its_pairs_add(drawn, tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", type=Path, default=checkpoint.DEMO_FILE, help="file to export to")
     parser.add_argument("--device", default="cpu", help="of the transformer's stages")
     parser.add_argument("--workers", type=int, default=0, help="processes that make captions beside the training")
+    parser.add_argument("--compiled", action="store_true", help="compile the transformer's training")
     parser.add_argument("--machine", default="2 CPU cores, no GPU", help="for the exported file")
     parser.add_argument("--note", default="")
     args = parser.parse_args(argv)
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         case "start":
             autoencoder.start_from_demo(args.out)
         case "transformer":
-            transformer.train_transformer(args.out, args.name, args.steps, args.device, **training)
+            transformer.train_transformer(args.out, args.name, args.steps, args.device, args.compiled, **training)
         case "transformer_samples":
             transformer.write_samples(args.out, args.name, args.seed, args.per, args.guidance, args.device)
         case "transformer_export":

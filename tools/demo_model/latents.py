@@ -64,10 +64,11 @@ class Data:
         return self._layouts[index]
 
     def batches(
-        self, seed: int, steps: Iterable[int], n: int, workers: int = 0
+        self, seed: int, steps: Iterable[int], n: int, workers: int = 0, place: int = 0
     ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """(step, its batch), which depends on seed and step alone; made by `workers` processes."""
-        loader = DataLoader(_Steps(self, seed, n), None, sampler=list(steps), num_workers=workers)
+        """(step, its batch), which depends on seed, step and `place` alone; made by `workers` processes."""
+        drawn = _Steps(self, [seed, place] if place else [seed], n)
+        loader = DataLoader(drawn, None, sampler=list(steps), num_workers=workers)
         return zip(list(steps), loader, strict=True)
 
     def batch(self, rng: np.random.Generator, n: int, dropout: float = 0.1) -> dict[str, torch.Tensor]:
@@ -106,8 +107,8 @@ class _Steps(Dataset):
     """The batches of a training by their step."""
 
     data: Data
-    seed: int
+    seed: list[int]
     n: int
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        return self.data.batch(np.random.default_rng([self.seed, step]), self.n)
+        return self.data.batch(np.random.default_rng([*self.seed, step]), self.n)

@@ -3,8 +3,8 @@
 With `grounding` W there is a second term: W times the mean negative log share of each class word's and adjective's
 cross-attention map on its own object (`grounding_loss`). Without it a model this small learns to draw long before its
 maps say which word draws where. The committed checkpoint was trained with that term; its weight is in the file's
-metadata, and the demo model's README has the comparison. The committed checkpoint was also trained by two processes
-that averaged their gradients; this script has one process.
+metadata, and the demo model's README has the comparison. The committed checkpoint was trained by two processes that
+averaged their gradients (`together`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from .latents import Data
 from .states import optimiser_state, read, restore_optimiser, save
+from .together import together
 from .unet import Model, alphas_cumprod
 
 
@@ -117,9 +118,9 @@ def train(
     Resumes from OUT/NAME.safetensors. The rate is constant up to step `decay_from` and then falls to 2 % at `steps`.
     Every random draw depends on (seed, step) alone, so stopping and resuming changes nothing. Stops early after
     `minutes`; with 0 steps as many as fit into them, the last two fifths with a falling rate. `workers` processes make
-    captions beside the training.
+    captions beside the training. Of several processes (`together`) each has `batch` pictures a step.
     """
-    data = Data(out)
+    data, team = Data(out), together()
     torch.manual_seed(seed)
     model = build(data.words.vocabulary).to(device)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -136,8 +137,8 @@ def train(
     began = saved = time.time()
     sums, count = torch.zeros(3, device=device), 0
     paced: list[float] = []
-    for step, drawn in data.batches(seed, range(start, steps or LIMIT), batch, workers):
-        torch.manual_seed(seed * 1_000_003 + step)
+    for step, drawn in data.batches(seed, range(start, steps or LIMIT), batch, workers, team.place):
+        torch.manual_seed(seed * 1_000_003 + step + (team.place << 40))
         fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
         for group in (group for one in moving.values() for group in one.param_groups):
             group["lr"] = rate * fall * min(1.0, (step + 1) / 200)
@@ -145,6 +146,8 @@ def train(
         error, loss, ground = losses(model, here, grounding > 0)
         model.zero_grad(set_to_none=True)
         (loss + grounding * ground).backward()
+        last = step == steps - 1 or time.time() - began > 60 * minutes
+        last = team.average(list(model.parameters()), last)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for one in moving.values():
             one.step()
@@ -153,7 +156,6 @@ def train(
             now = model.state_dict()
             floats = [k for k, v in now.items() if v.is_floating_point()]
             torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - keep)
-        last = step == steps - 1 or time.time() - began > 60 * minutes
         sums += torch.stack([error.detach(), loss.detach(), ground.detach()])
         count += 1
         if not steps and step in (start + 49, start + 99):
@@ -163,12 +165,12 @@ def train(
                 steps = step + int((began + 60 * minutes - paced[1]) / (paced[1] - paced[0]) * 50 * 0.98)
                 decay_from = int(0.6 * steps)
                 print(f"{name}: {steps} steps fit, the rate falls from {decay_from}", flush=True)
-        if step % 50 == 49 or last:
+        if (step % 50 == 49 or last) and not team.place:
             plain, balanced, grounded = (sums / count).tolist()
             spoken = f"error {plain:.4f} balanced {balanced:.4f} ground {grounded:.4f}"
             print(f"{name} {step + 1} {spoken} {spent + time.time() - began:.0f}s", flush=True)
             sums, count = torch.zeros(3, device=device), 0
-        if time.time() - saved > 150 or last:
+        if (time.time() - saved > 150 or last) and not team.place:
             saved = time.time()
             save(
                 {
@@ -179,7 +181,7 @@ def train(
                     "seconds": spent + saved - began,
                     "grounding": grounding,
                     "seed": seed,
-                    "batch": batch,
+                    "batch": batch * team.count,
                     "rate": rate,
                     "scale": data.scale,
                 },
@@ -187,6 +189,7 @@ def train(
             )
         if last:
             break
+    team.leave()
 
 
 def losses(

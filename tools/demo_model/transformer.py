@@ -43,9 +43,9 @@ from .states import read, read_exported, save_grid
 from .unet import CrossMaps, Words, alphas_cumprod
 
 CONFIG: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 8,
-    "out_channels": 8,
+    "patch_size": 1,  # of what `packed` gives
+    "in_channels": 32,
+    "out_channels": 32,
     "num_layers": 2,
     "num_single_layers": 4,
     "attention_head_dim": 64,
@@ -59,6 +59,21 @@ GROUNDED = ("transformer_blocks.1", "single_transformer_blocks.0", "single_trans
 FORMAT = "conceptsplit-demo-transformer"
 TEXT_ROWS = 40
 """Rows of the text that the transformer reads: captions are shorter, and attention over their padding costs."""
+
+
+PATCH = 2
+"""Latent pixels on a side of what one token of the picture stands for."""
+SIDE = LATENT_SIDE // PATCH
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """Latents [B, 8, 16, 16] as tokens [B, 64, 32], in the order of Flux (channel, row, column within a patch)."""
+    return F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, 64, 32] as latents [B, 8, 16, 16]."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (SIDE, SIDE)), PATCH)
 
 
 class _JointMaps:
@@ -93,7 +108,7 @@ class _JointMaps:
         share = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1)
         rows = self.maps.rows  # of the first pictures of the batch
         if rows is not None and self.block in GROUNDED:
-            pixels = share[: len(rows), :, -(LATENT_SIDE**2) :].float().mean(dim=1)
+            pixels = share[: len(rows), :, -(SIDE**2) :].float().mean(dim=1)
             self.maps.maps[self.block] = pixels.gather(-1, rows[:, None, :].expand(-1, pixels.shape[1], -1))
         out = (share @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
         if text is None:
@@ -120,7 +135,7 @@ class Transformer(torch.nn.Module):
         for name, module in self.denoiser.named_modules():
             if name.endswith(".attn"):
                 module.set_processor(_JointMaps(self.cross, name.removesuffix(".attn")))
-        side = torch.arange(LATENT_SIDE, dtype=torch.float32)
+        side = torch.arange(SIDE, dtype=torch.float32)
         grid = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)
         self.places: torch.Tensor
         self.register_buffer("places", F.pad(grid, (1, 0)), persistent=False)
@@ -154,10 +169,10 @@ class Transformer(torch.nn.Module):
         """Velocity [B, 8, 16, 16] of x at the noise levels sigma [B] in 0..1."""
         context = context[:, :TEXT_ROWS]
         tokens = self.denoiser(
-            x.flatten(2).transpose(1, 2), context, pooled, sigma, self.places,
+            packed(x), context, pooled, sigma, self.places,
             self.places.new_zeros(context.shape[1], 3), return_dict=False,
         )[0]  # fmt: skip
-        return tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
+        return unpacked(tokens)
 
 
 def noise_levels(batch: int, device: Any, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -193,14 +208,21 @@ def losses(
     return error.mean(), on_objects(error, b["mask"]).mean(), ground
 
 
-def train_transformer(out: Path, name: str, steps: int, device: str, **options: Any) -> None:
-    """Flow matching from seeded noise levels and noise."""
+def train_transformer(out: Path, name: str, steps: int, device: str, compiled: bool = False, **options: Any) -> None:
+    """Flow matching from seeded noise levels and noise; `compiled` is faster on a CPU."""
 
-    # cuDNN's backward pass of attention fails on 333 tokens (torch 2.11, H200): illegal memory access, or NaN. Nor is
-    # the denoiser compiled: there the loss was 2.2 after 100 steps and then rose to 10⁶, where plain it fell to 0.9 in
-    # these 100 (it was not run for longer).
+    def build(vocabulary: int) -> Transformer:
+        model = Transformer(vocabulary)
+        if compiled:
+            for part in (model.denoiser, model.fixed[1]):
+                part.compile(dynamic=False)
+        return model
+
+    # cuDNN's backward pass of attention fails on 333 tokens (torch 2.11, H200): illegal memory access, or NaN. Nor
+    # should the denoiser be compiled there: the loss was 2.2 after 100 steps and then rose to 10⁶, where plain it fell
+    # to 0.9 in these 100 (it was not run for longer).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    train(out, name, steps, build=Transformer, losses=losses, optimisers=muon, device=device, **options)
+    train(out, name, steps, build=build, losses=losses, optimisers=muon, device=device, **options)
 
 
 @torch.no_grad()
