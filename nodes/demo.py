@@ -10,7 +10,10 @@ from ..conceptsplit_core.demo.looks import CONCEPTS
 from ..conceptsplit_core.demo.photograph import photograph, place
 from ..conceptsplit_core.demo.scenes import draw_concept
 from ..conceptsplit_core.hosts.comfy.demo import load_demo
+from ..conceptsplit_core.hosts.comfy.demo_transformer import load_demo_transformer
 from .types import field, out, schema, to_image
+
+LOADERS = {"UNet": load_demo, "transformer": load_demo_transformer}
 
 
 class ConceptSplitDemoCheckpoint(io.ComfyNode):
@@ -23,17 +26,26 @@ class ConceptSplitDemoCheckpoint(io.ComfyNode):
             description="A small model of drawn shapes that comes with ConceptSplit, to try every node in seconds, on "
             "a CPU. Use 128 x 128 pictures and prompts such as 'a photo of a circle and a square'.",
             search_aliases=["conceptsplit", "checkpoint"],
-            inputs=[],
+            inputs=[
+                field(
+                    io.Combo,
+                    "model",
+                    "UNet: of SD1.5's kind. transformer: of Flux's kind, with the same text encoder and VAE.",
+                    options=list(LOADERS),
+                    default=next(iter(LOADERS)),
+                    optional=True,  # graphs of version 0.2.0 do not have it
+                ),
+            ],
             outputs=[
-                out(io.Model, "MODEL", "The demo UNet."),
+                out(io.Model, "MODEL", "The demo model."),
                 out(io.Clip, "CLIP", "Its text encoder."),
                 out(io.Vae, "VAE", "Its VAE."),
             ],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo())
+    def execute(cls, model: str = next(iter(LOADERS))) -> io.NodeOutput:
+        return io.NodeOutput(*LOADERS[model]())
 
 
 class ConceptSplitDemoImages(io.ComfyNode):

@@ -29,9 +29,9 @@ import torch
 from benchmarks.separation import learning, methods, report, run
 from benchmarks.separation.methods import REPORT_FROM
 from conceptsplit_core.adapters.file import lora_bytes
+from conceptsplit_core.demo.checkpoint import load_transformer
 from conceptsplit_core.demo.looks import CONCEPTS
 from tests.host.run import find_hosts, host_python, tools, version
-from tools.demo_model.states import read_exported
 
 from . import flow, shapes
 
@@ -192,7 +192,7 @@ def on_transformer(args: argparse.Namespace) -> None:
         "what_this_shows": "The mechanism on a small transformer of drawn shapes; nothing about photographic quality.",
         "host": version(host),
         "machine": report.machine(),
-        "training": read_exported(args.transformer)[1]["training"],
+        "training": load_transformer(args.transformer).config["training"],
         "sets": ["+".join(names) for names in sets],
         "first_seed": REPORT_FROM,
         "arms": flow.summary(results),

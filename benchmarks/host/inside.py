@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 # Importing this boots the host, and only then can its modules be imported.
-from tests.host.suite.conftest import BASE, run, run_with_options  # isort: skip
+from tests.host.suite.conftest import BASE, pack, run, run_with_options  # isort: skip
 import nodes  # isort: skip
 
 from benchmarks.speed.meter import measured
@@ -329,8 +329,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
     if jobs["transformer"]:
-        from benchmarks.host.flow_model import load
-
+        load = pack("conceptsplit_core.hosts.comfy.demo_transformer").load_demo_transformer
         MODEL.append(partial(load, jobs["transformer"]))
     loras = BASE / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,9 @@ The file holds three state dicts under the prefixes `unet.`, `text_encoder.` and
 UNet2DConditionModel, transformers' CLIPTextModel and diffusers' AutoencoderTiny name them, and the configs of all
 three as one JSON object in the metadata. A tensor stands in two, `high.` and `low.` before its name: the upper and the
 lower bytes of its half-precision numbers. The upper ones, sign and exponent, then lie together and can be compressed,
-which makes a zip of the file 0.6 MB smaller. `taesd_state_dict` rewrites the picture autoencoder for the TAESD class,
+which makes a zip of the file 0.6 MB smaller. The demo transformer is a file of its own, half-precision tensors named as
+diffusers' FluxTransformer2DModel names them; it works with the text encoder and the autoencoder of the checkpoint.
+`taesd_state_dict` rewrites the picture autoencoder for the TAESD class,
 whose width and depth are fixed.
 """
 
@@ -24,6 +26,9 @@ DEMO_FILE = FOLDER / "demo.safetensors"
 TOKENIZER_DIR = FOLDER / "tokenizer"
 FORMAT = "conceptsplit-demo"
 VERSION = 2
+TRANSFORMER_FILE = FOLDER / "transformer" / "transformer.safetensors"
+TRANSFORMER_FORMAT = "conceptsplit-demo-transformer"
+TRANSFORMER_VERSION = 1
 
 TAESD_WIDTH = 64
 TAESD_ENCODER_BLOCKS = (1, 3, 3, 3)
@@ -51,11 +56,7 @@ def load(path: Path | str = DEMO_FILE) -> DemoCheckpoint:
     """Read the checkpoint to CPU in its stored precision."""
     parts: dict[str, StateDict] = {"unet": {}, "text_encoder": {}, "vae": {}}
     with safe_open(str(path), framework="pt", device="cpu") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a {FORMAT} file")
-        if metadata.get("version") != str(VERSION):
-            raise ValueError(f"{path} has version {metadata.get('version')}, this library reads version {VERSION}")
+        config = _config(file, path, FORMAT, VERSION)
         for stored in file.keys():  # noqa: SIM118 (not a mapping)
             plane, _, name = stored.partition(".")
             prefix, _, rest = name.partition(".")
@@ -63,8 +64,40 @@ def load(path: Path | str = DEMO_FILE) -> DemoCheckpoint:
                 raise ValueError(f"{path} has an unexpected tensor {stored!r}")
             if plane == "high":
                 parts[prefix][rest] = _joined(file.get_tensor(stored), file.get_tensor(f"low.{name}"))
-    config = json.loads(metadata["config"])
     return DemoCheckpoint(parts["unet"], parts["text_encoder"], parts["vae"], config)
+
+
+@dataclass(frozen=True)
+class DemoTransformer:
+    """The denoiser's state dict in half precision, and its configs.
+
+    `config` has the keys `transformer` (diffusers' FluxTransformer2DModel), `patch` (latent pixels on a token's side),
+    `text_rows` (of a prompt), `scaling_factor` (as the checkpoint's) and `training`.
+    """
+
+    state: StateDict
+    config: dict[str, Any]
+
+
+def load_transformer(path: Path | str = TRANSFORMER_FILE) -> DemoTransformer:
+    """Read the transformer to CPU in its stored precision."""
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        config = _config(file, path, TRANSFORMER_FORMAT, TRANSFORMER_VERSION)
+        return DemoTransformer({name: file.get_tensor(name) for name in file.keys()}, config)  # noqa: SIM118
+
+
+def _config(file: Any, path: Path | str, kind: str, version: int) -> dict[str, Any]:
+    """The configs in an opened file's metadata.
+
+    Raises:
+        ValueError: the file is of another kind or version.
+    """
+    metadata = file.metadata() or {}
+    if metadata.get("format") != kind:
+        raise ValueError(f"{path} is not a {kind} file")
+    if metadata.get("version") != str(version):
+        raise ValueError(f"{path} has version {metadata.get('version')}, this library reads version {version}")
+    return dict(json.loads(metadata["config"]))
 
 
 def split(tensors: Mapping[str, torch.Tensor]) -> StateDict:

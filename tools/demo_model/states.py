@@ -58,13 +58,6 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def read_exported(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and configuration of a file that `export.write_checkpoint` has written."""
-    with safe_open(str(path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return tensors, json.loads(file.metadata()["config"])
-
-
 def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Moments and step counts, named by the parameter's place."""
     held = optimiser.state_dict()["state"]

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from conceptsplit_core.demo import checkpoint
 from conceptsplit_core.hosts import diffusers as host
 
 from .autoencoder import decoded
@@ -39,7 +40,7 @@ from .export import write_checkpoint
 from .latents import LATENT_SIDE
 from .pretraining import grounding_loss, muon, on_objects, train
 from .report import PROMPTS
-from .states import read, read_exported, save_grid
+from .states import read, save_grid
 from .unet import CrossMaps, Words, alphas_cumprod
 
 CONFIG: dict[str, Any] = {
@@ -56,7 +57,6 @@ CONFIG: dict[str, Any] = {
     "axes_dims_rope": [16, 24, 24],
 }
 GROUNDED = ("transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1")
-FORMAT = "conceptsplit-demo-transformer"
 TEXT_ROWS = 40
 """Rows of the text that the transformer reads: captions are shorter, and attention over their padding costs."""
 
@@ -260,17 +260,18 @@ def export(out: Path, name: str, target: Path, machine: str, note: str) -> None:
     facts = ("steps", "batch", "seed", "rate", "grounding")
     config = {
         "transformer": CONFIG,
+        "patch": PATCH,
         "scaling_factor": state["scale"],
         "text_rows": TEXT_ROWS,
         "training": {k: state["step" if k == "steps" else k] for k in facts}
         | {"seconds": round(state["seconds"]), "machine": machine, "note": note},
     }
-    write_checkpoint(target, tensors, FORMAT, 1, config)
+    write_checkpoint(target, tensors, checkpoint.TRANSFORMER_FORMAT, checkpoint.TRANSFORMER_VERSION, config)
 
 
 def load(file: Path) -> tuple[Transformer, float]:
     """An exported transformer, and what the autoencoder's latents are multiplied by for it."""
     model = Transformer(Words().vocabulary).eval()
-    state, config = read_exported(file)
-    model.denoiser.load_state_dict(state)
-    return model, config["scaling_factor"]
+    held = checkpoint.load_transformer(file)
+    model.denoiser.load_state_dict(held.state)
+    return model, held.config["scaling_factor"]

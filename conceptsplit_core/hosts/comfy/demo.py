@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import comfy.latent_formats
@@ -63,13 +64,22 @@ def load_demo() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.
     Raises:
         ConceptSplitError: the file is missing or of another version.
     """
+    checkpoint = demo_checkpoint()
+    return _model(checkpoint), text_encoder(checkpoint), autoencoder(checkpoint)
+
+
+def demo_checkpoint() -> DemoCheckpoint:
+    """What the demo checkpoint's file holds.
+
+    Raises:
+        ConceptSplitError: the file is missing or of another version.
+    """
     try:
-        checkpoint = load()
+        return load()
     except (OSError, ValueError) as error:
         raise ConceptSplitError(
             f"The demo checkpoint cannot be read ({error}): install the node pack again."
         ) from error
-    return _model(checkpoint), _clip(checkpoint), _vae(checkpoint)
 
 
 def _model(checkpoint: DemoCheckpoint) -> comfy.model_patcher.ModelPatcher:
@@ -77,14 +87,21 @@ def _model(checkpoint: DemoCheckpoint) -> comfy.model_patcher.ModelPatcher:
     offload = comfy.model_management.unet_offload_device()
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=offload)
     names = comfy.utils.unet_to_diffusers(config.unet_config)
-    model.diffusion_model.load_state_dict({names[key]: value.float() for key, value in checkpoint.unet.items()})
+    return loaded(model, {names[key]: value.float() for key, value in checkpoint.unet.items()})
+
+
+def loaded(model: comfy.model_base.BaseModel, state: Mapping[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL whose denoiser has these weights, which autograd can pass through."""
+    model.diffusion_model.load_state_dict(state)
     adopt_parameters(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(
-        model, load_device=comfy.model_management.get_torch_device(), offload_device=offload
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
     )
 
 
-def _clip(checkpoint: DemoCheckpoint, rows: int | None = None) -> comfy.sd.CLIP:
+def text_encoder(checkpoint: DemoCheckpoint, rows: int | None = None) -> comfy.sd.CLIP:
     """The text encoder; `rows` of a text at a time, instead of as many as it was trained with."""
     config = dict(checkpoint.config["text_encoder"])
     config["max_position_embeddings"] = rows = rows or config["max_position_embeddings"]
@@ -152,6 +169,6 @@ def _padded(weight: Tensor, rows: int) -> Tensor:
     return torch.cat([weight, weight.new_zeros(rows - weight.shape[0], weight.shape[1])])
 
 
-def _vae(checkpoint: DemoCheckpoint) -> comfy.sd.VAE:
+def autoencoder(checkpoint: DemoCheckpoint) -> comfy.sd.VAE:
     state = {key: value.float() for key, value in taesd_state_dict(checkpoint.vae, checkpoint.config["vae"]).items()}
     return comfy.sd.VAE(sd=state, dtype=torch.float32)

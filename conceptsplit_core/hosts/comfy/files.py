@@ -25,6 +25,7 @@ log = logging.getLogger("ConceptSplit")
 
 FOLDER = "value_adapters"
 # Two value adapters and two LoRAs for the demo model come with the pack: the workflows run before anything was trained.
+# Two LoRAs for the demo transformer are where it is.
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 _NAME = re.compile(r"[\w][\w .()+\-]*\Z")
 
@@ -36,7 +37,9 @@ def register_folders() -> None:
     own = [os.path.join(folder_paths.models_dir, FOLDER), str(DEMO / "adapters")]
     paths = [*given, *(path for path in own if path not in given)]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
-    folder_paths.add_model_folder_path("loras", str(DEMO / "loras"))
+    for folder in (DEMO / "loras", DEMO / "transformer" / "loras"):
+        if folder.exists():
+            folder_paths.add_model_folder_path("loras", str(folder))
 
 
 def lora_names() -> list[str]:
