@@ -25,6 +25,7 @@ from ...network.tokens import CallTokens
 from ...settings import LodaConfig
 from .afg import Guidance, override
 from .joint import JointAttention
+from .memory import FirstBlock, TooLarge
 from .model import KEY, network_map
 from .run import Run
 
@@ -108,12 +109,14 @@ class Reading:
     Attributes:
         found: maps [images, n, Lq] by layer.
         asked: whether the model was called, so that no map means that none could be read.
+        too_large: set where the gradient of the pass would need more memory than is free.
     """
 
     def __init__(self, layers: frozenset[str], shape: tuple[int, int, int]):
         self.layers = layers
         self.shape = shape
         self.asked = False
+        self.too_large: TooLarge | None = None
         self.found: dict[str, Tensor] = {}
 
 
@@ -231,6 +234,9 @@ def _in_force(
                 if values and run.hooks.plan is not None:
                     joint.values, run.hooks.plan.values = True, joint.hold
                 probe, acting, replacement = joint, [joint], joint.override(chained)
+            if reads and run.gradient:
+                stop = partial(_too_large, run.reading, alone)
+                acting.append(FirstBlock(run.network, run.network.readable[-1], x.device, stop))
         else:
             if reads:
                 probe = _probe(run, text, x.shape[0], alone)
@@ -299,6 +305,12 @@ def _finished(alone: bool) -> None:
         raise PassDone
     # Another pack's wrapper must see the call end as any other; without gradients the rest costs no memory.
     torch.set_grad_enabled(False)
+
+
+def _too_large(reading: Reading, alone: bool, missing: TooLarge) -> None:
+    """Leaves a pass whose gradient will not fit."""
+    reading.too_large = missing
+    _finished(alone)
 
 
 def per_image(maps: Tensor, mask: Tensor, images: int) -> Tensor:

@@ -21,6 +21,7 @@ from ...network.tokens import CallTokens
 from ...train.data import TrainBatch
 from .autograd import plain_kernels
 from .joint import JointAttention
+from .memory import FirstBlock, TooLarge
 from .model import network_map
 
 GUIDANCE = 1.0
@@ -43,6 +44,8 @@ def flow_objective(
     levels = sigmas.to(next(denoiser.parameters()).device)
     blocks = {".".join(site.path.split(".")[:2]) for site in network.attention} if gradient_checkpointing else set()
     attention: JointAttention | None = None
+    watch = FirstBlock(network, None, levels.device, _stop_training)
+    watch.install()
     try:
         with (
             learning(network, kind_of(adapter), adapter) as publish,
@@ -75,8 +78,16 @@ def flow_objective(
 
             yield denoise, partial(silent, publish)
     finally:
+        watch.remove()
         if attention is not None:
             attention.remove()
+
+
+def _stop_training(missing: TooLarge) -> None:
+    raise ConceptSplitError(
+        f"Training on this model needs more memory than is free ({missing}): switch gradient_checkpointing on, or take "
+        "smaller pictures or a smaller batch_size."
+    )
 
 
 def framed(model: Any, latents: Tensor) -> Tensor:

@@ -74,6 +74,9 @@ class MapReader:
 
         Without a gradient a concept whose every conditioning begins later or is over is looked for all the same: its
         place is needed for the whole picture.
+
+        Raises:
+            TooLarge: a gradient pass that would not fit into memory.
         """
         run, inner = self.run, self.guider.inner_model
         with torch.inference_mode(False):
@@ -96,6 +99,8 @@ class MapReader:
             run.reading = Reading(self.layers, (x.shape[0], *seen))
             # One conditioning at a time: then the batch is x's, and its area is known.
             self._call(inner, cond, x, level, options)
+            if run.reading.too_large is not None:
+                raise run.reading.too_large
             found = run.reading.found
             asked, read = asked or run.reading.asked, read or bool(found)
             if not found:

@@ -31,6 +31,7 @@ from ...method.timeline import Timeline
 from ...settings import LodaConfig
 from ...text.binding import prompt_order
 from .autograd import copied_activations, plain_errors, plain_kernels
+from .memory import TooLarge, out_of_memory
 from .model import KEY, adopt_parameters, compute_dtype
 from .reader import MapReader, attended_rows
 from .run import Regions, Run, optimised, patch_of
@@ -237,13 +238,14 @@ class StagedSampler:
             try:
                 x = self._begin(timeline, k, x, segment[0], extra_args.get("denoise_mask"))
             except Exception as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self.too_large = True
                 comfy.model_management.soft_empty_cache()
                 log.warning(
-                    "[ConceptSplit] LODA's gradient needs more memory than is free: the picture is drawn without it, "
-                    "and regions are found all the same; draw it smaller, or set loda_steps to 0."
+                    "[ConceptSplit] LODA's gradient needs more memory than is free%s: the picture is drawn without it, "
+                    "and regions are found all the same; draw it smaller, or set loda_steps to 0.",
+                    f" ({error})" if isinstance(error, TooLarge) else "",
                 )
         return one_step(model, x, segment, extra_args=dict(extra_args), callback=callback, disable=True)
 
@@ -294,12 +296,6 @@ class StagedSampler:
         whole = found.new_zeros(found.shape[0], len(self.run.concepts.names), *found.shape[-2:])
         whole[:, list(self.bound)] = found
         return whole.to(x.device)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether a card was full; some drivers tell so in an error of another kind, which newer hosts know."""
-    known = getattr(comfy.model_management, "is_oom", None)
-    return bool(known(error)) if known is not None else isinstance(error, torch.OutOfMemoryError)
 
 
 def _shifted(callback: Callable | None, offset: int) -> Callable | None:

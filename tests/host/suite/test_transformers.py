@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -962,3 +963,52 @@ def test_a_gradient_that_needs_too_much_memory_is_left_out(models, caplog, kind)
         handle.remove()
     assert out.isfinite().all() and maps.trace.backwards == 0
     assert "LODA's gradient needs more memory than is free: the picture is drawn without it" in caplog.text
+
+
+def free_memory(monkeypatch: Any, *answers: float) -> list[float]:
+    """What is free, in GB, whenever a gradient pass asks the host; the answers that nobody has asked for yet."""
+    import comfy.model_management as management
+
+    left, real, ours = list(answers), management.get_free_memory, pack("conceptsplit_core.hosts.comfy.memory").__name__
+
+    def free(*args: Any, **kwargs: Any) -> Any:
+        asked = sys._getframe(1).f_globals["__name__"] == ours
+        return int(left.pop(0) * 1e9) if asked else real(*args, **kwargs)
+
+    monkeypatch.setattr(management, "get_free_memory", free)
+    return left
+
+
+@EACH
+def test_a_gradient_that_will_not_fit_is_left_out_after_its_first_block(models, family, caplog, monkeypatch):
+    """The first block keeps 6 GB and 4 are left: with one block to come the pass ends there, and the run goes on."""
+    model = models(family)
+    network = network_of(model)
+    blocks = [site.name for site in network.attention].index(network.readable[-1]) + 1
+    ours, maps = with_loda(model, loda_steps=2, afg=False)
+    left = free_memory(monkeypatch, 10.0, 4.0)
+    if blocks == 1:
+        left.clear()
+    last = network.module(network.readable[-1])
+    passes = []
+    handle = last.register_forward_hook(lambda *given: passes.append(torch.is_grad_enabled()))
+    try:
+        out = sample(ours, *conds(family), tiny.latent(family, *SIZE), steps=4)
+    finally:
+        handle.remove()
+    assert out.isfinite().all() and left == []
+    said = f"than is free (about {6 * (blocks - 1):.1f} GB more, 4.0 GB are free): the picture is drawn without it"
+    assert (said in caplog.text) is (blocks > 1)
+    assert (maps.trace.backwards > 0) is (blocks == 1) and (passes.count(True) == 1) is (blocks > 1)
+    assert not any(module._forward_hooks for module in model.model.modules())
+
+
+def test_a_gradient_that_fits_is_taken(models, caplog, monkeypatch):
+    """A block keeps 0.1 GB: measured once a pass, and nothing is said."""
+    model = models("sd3")
+    network = network_of(model)
+    assert [site.name for site in network.attention].index(network.readable[-1]) > 0
+    ours, maps = with_loda(model, loda_steps=2, loda_iterations=1, afg=False)
+    left = free_memory(monkeypatch, *[4.0, 3.9] * 9)
+    sample(ours, *conds("sd3"), tiny.latent("sd3", *SIZE), steps=4)
+    assert maps.trace.backwards == 2 and len(left) == 2 * (9 - maps.trace.forwards) and "memory" not in caplog.text

@@ -13,7 +13,7 @@ from . import test_encoders as encoders
 from . import transformers as tiny
 from .conftest import pack, run, run_with_options
 from .helpers import encode, sample
-from .test_transformers import EACH, SIZE, models, network_of, values_of, with_values  # noqa: F401
+from .test_transformers import EACH, SIZE, free_memory, models, network_of, values_of, with_values  # noqa: F401
 
 COMFY = "conceptsplit_core.hosts.comfy"
 
@@ -224,3 +224,28 @@ def test_what_a_transformer_does_not_learn_is_refused_before_it_starts(models): 
     unsuited = run("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=False)[0]
     with pytest.raises(Exception, match=r"is a transformer whose denoiser predicts no flow, so there is nothing"):
         train(unsuited, clip, "flux")
+
+
+@EACH
+def test_training_that_will_not_fit_says_so_after_its_first_block(models, family, monkeypatch):  # noqa: F811
+    """Of n blocks the first keeps 2 GB and 1 is left; as much as fits goes on."""
+    model = models(family)
+    adapter, count = values_of(model), len(network_of(model).attention)
+    batch = batch_of(family, model, (last_place(model) // 2,) * 2)
+    loss_of = pack("conceptsplit_core.train.loop").batch_loss
+    for free, fits in ((1.0, False), (2.0 * count, True)):
+        left = free_memory(monkeypatch, free + 2.0, free)
+        with denoising(model, adapter) as (denoise, _, _), torch.enable_grad():
+            [one.requires_grad_(True) for one in adapter.parameters()]
+            if fits:
+                assert loss_of(denoise(batch), batch).requires_grad
+            else:
+                more = rf"\(about {2 * (count - 1):.1f} GB more, 1\.0 GB are free\)"
+                words = (
+                    f"Training on this model needs more memory than is free {more}: switch gradient_checkpointing on"
+                )
+                with pytest.raises(pack("conceptsplit_core.errors").ConceptSplitError, match=words):
+                    denoise(batch)
+            [one.requires_grad_(False) for one in adapter.parameters()]
+        assert left == [] and count > 1
+        assert not any(module._forward_hooks for module in model.model.modules())
