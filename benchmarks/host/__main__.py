@@ -181,11 +181,16 @@ def on_transformer(args: argparse.Namespace) -> None:
     seeds = range(REPORT_FROM, REPORT_FROM + args.seeds)
     names = list(dict.fromkeys(name for one in sets for name in one))
     loras, folder = args.cache / "loras", args.cache.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     flow.write_loras(args.transformer, names, loras)
     jobs = [job for job in jobs_of(arms, sets, seeds, folder) if not job["meter"]]
     alone = [job for job in jobs_of([flow.SAID], [(name,) for name in names], seeds, folder) if not job["meter"]]
     alone = flow.said(alone)
     draw_missing(host, python, [*alone, *jobs], loras, args)
+    maps = args.cache / "maps.json"
+    if not maps.exists():
+        asked = {**flow.MAPS, "transformer": str(args.transformer.resolve()), "out": str(maps.resolve())}
+        draw_in(host, python, flow.INSIDE_MAPS, asked, args.cache / "maps_jobs.json")
     results, _ = records(jobs, arms, flow.measure)
     described, _ = records(alone, [flow.SAID], flow.measure)
     data = {
@@ -198,6 +203,8 @@ def on_transformer(args: argparse.Namespace) -> None:
         "arms": flow.summary(results),
         "alone": flow.summary(described)[flow.SAID],
         "comparisons": flow.comparisons(results),
+        "maps": json.loads(maps.read_text(encoding="utf-8")),
+        "map_scenes": flow.MAPS["scenes"],
     }
     report.write(args.out or RESULTS / "host_transformer.json", data)
     if args.out is None:

@@ -1,7 +1,7 @@
-"""Ordinary LoRAs on a demo transformer (`tools.demo_model.transformer`) in a real ComfyUI.
+"""Ordinary LoRAs and value adapters on a demo transformer (`tools.demo_model.transformer`) in a real ComfyUI.
 
-The transformer is trained by its own commands and is not in the repository. So far it draws colours and patterns and
-hardly any shapes: beside what the detector says of whole concepts, looks are counted whatever the shape (`looks`).
+Its shapes are less clean than the demo UNet's: beside what the detector says of whole concepts, looks are counted
+whatever the shape (`looks`). `inside_maps` says how well its attention shows where things are.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from benchmarks.separation.detector import detect
 from benchmarks.separation.metrics import interval, loosely, mcnemar
 from tools.demo_model.flow_loras import write_lora
 
-ARMS = ("merged", "hooks_slices", "ours_slices", "ours", "ours_updates")
+ARMS = ("merged", "hooks_slices", "ours_slices", "ours", "ours_updates", "values", "values_all")
 """`ours_loda` is `ours` to the bit: on a transformer nothing is optimised unless its steps are set."""
 SAID = "described"
 """The arm without LoRAs, one concept a picture, its look in words: what the transformer can draw at all."""
 PAIRS = (
     ("ours", "merged"), ("ours_slices", "merged"), ("ours_slices", "hooks_slices"), ("ours", "hooks_slices"),
-    ("ours_updates", "ours"),
+    ("ours_updates", "ours"), ("values", "values_all"),
 )  # fmt: skip
+MAPS = {"scenes": 48, "seed": 900_000, "levels": [0.9, 0.7, 0.5]}
+"""Of `inside_maps`: scenes behind all that the transformer was trained on, and noise levels."""
+INSIDE_MAPS = Path(__file__).with_name("inside_maps.py")
 COLUMNS = ("looks", "look_share", "loose_success", "success", "loose_omission")
 
 
@@ -102,4 +105,14 @@ def table(data: Mapping[str, Any]) -> str:
     for one in data["comparisons"]:
         counts = f"{one['only_first']} | {one['only_second']} | {one['p']:.2g}"
         lines.append(f"| {one['first']} against {one['second']} | {counts} |")
+    levels = list(next(iter(data["maps"].values())))
+    lines += [
+        f"\nWhere attention shows {data['map_scenes']} scenes of two objects: share of the objects' pixels in their "
+        "own word's area, by the size at which maps are read, the keys that share a query's attention, and the "
+        "noise.\n",
+        "| size, keys | " + " | ".join(f"σ {level}" for level in levels) + " |",
+        "|---" * (1 + len(levels)) + "|",
+    ]
+    for way, found in data["maps"].items():
+        lines.append(f"| {way} | " + " | ".join(f"{100 * found[level]:.0f} %" for level in levels) + " |")
     return "\n".join(lines) + "\n"

@@ -66,6 +66,8 @@ class Task:
         return {"steps": self.steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
+VALUES = {"steps": 400, "batch_size": 4, "learning_rate": 2e-3, "rank": 8, "seed": 0, "sample_every": 0}
+"""How value adapters are trained: as the template *Train a concept* does."""
 MODEL: list[Any] = []
 """What makes the MODEL, the CLIP and the VAE, if it is not the demo model that is drawn with."""
 
@@ -179,6 +181,31 @@ def ours_with_maps(task: Task, **options: Any) -> Any:
     return run_with_options("ConceptSplitKSampler", **given, **options)
 
 
+@lru_cache(maxsize=16)
+def learned(name: str, word: str) -> Any:
+    """A value adapter of the concept, trained by the node with its own settings."""
+    model, clip, vae = base()
+    images, _ = run("ConceptSplitDemoImages", concept=name, count=5, seed=0)
+    return run(
+        "ConceptSplitTrain", model=model, clip=clip, vae=vae, images=[images], concept_name=name, class_word=word,
+        file_name=name, **VALUES,
+    )[0]  # fmt: skip
+
+
+def values(task: Task, scope: str | None = None) -> Any:
+    """Value adapters; scope `rows` is where a LoRA's text side acts: all queries meet the change, not the picture's
+    alone."""
+    patch, run_of = pack("conceptsplit_core.hosts.comfy.patch"), pack("conceptsplit_core.hosts.comfy.run")
+    model, clip, _ = base()
+    for name, word in zip(task.names, task.words, strict=True):
+        adapter = learned(name, word)
+        _, clip = run("ConceptSplitApply", model=model, clip=clip, value_adapter=adapter)[:2]
+        model = patch.with_adapter(model, run_of.LoadedAdapter(name, adapter, scope=scope))
+    given = {"model": model, "positive": encode(clip, task.text), "negative": encode(clip, task.negative)}
+    given |= {"latent_image": latent(task), "seed": task.seed, "denoise": 1.0, **task.sampling}
+    return run_with_options("ConceptSplitKSampler", **given)[0]
+
+
 def our_regions(task: Task) -> list[Any]:
     """The areas that our node finds for this very picture, as masks."""
     _, maps = ours_with_maps(task, loda_steps=0)
@@ -280,6 +307,8 @@ ARMS: dict[str, tuple[Draw, Callable[[Task], Any] | None]] = {
     "ours": (ours, None),
     "ours_loda": (ours_loda, None),
     "ours_updates": (partial(ours_loda, loda_steps=3), None),
+    "values": (values, None),
+    "values_all": (partial(values, scope="rows"), None),
 }
 """Name to how it draws, and what is found beforehand outside its account: slices stand side by side in the order of the
 prompt."""

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 
-from benchmarks.host import flow
+from benchmarks.host import flow, maps
 from benchmarks.host.__main__ import jobs_of, records
 from conceptsplit_core.demo import scenes
 from conceptsplit_core.demo.looks import CONCEPTS
@@ -54,9 +55,15 @@ def test_records_hold_looks_and_whole_concepts_and_the_page_says_both(tmp_path):
     assert compared == [{"first": "ours", "second": "merged", "only_first": 2, "only_second": 0, "p": 0.5}]
     said = {"steps": 7, "batch": 3}
     page = flow.table({"host": "1.2", "sets": ["nero+pixa"], "first_seed": 10_000, "training": said, "arms": rows,
-                       "alone": rows["merged"], "comparisons": compared})  # fmt: skip
+                       "alone": rows["merged"], "comparisons": compared, "map_scenes": 5,
+                       "maps": {"full, joint": {"0.9": 0.614, "0.3": 0.8}}})  # fmt: skip
     assert "after 7 steps of 3 pictures" in page and "| ours | 3 | 100 (100–100) | 100 (100–100) | 100" in page
     assert "| ours against merged | 2 | 0 | 0.5 |" in page
+    assert (
+        "shows 5 scenes" in page
+        and "| size, keys | σ 0.9 | σ 0.3 |" in page
+        and "| full, joint | 61 % | 80 % |" in page
+    )
 
 
 def test_looks_in_words_are_those_of_the_laboratory():
@@ -65,6 +72,27 @@ def test_looks_in_words_are_those_of_the_laboratory():
     (text,) = {task["text"] for job in jobs for task in job["tasks"]}
     assert all(word in text for word in (*concept.look.colours, concept.look.pattern, concept.class_word))
     assert "<" not in text
+
+
+def test_a_flow_latent_keeps_its_form_at_half_the_size():
+    """The very same mean picture with noise of unit variance, at the level that is said."""
+    generator = torch.Generator().manual_seed(2)
+    clean, noise = torch.randn(1, 3, 6, 10, generator=generator), torch.randn(1, 3, 6, 10, generator=generator)
+    small, level = maps.halved(0.3 * clean + 0.7 * noise, 0.7)
+    mean = lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2))
+    assert level == pytest.approx(0.7 / 1.3)
+    # Of four independent numbers the mean has half the deviation, so twice the mean is noise as before.
+    torch.testing.assert_close(small, (1 - level) * mean(clean) + level * 2 * mean(noise))
+
+
+def test_the_score_of_maps_is_the_share_of_objects_in_their_own_areas():
+    masks = torch.zeros(2, 4, 8)
+    masks[0, :, :4], masks[1, 0, 4:] = 1.0, 0.5
+    areas = torch.zeros(2, 2, 4) > 0
+    areas[0, 0, :2], areas[1, :, 2:] = True, True  # half of the first object, all of the second
+    assert maps.right(areas, masks) == pytest.approx((0.5 + 1.0) / 2)
+    found = maps.scenes_of(3, 900_000)
+    assert len(found) == 3 and all(len({one.class_word for one in scene.objects}) == 2 for scene in found)
 
 
 def test_the_table_of_the_demo_transformer_is_that_of_the_results_file():
