@@ -53,6 +53,19 @@ def test_the_archive_is_small_and_complete(tmp_path):
     assert {"pyproject.toml", "requirements.txt", "README.md", "docs/troubleshooting.md"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "tools/", "docs/images/", "."))]
     assert "subgraphs/Two concepts.json" in names
+    # The demo transformer and what needs it stay in the repository: they would double the download.
+    left = [
+        name
+        for name in archive._listed() - names
+        if "ransformer" in name and name.startswith(("conceptsplit_core", "workflows"))
+    ]
+    assert sorted(left) == [
+        "conceptsplit_core/demo/transformer/loras/demo_nero_transformer_lora.safetensors",
+        "conceptsplit_core/demo/transformer/loras/demo_pixa_transformer_lora.safetensors",
+        "conceptsplit_core/demo/transformer/transformer.safetensors",
+        "workflows/Two LoRAs on a small transformer.jpg",
+        "workflows/Two LoRAs on a small transformer.json",
+    ]
 
 
 def test_pip_installs_the_terminal_program_from_the_archive(tmp_path):

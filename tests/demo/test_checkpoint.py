@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conceptsplit_core.demo import captions, checkpoint, scenes
+from tests.host.suite import velocity
 from tools.demo_model import lexicon
 from tools.demo_model.export import write_checkpoint
 
@@ -156,3 +158,22 @@ def test_another_file_is_refused_with_a_sentence(tmp_path):
     save_file({"unet.x": torch.zeros(1)}, str(path), {"format": checkpoint.FORMAT, "version": "9"})
     with pytest.raises(ValueError, match="version 9"):
         checkpoint.load(path)
+
+
+def test_the_transformer_is_small_and_finite_and_gives_in_diffusers_what_it_must_give_in_a_host():
+    """tests/host/suite/test_demo.py holds the host's own Flux to the same numbers."""
+    assert checkpoint.TRANSFORMER_FILE.stat().st_size <= 12e6
+    held = checkpoint.load_transformer()
+    assert all(one.dtype == torch.float16 and bool(one.isfinite().all()) for one in held.state.values())
+    assert held.config["scaling_factor"] == pytest.approx(checkpoint.load().config["scaling_factor"], rel=0.05)
+    pytest.importorskip("diffusers")
+    expected = json.loads(velocity.EXPECTED.read_text(encoding="utf-8"))
+    assert velocity.in_diffusers() == pytest.approx(expected, abs=1e-4) and max(map(abs, expected)) > 0.5
+
+
+def test_a_file_of_another_kind_or_version_is_no_transformer(tmp_path):
+    with pytest.raises(ValueError, match=r"demo\.safetensors is not a conceptsplit-demo-transformer file"):
+        checkpoint.load_transformer(checkpoint.DEMO_FILE)
+    write_checkpoint(tmp_path / "x.safetensors", {"a": torch.ones(2)}, checkpoint.TRANSFORMER_FORMAT, 7, {"patch": 2})
+    with pytest.raises(ValueError, match=r"x\.safetensors has version 7, this library reads version 1"):
+        checkpoint.load_transformer(tmp_path / "x.safetensors")

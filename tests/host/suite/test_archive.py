@@ -60,7 +60,7 @@ def test_every_node_of_the_checkout_is_there_with_the_same_inputs(program):
 
 def test_templates_come_with_their_pictures_and_scripts_and_words_with_them(program):
     listed = set(json.loads(program.get("/workflow_templates"))["conceptsplit"])
-    assert listed == {path.stem for path in (REPO / "workflows").glob("*.json")}
+    assert {path.stem for path in (REPO / "workflows").glob("*.json")} - listed == {"Two LoRAs on a small transformer"}
     for name in listed:
         thumbnail = program.get(f"/api/workflow_templates/conceptsplit/{quote(name)}.jpg")
         assert Image.open(io.BytesIO(thumbnail)).width <= 512, name
@@ -96,3 +96,17 @@ def test_the_terminal_program_runs_from_the_archive(installed):
     assert "<nero>, class word triangle" in done.stdout
     # What stays behind is really not there.
     assert not {"tests", "tools", "benchmarks"} & {path.name for path in installed.iterdir()}
+
+
+def test_the_demo_transformer_is_left_out_and_the_node_says_where_it_is(program):
+    """The loader is the same as in the repository; what is missing is one sentence at the node."""
+    node = {"1": {"class_type": "ConceptSplitDemoCheckpoint", "inputs": {"model": "transformer"}}}
+    shown = {"2": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+             "3": {"class_type": "VAEDecode", "inputs": {"samples": ["2", 0], "vae": ["1", 2]}},
+             "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}}}  # fmt: skip
+    entry = program.run({**node, **shown})
+    (failed,) = [data for name, data in entry["status"]["messages"] if name == "execution_error"]
+    assert failed["node_id"] == "1" and failed["exception_message"].strip() == (
+        "The demo transformer is not in this installation: the registry leaves it out, which keeps the download small; "
+        "get its folder conceptsplit_core/demo/transformer from the repository."
+    )
