@@ -4,7 +4,7 @@
     python -m benchmarks.host --freefuse FOLDER             with it: the folder freefuse_comfyui of its checkout
     python -m benchmarks.host --model sdxl                  what a picture costs and which inputs are drawn at all, on a
                                                             model of SDXL's (or sd15: SD1.5's) shape (`shapes.py`)
-    python -m benchmarks.host --transformer FILE            on a demo transformer instead of the demo UNet (`flow.py`)
+    python -m benchmarks.host --transformer                 on the demo transformer instead of the demo UNet (`flow.py`)
 
 The laboratory's concepts, prompts, seeds and detector; its LoRAs as kohya files. Every arm draws the same pictures from
 the same noise, one at a time. What was drawn is kept under --cache and never drawn twice. Writes --out and the block
@@ -29,7 +29,7 @@ import torch
 from benchmarks.separation import learning, methods, report, run
 from benchmarks.separation.methods import REPORT_FROM
 from conceptsplit_core.adapters.file import lora_bytes
-from conceptsplit_core.demo.checkpoint import load_transformer
+from conceptsplit_core.demo.checkpoint import TRANSFORMER_FILE, load_transformer
 from conceptsplit_core.demo.looks import CONCEPTS
 from tests.host.run import find_hosts, host_python, tools, version
 
@@ -247,7 +247,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--freefuse", type=Path, help="folder freefuse_comfyui of FreeFuse's checkout")
     parser.add_argument("--model", choices=("demo", *shapes.LABELS), default="demo")
-    parser.add_argument("--transformer", type=Path, help="a demo transformer, as `transformer_export` writes it")
+    parser.add_argument(
+        "--transformer", type=Path, nargs="?", const=TRANSFORMER_FILE, help="a demo transformer, or the committed one"
+    )
     parser.add_argument("--arms", help="comma separated, instead of the usual")
     parser.add_argument("--cache", type=Path, default=Path("out/host"))
     parser.add_argument("--out", type=Path, help="instead of the usual file of benchmarks/results")

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,26 @@ def values(task: Task, scope: str | None = None) -> Any:
     return run_with_options("ConceptSplitKSampler", **given)[0]
 
 
+def ours_half_plan(task: Task) -> Any:
+    """A plan at half the size, of the same noise: its maps are handed to a drawing of the whole size."""
+    import comfy.sample
+    import torch.nn.functional as F
+
+    real = comfy.sample.prepare_noise
+    small = replace(task, cells=(task.cells[0] // 2, task.cells[1] // 2))
+    whole = latent(task)["samples"]
+
+    def pooled(image: Any, seed: int, *args: Any, **kwargs: Any) -> Any:
+        return 2 * F.avg_pool2d(real(whole, seed, *args, **kwargs), 2)  # the mean of four has half the deviation
+
+    comfy.sample.prepare_noise = pooled
+    try:
+        _, maps = ours_with_maps(small, loda_steps=0)
+    finally:
+        comfy.sample.prepare_noise = real
+    return ours_with_maps(task, loda_steps=0, attention_maps=maps)[0]
+
+
 def our_regions(task: Task) -> list[Any]:
     """The areas that our node finds for this very picture, as masks."""
     _, maps = ours_with_maps(task, loda_steps=0)
@@ -306,6 +326,7 @@ ARMS: dict[str, tuple[Draw, Callable[[Task], Any] | None]] = {
     "freefuse_mended": (partial(freefuse, mended=True), None),
     "ours": (ours, None),
     "ours_loda": (ours_loda, None),
+    "ours_half_plan": (ours_half_plan, None),
     "ours_updates": (partial(ours_loda, loda_steps=3), None),
     "values": (values, None),
     "values_all": (partial(values, scope="rows"), None),

@@ -51,9 +51,10 @@ def ordered_regions(maps: Tensor, order: Tensor | None, fraction: float, sigma: 
 
 
 def resize_regions(region: Tensor, size: tuple[int, int]) -> Tensor:
-    """Regions [B, n, h, w] at another layer's size, still disjoint; a concept keeps every cell it holds most of.
+    """Regions [B, n, h, w] at another layer's size; a concept keeps every cell it holds most of, the first one at equal
+    shares. Cells that no concept holds stay nobody's.
 
-    Cells that no concept holds stay nobody's. Where regions overlap, equal shares of a cell go to the first concept.
+    Disjoint regions stay disjoint. Where regions overlap, a cell is also every concept's that holds half of it.
     """
     if tuple(region.shape[-2:]) == tuple(size):
         return region
@@ -62,7 +63,8 @@ def resize_regions(region: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(region.float(), size=size, mode="nearest-exact").bool()
     share = F.adaptive_avg_pool2d(region.float(), size)
     winner = F.one_hot(share.argmax(dim=1), region.shape[1]).movedim(-1, 1).bool()
-    return (share > 0) & winner
+    overlap = F.adaptive_avg_pool2d((region.sum(dim=1, keepdim=True) > 1).float(), size) > 0
+    return (share > 0) & (winner | (overlap & (share >= 0.5)))
 
 
 def region_bias(region: Tensor, mask: Tensor, size: tuple[int, int], positive: float, negative: float) -> Tensor:

@@ -531,6 +531,21 @@ def test_a_cell_that_no_concept_had_stays_nobodys():
     assert torch.equal(out, expected)
 
 
+def test_regions_that_overlap_do_so_on_a_smaller_layer_too():
+    """Cells of 2 x 2: both hold half of it at one place; one holds a quarter of another's; two meet side by side."""
+    region = torch.zeros(1, 3, 4, 6, dtype=torch.bool)
+    region[0, 0, :2, :3] = True
+    region[0, 1, 0, :2] = True  # half of the first cell, all of it the first concept's too
+    region[0, 1, 2:, 0] = region[0, 2, 2:, 1] = True  # a cell in halves that nobody shares
+    region[0, 2, 0, 2] = True  # a quarter of the second cell
+    out = resize_regions(region, (2, 3))
+    assert out[0].int().tolist() == [
+        [[1, 1, 0], [0, 0, 0]],
+        [[1, 0, 0], [1, 0, 0]],
+        [[0, 0, 0], [0, 0, 0]],
+    ]
+
+
 def test_suppressed_rows_keep_their_share_where_another_concept_is_stronger():
     maps = torch.tensor([[[[0.5, 0.1, 0.3]], [[0.2, 0.4, 0.3]]], [[[0.0, 0.0, 0.0]], [[0.9, 0.1, 0.2]]]])
     mask = torch.zeros(2, 6, 2)
