@@ -89,6 +89,19 @@ def test_a_plan_without_guidance_is_said_as_it_was_measured():
         assert " | ".join(f"{ratio:.{digits}f}" for ratio in ratios) in (ROOT / "docs" / name).read_text()
 
 
+def test_what_the_base_model_draws_is_said_as_it_was_measured():
+    error = charts.load("separation")["base_error"]
+    page = (ROOT / "docs" / "separation.md").read_text(encoding="utf-8").replace("\n", " ")
+    said = {"2 patterned": "two in {}", "3 patterned": "three in {}", "4 patterned": "four in {}",
+            "2 plain": "plain objects, without any pattern, are right in {}"}  # fmt: skip
+    for what, words in said.items():
+        strict, lenient = (100 * error[what][one]["mean"] for one in ("success", "loose_success"))
+        assert words.format(f"{strict:.0f} / {lenient:.0f} %") in page, what
+    loras = charts.load("separation_loras")["groups"]
+    for group, what in (("loras", "2 patterned"), ("loras_three", "3 patterned")):
+        assert loras[group]["arms"]["lora_routed"]["success"]["mean"] > error[what]["success"]["mean"], group
+
+
 @pytest.mark.parametrize("family", shapes.LABELS)
 def test_costs_and_odd_inputs_in_a_host_are_those_of_the_results_file(family):
     results = json.loads((ROOT / "benchmarks" / "results" / f"host_{family}.json").read_text(encoding="utf-8"))
