@@ -186,7 +186,8 @@ def on_transformer(args: argparse.Namespace) -> None:
     jobs = [job for job in jobs_of(arms, sets, seeds, folder) if not job["meter"]]
     alone = [job for job in jobs_of([flow.SAID], [(name,) for name in names], seeds, folder) if not job["meter"]]
     alone = flow.said(alone)
-    draw_missing(host, python, [*alone, *jobs], loras, args)
+    known = flow.known_jobs(folder)
+    draw_missing(host, python, [*known, *alone, *jobs], loras, args)
     maps = args.cache / "maps.json"
     if not maps.exists():
         asked = {**flow.MAPS, "transformer": str(args.transformer.resolve()), "out": str(maps.resolve())}
@@ -201,6 +202,7 @@ def on_transformer(args: argparse.Namespace) -> None:
         "sets": ["+".join(names) for names in sets],
         "first_seed": REPORT_FROM,
         "arms": flow.summary(results),
+        "known": flow.known_rates(known),
         "alone": flow.summary(described)[flow.SAID],
         "comparisons": flow.comparisons(results),
         "maps": json.loads(maps.read_text(encoding="utf-8")),

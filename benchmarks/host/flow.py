@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.separation import methods, report, run
+from benchmarks.separation import base, methods, report, run
 from benchmarks.separation.detector import detect
-from benchmarks.separation.metrics import interval, loosely, mcnemar
+from benchmarks.separation.metrics import interval, judge, loosely, mcnemar
 from tools.demo_model.flow_loras import write_lora
 
 ARMS = ("merged", "hooks_slices", "ours_slices", "ours", "ours_updates", "values", "values_all")
@@ -52,6 +52,35 @@ def said(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in (one for job in jobs for one in job["tasks"]):
         one["text"] = methods.prompt_for(one["names"], one["seed"], "described")
     return list(jobs)
+
+
+def known_jobs(folder: Path, pictures: int = 48) -> list[dict[str, Any]]:
+    """One or two patterned objects of looks that it was trained on, in words, as `base.errors` asks the UNet for."""
+    jobs = []
+    for count in (1, 2):
+        texts = [text for text, _ in base.known_scenes(pictures, count)]
+        tasks = [
+            {"names": [], "words": [], "text": text, "seed": methods.REPORT_FROM + i} for i, text in enumerate(texts)
+        ]
+        out = str(folder / f"known-{count}.npz")
+        jobs.append({"arm": SAID, "names": [str(count)], "tasks": tasks, "out": out, "meter": False})
+    return jobs
+
+
+def known_rates(jobs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By the number of objects, how often all were right."""
+    found = {}
+    for job in jobs:
+        images = np.load(job["out"])["images"]
+        asked = [things for _, things in base.known_scenes(len(images), int(job["names"][0]))]
+        values = [
+            judge(detect(image, tuple(thing.look for thing in things)), things).values
+            for image, things in zip(images, asked, strict=True)
+        ]
+        records = {"all": dict(enumerate(values))}
+        found[job["names"][0]] = {one: interval(records, one) for one in ("success", "loose_success")}
+        found[job["names"][0]]["pictures"] = len(images)
+    return found
 
 
 def measure(image: np.ndarray, names: run.Key, seed: int) -> tuple[dict[str, float], list[list[int]]]:
@@ -95,6 +124,13 @@ def table(data: Mapping[str, Any]) -> str:
     ]
     for arm, row in data["arms"].items():
         lines.append(f"| {arm} | {row['pictures']} | {' | '.join(report._cell(row[one]) for one in COLUMNS)} |")
+    said = ", ".join(
+        f"{count} {report._cell(row['success'])} strict and {report._cell(row['loose_success'])} lenient"
+        for count, row in data["known"].items()
+    )
+    lines.append(
+        f"\nPatterned objects of known looks in words ({data['known']['1']['pictures']} pictures each), all right: {said}."
+    )
     alone = data["alone"]
     lines.append(
         f"\nOne concept a picture, its look in words, without LoRAs ({alone['pictures']} pictures): look "

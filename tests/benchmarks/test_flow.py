@@ -54,8 +54,17 @@ def test_records_hold_looks_and_whole_concepts_and_the_page_says_both(tmp_path):
     compared = flow.comparisons(found)
     assert compared == [{"first": "ours", "second": "merged", "only_first": 2, "only_second": 0, "p": 0.5}]
     said = {"steps": 7, "batch": 3}
+    known = flow.known_jobs(tmp_path, 3)
+    for job, right in zip(known, (2, 1), strict=True):
+        asked = flow.base.known_scenes(3, int(job["names"][0]))
+        assert [task["text"] for task in job["tasks"]] == [text for text, _ in asked]
+        things = [[(thing.class_word, thing.look) for thing in one] for _, one in asked]
+        wrong = [[(word, CONCEPTS["ozzy"].look) for word, _ in one] for one in things]
+        images = [drawn(*one) for one in (*things[:right], *wrong[right:])]
+        np.savez_compressed(job["out"], images=np.stack(images), facts="[]")
     page = flow.table({"host": "1.2", "sets": ["nero+pixa"], "first_seed": 10_000, "training": said, "arms": rows,
                        "alone": rows["merged"], "comparisons": compared, "map_scenes": 5,
+                       "known": flow.known_rates(known),
                        "maps": {"full, joint": {"0.9": 0.614, "0.3": 0.8}}})  # fmt: skip
     assert "after 7 steps of 3 pictures" in page and "| ours | 3 | 100 (100–100) | 100 (100–100) | 100" in page
     assert "| ours against merged | 2 | 0 | 0.5 |" in page
