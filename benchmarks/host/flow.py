@@ -128,9 +128,8 @@ def table(data: Mapping[str, Any]) -> str:
         f"{count} {report._cell(row['success'])} strict and {report._cell(row['loose_success'])} lenient"
         for count, row in data["known"].items()
     )
-    lines.append(
-        f"\nPatterned objects of known looks in words ({data['known']['1']['pictures']} pictures each), all right: {said}."
-    )
+    count = data["known"]["1"]["pictures"]
+    lines.append(f"\nPatterned objects of known looks in words ({count} pictures each), all right: {said}.")
     alone = data["alone"]
     lines.append(
         f"\nOne concept a picture, its look in words, without LoRAs ({alone['pictures']} pictures): look "
