@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--per", type=int, default=4, help="pictures per prompt of the samples stage")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance of the samples stage")
-    parser.add_argument("--target", type=Path, default=checkpoint.DEMO_FILE, help="file to export to")
+    parser.add_argument("--target", type=Path, help="file to export to, instead of the committed one")
     parser.add_argument("--device", default="cpu", help="of the transformer's stages")
     parser.add_argument("--workers", type=int, default=0, help="processes that make captions beside the training")
     parser.add_argument("--compiled", action="store_true", help="compile the transformer's training")
@@ -88,13 +88,14 @@ def main(argv: list[str] | None = None) -> None:
         case "transformer_samples":
             transformer.write_samples(args.out, args.name, args.seed, args.per, args.guidance, args.device)
         case "transformer_export":
-            transformer.export(args.out, args.name, args.target, args.machine, args.note)
+            target = args.target or checkpoint.TRANSFORMER_FILE
+            transformer.export(args.out, args.name, target, args.machine, args.note)
         case "samples":
             report.write_samples(args.out, args.name, args.seed, args.per, args.guidance)
         case "grounding":
             print(json.dumps(report.grounding_report(args.out, args.name), indent=1))
         case "export":
-            export.export(args.out, args.name, args.target, args.note)
+            export.export(args.out, args.name, args.target or checkpoint.DEMO_FILE, args.note)
 
 
 if __name__ == "__main__":
