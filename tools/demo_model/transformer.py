@@ -7,7 +7,7 @@ lead from pixels to the bound rows, in the blocks `GROUNDED`.
 
 The committed one took 62 minutes on two CPU cores that did other work too: 6,200 steps, 600 of them of 16 pictures and
 the others of 32, at a rate of 2e-3 that fell from step 2,600 on. Its outlines are uneven still: of one patterned object
-in words the detector finds 2 % right by the strict reading and 44 % by the lenient one; of the demo UNet's, after 21,800
+in words the detector finds 2 % right by the strict reading and 44 % by the lenient one; of the UNet's, after 21,800
 steps, 81 and 94 %. The loss with objects weighted was 0.35 at step 1,000, 0.27 at 2,000, 0.24 at 3,000, 0.19 at 5,000
 and 0.17 at the end. It falls by about step^-0.4, so that more steps will help; more guidance and more sampling steps do
 not. What brought nothing before: the guided UNet as teacher (450 steps), the UNet's features as further targets (110
