@@ -107,8 +107,19 @@ def test_the_score_of_maps_is_the_share_of_objects_in_their_own_areas():
 def test_the_table_of_the_demo_transformer_is_that_of_the_results_file():
     results = json.loads((ROOT / "benchmarks" / "results" / "host_transformer.json").read_text(encoding="utf-8"))
     assert flow.table(results) in (ROOT / "docs" / "tables" / "separation.md").read_text(encoding="utf-8")
-    said = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    arms = results["arms"]
-    for arm in ("merged", "hooks_slices", "ours_slices", "ours", "ours_updates"):
-        assert f" {100 * arms[arm]['looks']['mean']:.0f} % " in said, arm
-    assert f"look in {100 * results['alone']['looks']['mean']:.0f} % of pictures" in said.replace("\n", " ")
+    said = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").replace("\n", " ")
+    arms, percent = results["arms"], lambda share: f"{100 * share['mean']:.0f} %"
+    for arm in ("merged", "hooks_slices", "ours_slices", "ours", "ours_updates", "values", "values_all"):
+        assert f" {percent(arms[arm]['looks'])} " in said, arm
+    assert f"look in {percent(results['alone']['looks'])} of pictures" in said
+    shown = results["maps"]
+    assert f"{100 * shown['full, joint']['0.7']:.0f} % of its pixels at σ 0.7" in said
+    assert f"they show {100 * shown['half, joint']['0.7']:.0f} %" in said
+    for one in results["comparisons"]:
+        if one["second"] in ("values_all",):
+            assert f"({one['only_first']} to {one['only_second']})" in said
+    known = results["known"]["1"]
+    words = (
+        f"{percent(known['success'])} right by the strict reading and {percent(known['loose_success'])} by the lenient"
+    )
+    assert words in " ".join((ROOT / "tools" / "demo_model" / "transformer.py").read_text(encoding="utf-8").split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -89,6 +90,17 @@ def test_a_plan_without_guidance_is_said_as_it_was_measured():
         assert " | ".join(f"{ratio:.{digits}f}" for ratio in ratios) in (ROOT / "docs" / name).read_text()
 
 
+def test_a_plan_of_half_the_size_is_said_as_it_was_measured():
+    arms = charts.load("separation_half_plan")["arms"]
+    half, whole = (
+        " / ".join(f"{100 * arms[arm][one]['mean']:.0f}" for one in ("success", "loose_success"))
+        for arm in ("ours_half_plan", "ours")
+    )
+    page = (ROOT / "docs" / "separation" / "details.md").read_text(encoding="utf-8")
+    assert f"noise: {half} % where a plan of the whole size reaches {whole} % (48 pictures each" in page
+    assert arms["ours"]["pictures"] == arms["ours_half_plan"]["pictures"] == 48
+
+
 def test_what_the_base_model_draws_is_said_as_it_was_measured():
     error = charts.load("separation")["base_error"]
     page = (ROOT / "docs" / "separation.md").read_text(encoding="utf-8").replace("\n", " ")
@@ -109,6 +121,26 @@ def test_costs_and_odd_inputs_in_a_host_are_those_of_the_results_file(family):
     assert shapes.table(results) in page
     for rows in results["cases"].values():
         assert {*rows} == {case["name"] for case in shapes.cases()} | {shapes.AFTERWARDS}
+
+
+def test_the_page_on_speed_says_what_two_loras_cost_in_a_host():
+    page = (ROOT / "docs" / "speed" / "details.md").read_text(encoding="utf-8")
+    costs = [charts.load(f"host_{family}")["costs"] for family in shapes.LABELS]
+    named = {
+        "ours_slices": "ours, masks given",
+        "ours": "ours",
+        "ours, 4 LoRAs": "ours, four LoRAs",
+        "ours_loda": "ours, LODA in the plan",
+        "freefuse": "FreeFuse",
+        "hooks_slices": "the core's LoRA hooks",
+    }
+    for arm, words in named.items():
+        cells = []
+        for cost in costs:
+            first, own = cost["merged"], cost[arm]
+            cells += [own[what] / first[what] for what in ("gflop", "started")]
+            cells.append(median(own["seconds"]) / median(first["seconds"]))
+        assert f"| {words} | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in page, arm
 
 
 def test_the_settings_page_says_what_tuning_measured():
