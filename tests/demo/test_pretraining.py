@@ -83,6 +83,18 @@ def test_the_transformer_resumes_to_the_same_bits_and_draws(drawn):
     assert all(torch.equal(found[name], state["ema"][f"denoiser.{name}"].half()) for name in found) and len(found) > 90
 
 
+def test_a_training_may_begin_with_an_exported_transformer(drawn, tmp_path):
+    torch.manual_seed(7)
+    first = transformer.Transformer(latents.Words().vocabulary)
+    states.save({"ema": first.state_dict(), "scale": 1.0, "step": 1, "seconds": 0.0, "batch": 2, "seed": 1,
+                 "rate": 0.1, "grounding": 0.0}, tmp_path / "first.safetensors")  # fmt: skip
+    transformer.export(tmp_path, "first", tmp_path / "file.safetensors", "a machine", "")
+    options = {**SETTINGS, "rate": 0.0, "device": "cpu", "workers": 0, "begin": tmp_path / "file.safetensors"}
+    transformer.train_transformer(drawn, "begun", 1, **options)  # a rate of 0 leaves the weights as they were
+    begun, given = states.read(drawn / "begun.safetensors")["model"], load_file(tmp_path / "file.safetensors")
+    assert all(torch.equal(begun[f"denoiser.{name}"], one.float()) for name, one in given.items())
+
+
 def test_the_written_out_attention_is_diffusers_own_and_its_shares_are_kept():
     """Against diffusers' processor on the same weights, whose queries and keys give each block's softmax."""
     import diffusers.models.transformers.transformer_flux as flux

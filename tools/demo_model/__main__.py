@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", type=Path, help="file to export to, instead of the committed one")
     parser.add_argument("--device", default="cpu", help="of the transformer's stages")
     parser.add_argument("--workers", type=int, default=0, help="processes that make captions beside the training")
+    parser.add_argument(
+        "--begin", type=Path, help="an exported transformer that the transformer's training begins with"
+    )
     parser.add_argument("--compiled", action="store_true", help="compile the transformer's training")
     parser.add_argument("--machine", default="2 CPU cores, no GPU", help="for the exported file")
     parser.add_argument("--note", default="")
@@ -84,7 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         case "start":
             autoencoder.start_from_demo(args.out)
         case "transformer":
-            transformer.train_transformer(args.out, args.name, args.steps, args.device, args.compiled, **training)
+            transformer.train_transformer(
+                args.out, args.name, args.steps, args.device, args.compiled, args.begin, **training
+            )
         case "transformer_samples":
             transformer.write_samples(args.out, args.name, args.seed, args.per, args.guidance, args.device)
         case "transformer_export":

@@ -21,7 +21,8 @@ model shows of LoRAs is in docs/models.md.
     python -m tools.demo_model transformer_samples --name transformer --out FOLDER
     python -m tools.demo_model transformer_export --name transformer --out FOLDER
 
-On a GPU: --device cuda --workers 14 --batch 256 --steps 0 --minutes 10, in one process and not compiled.
+To go on from the committed one: --begin and its file, with a --name of its own. On a GPU: --device cuda --workers 14
+--batch 256 --steps 0 --minutes 10, in one process and not compiled.
 """
 
 from __future__ import annotations
@@ -210,11 +211,22 @@ def losses(
     return error.mean(), on_objects(error, b["mask"]).mean(), ground
 
 
-def train_transformer(out: Path, name: str, steps: int, device: str, compiled: bool = False, **options: Any) -> None:
-    """Flow matching from seeded noise levels and noise; `compiled` is faster on a CPU."""
+def train_transformer(
+    out: Path,
+    name: str,
+    steps: int,
+    device: str,
+    compiled: bool = False,
+    begin: Path | None = None,
+    **options: Any,
+) -> None:
+    """Flow matching from seeded noise levels and noise.
+
+    compiled: faster on a CPU.  begin: an exported transformer, whose weights a new training begins with.
+    """
 
     def build(vocabulary: int) -> Transformer:
-        model = Transformer(vocabulary)
+        model = Transformer(vocabulary) if begin is None else load(begin)[0].train()
         if compiled:
             for part in (model.denoiser, model.fixed[1]):
                 part.compile(dynamic=False)
