@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
@@ -236,6 +237,8 @@ def test_a_lora_of_the_transformer_is_what_its_pairs_add(drawn, tmp_path, monkey
     monkeypatch.setattr(flow_loras, "STEPS", 3)
     flow_loras.write_lora(tmp_path / "file.safetensors", "nero", tmp_path / "lora.safetensors")
     kept = load_file(tmp_path / "lora.safetensors")
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        assert file.metadata() == {"modelspec.trigger_phrase": "triangle"}
     names = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in kept}
     assert len(names) == 2 * 8 + 4 * 3 and len(kept) == 2 * len(names)
     assert kept["transformer.transformer_blocks.1.attn.add_q_proj.lora_A.weight"].shape == (flow_loras.RANK, 192)

@@ -88,4 +88,5 @@ def write_lora(file: Path, concept: str, target: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for module, (down, up) in learned(model, latents, concept).items():
         tensors |= {f"transformer.{module}.lora_A.weight": down.data, f"transformer.{module}.lora_B.weight": up.data}
-    save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, str(target))
+    said = {"modelspec.trigger_phrase": looks.CONCEPTS[concept].class_word}
+    save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, str(target), said)
