@@ -64,7 +64,7 @@ TRAIN_RARE = {
 GATE = {"gate_bias": 0.5, "gate_temperature": 0.375}
 SAMPLING = {"seed": 12, "steps": 5, "cfg": 3.5, "sampler_name": "heun", "scheduler": "karras", "denoise": 0.875}
 VALUES: dict[str, dict[str, Any]] = {
-    "ConceptSplitDemoCheckpoint": {},
+    "ConceptSplitDemoCheckpoint": {"model": "transformer"},  # its value is tried in test_demo
     "ConceptSplitDemoImages": {"concept": "pixa", "count": 3, "seed": 17},
     "ConceptSplitLoader": {"adapter": "settings/rex.safetensors", **LOADER, **GATE},
     "ConceptSplitApply": {**LOADER, **GATE},
