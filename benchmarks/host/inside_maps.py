@@ -25,7 +25,6 @@ from tests.host.suite.conftest import pack  # isort: skip
 from benchmarks.host.maps import halved, right, scenes_of
 
 joint = pack("conceptsplit_core.hosts.comfy.joint")
-attention = pack("conceptsplit_core.method.attention")
 partition = pack("conceptsplit_core.method.partition")
 grid = pack("conceptsplit_core.network.grid")
 

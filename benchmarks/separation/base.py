@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.host.maps import scenes_of
 from conceptsplit_core.demo import captions, looks, scenes
 from conceptsplit_core.hosts import diffusers as host
 from conceptsplit_core.method.divergence import jsd
@@ -81,13 +82,7 @@ def grounding(bench: Bench, pictures: int) -> dict[str, Any]:
     """
     model = bench.model
     factors = {site.name: site.downscale for site in host.network_map(model).attention}
-    drawn: list[scenes.Scene] = []
-    seed = 30_000_000
-    while len(drawn) < pictures:
-        scene = scenes.draw_scene(seed, 2)
-        seed += 1
-        if scene.objects[0].class_word != scene.objects[1].class_word:
-            drawn.append(scene)
+    drawn = scenes_of(pictures, 30_000_000)
     names = ["one", "two"]
     conds = [
         host.encode_text(model, s.caption, [Concept(n, o.class_word) for n, o in zip(names, s.objects, strict=True)])

@@ -115,9 +115,8 @@ def test_the_table_of_the_demo_transformer_is_that_of_the_results_file():
     shown = results["maps"]
     assert f"{100 * shown['full, joint']['0.7']:.0f} % of its pixels at σ 0.7" in said
     assert f"they show {100 * shown['half, joint']['0.7']:.0f} %" in said
-    for one in results["comparisons"]:
-        if one["second"] in ("values_all",):
-            assert f"({one['only_first']} to {one['only_second']})" in said
+    (one,) = [one for one in results["comparisons"] if one["second"] == "values_all"]
+    assert f"({one['only_first']} to {one['only_second']})" in said
     known = results["known"]["1"]
     words = (
         f"{percent(known['success'])} right by the strict reading and {percent(known['loose_success'])} by the lenient"
