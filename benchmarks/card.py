@@ -5,7 +5,8 @@
 Models of the host's own classes with random weights, which cost what trained ones do; two LoRAs of rank 32 on every
 layer that reads text or pixels; 1024 x 1024 pixels, batch 1. Merged LoRAs cost what the plain model does. A routed
 picture includes its plan; with given masks there is none. Each row is the median of `--rounds` pictures after a
-short one.
+short one. `busy_ratio` compares the time in which the card's kernels run, for ten steps or fewer: what remains of
+`ratio` where a picture waits for the card and not for the processor that feeds it.
 """
 
 from __future__ import annotations
@@ -158,6 +159,17 @@ def measured(draw: Callable[[int], Any], steps: int, rounds: int) -> dict[str, f
     return {"seconds": statistics.median(seconds), "peak_mib": round(peak)}
 
 
+def busy(draw: Callable[[int], Any], steps: int) -> float:
+    """Seconds in which kernels run, of a picture of ten steps or fewer."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as kernels:
+        draw(min(steps, 10))
+        torch.cuda.synchronize()
+    return sum(one.self_device_time_total for one in kernels.key_averages()) / 1e6
+
+
 def rows_of(
     model: Model, precision: str, rounds: int, wanted: Sequence[str] = ARMS, side: int = SIDE
 ) -> Iterator[dict[str, Any]]:
@@ -191,6 +203,7 @@ def rows_of(
                 routed = with_adapter(routed, LoadedAdapter(name, adapter))
                 placed = with_adapter(placed, LoadedAdapter(name, adapter, mask=mask))
         merged = measured(lambda steps: drawn(base, steps), model.steps, rounds)
+        merged_busy = busy(lambda steps: drawn(base, steps), model.steps)
         loda = with_loda(routed, LodaConfig(loda_steps=max(1, round(0.2 * model.steps))), AttentionMaps())
         arms = dict(zip(ARMS, (routed, placed, loda), strict=True))
         for arm, patched in arms.items():
@@ -198,13 +211,14 @@ def rows_of(
                 continue
             try:
                 cost = measured(lambda steps, patched=patched: drawn(patched, steps), model.steps, rounds)
+                work = busy(lambda steps, patched=patched: drawn(patched, steps), model.steps)
             except torch.cuda.OutOfMemoryError as error:
                 yield {"model": model.name, "precision": precision, "what": arm, "failed": str(error).split(".")[0]}
                 continue
             yield {
                 "model": model.name, "precision": precision, "what": arm, "steps": model.steps,
                 "merged_s": round(merged["seconds"], 3), "s": round(cost["seconds"], 3),
-                "ratio": round(cost["seconds"] / merged["seconds"], 3),
+                "ratio": round(cost["seconds"] / merged["seconds"], 3), "busy_ratio": round(work / merged_busy, 3),
                 "merged_peak_mib": merged["peak_mib"], "peak_mib": cost["peak_mib"],
                 "peak_ratio": round(cost["peak_mib"] / max(merged["peak_mib"], 1), 3),
             }  # fmt: skip

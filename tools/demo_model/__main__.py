@@ -64,12 +64,14 @@ def main(argv: list[str] | None = None) -> None:
         "--begin", type=Path, help="an exported transformer that the transformer's training begins with"
     )
     parser.add_argument("--compiled", action="store_true", help="compile the transformer's training")
+    parser.add_argument("--recorded", action="store_true", help="play the transformer's step back as a CUDA graph")
     parser.add_argument("--machine", default="2 CPU cores, no GPU", help="for the exported file")
     parser.add_argument("--note", default="")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     chosen = ("decay_from", "batch", "rate", "grounding", "seed", "minutes", "workers")
     training = {name: getattr(args, name) for name in chosen}
+    flow = {name: getattr(args, name) for name in ("device", "compiled", "begin", "recorded")}
     args.out.mkdir(parents=True, exist_ok=True)
     match args.stage:
         case "tokenizer":
@@ -87,9 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         case "start":
             autoencoder.start_from_demo(args.out)
         case "transformer":
-            transformer.train_transformer(
-                args.out, args.name, args.steps, args.device, args.compiled, args.begin, **training
-            )
+            transformer.train_transformer(args.out, args.name, args.steps, **flow, **training)
         case "transformer_samples":
             transformer.write_samples(args.out, args.name, args.seed, args.per, args.guidance, args.device)
         case "transformer_export":

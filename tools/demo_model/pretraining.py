@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .graphed import Rate, Recorded
 from .latents import Data
 from .states import optimiser_state, read, restore_optimiser, save
 from .together import together
@@ -112,13 +113,15 @@ def train(
     minutes: float,
     device: str = "cpu",
     workers: int = 0,
+    recorded: bool = False,
 ) -> None:
     """Both ends of the noise range and objects weighted, caption dropout 10 %, EMA.
 
     Resumes from OUT/NAME.safetensors. The rate is constant up to step `decay_from` and then falls to 2 % at `steps`.
     Every random draw depends on (seed, step) alone, so stopping and resuming changes nothing. Stops early after
     `minutes`; with 0 steps as many as fit into them, the last two fifths with a falling rate. `workers` processes make
-    captions beside the training. Of several processes (`together`) each has `batch` pictures a step.
+    captions beside the training. Of several processes (`together`) each has `batch` pictures a step. A `recorded` step
+    is played back (`graphed`): on a GPU, in one process.
     """
     data, team = Data(out), together()
     torch.manual_seed(seed)
@@ -134,29 +137,44 @@ def train(
             restore_optimiser(one, state[key])
         ema = {k: torch.empty_like(v).copy_(state["ema"][k]) for k, v in model.state_dict().items()}
         start, spent = int(state["step"]), float(state["seconds"])
-    began = saved = time.time()
-    sums, count = torch.zeros(3, device=device), 0
-    paced: list[float] = []
-    for step, drawn in data.batches(seed, range(start, steps or LIMIT), batch, workers, team.place):
-        torch.manual_seed(seed * 1_000_003 + step + (team.place << 40))
-        fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
-        for group in (group for one in moving.values() for group in one.param_groups):
-            group["lr"] = rate * fall * min(1.0, (step + 1) / 200)
-        here = {k: v.to(device) for k, v in drawn.items()}
+    scaled = Rate(list(moving.values()), device) if recorded else None
+
+    def learn(here: dict[str, torch.Tensor], last: bool = False) -> tuple[torch.Tensor, bool]:
         error, loss, ground = losses(model, here, grounding > 0)
         model.zero_grad(set_to_none=True)
         (loss + grounding * ground).backward()
-        last = step == steps - 1 or time.time() - began > 60 * minutes
         last = team.average(list(model.parameters()), last)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for one in moving.values():
-            one.step()
+        if scaled:
+            scaled.move()
+        else:
+            for one in moving.values():
+                one.step()
+        return torch.stack([error.detach(), loss.detach(), ground.detach()]), last
+
+    played = Recorded(lambda here: learn(here)[0]) if recorded else None
+    began = saved = time.time()
+    sums, count = torch.zeros(3, device=device), 0
+    paced: list[float] = []
+    floats = [k for k, v in ema.items() if v.is_floating_point()]
+    for step, drawn in data.batches(seed, range(start, steps or LIMIT), batch, workers, team.place):
+        torch.manual_seed(seed * 1_000_003 + step + (team.place << 40))
+        fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
+        now_rate = rate * fall * min(1.0, (step + 1) / 200)
+        here = {k: v.to(device) for k, v in drawn.items()}
+        last = step == steps - 1 or time.time() - began > 60 * minutes
+        if scaled and played:
+            scaled.now.fill_(now_rate)
+            said = played(here)
+        else:
+            for group in (group for one in moving.values() for group in one.param_groups):
+                group["lr"] = now_rate
+            said, last = learn(here, last)
         keep = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             now = model.state_dict()
-            floats = [k for k, v in now.items() if v.is_floating_point()]
             torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - keep)
-        sums += torch.stack([error.detach(), loss.detach(), ground.detach()])
+        sums += said
         count += 1
         if not steps and step in (start + 49, start + 99):
             sums.tolist()  # waits until the device is ready
