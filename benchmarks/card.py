@@ -204,14 +204,17 @@ def rows_of(
                 placed = with_adapter(placed, LoadedAdapter(name, adapter, mask=mask))
         merged = measured(lambda steps: drawn(base, steps), model.steps, rounds)
         merged_busy = busy(lambda steps: drawn(base, steps), model.steps)
-        loda = with_loda(routed, LodaConfig(loda_steps=max(1, round(0.2 * model.steps))), AttentionMaps())
-        arms = dict(zip(ARMS, (routed, placed, loda), strict=True))
+
+        def with_updates(steps: int) -> Any:
+            return with_loda(routed, LodaConfig(loda_steps=max(1, round(0.2 * steps))), AttentionMaps())
+
+        arms = dict(zip(ARMS, (lambda steps: routed, lambda steps: placed, with_updates), strict=True))
         for arm, patched in arms.items():
             if arm not in wanted:
                 continue
             try:
-                cost = measured(lambda steps, patched=patched: drawn(patched, steps), model.steps, rounds)
-                work = busy(lambda steps, patched=patched: drawn(patched, steps), model.steps)
+                cost = measured(lambda steps, patched=patched: drawn(patched(steps), steps), model.steps, rounds)
+                work = busy(lambda steps, patched=patched: drawn(patched(steps), steps), model.steps)
             except torch.cuda.OutOfMemoryError as error:
                 yield {"model": model.name, "precision": precision, "what": arm, "failed": str(error).split(".")[0]}
                 continue
@@ -245,8 +248,8 @@ def main() -> None:
         "card": torch.cuda.get_device_name(), "torch": torch.__version__, "side": SIDE, "rank": RANK, "loras": 2,
         "rounds": arguments.rounds, "rows": [],
     }  # fmt: skip
-    for model in MODELS:
-        for precision in model.precisions if model.name in wanted else ():
+    for model in sorted((one for one in MODELS if one.name in wanted), key=lambda one: wanted.index(one.name)):
+        for precision in model.precisions:
             if arguments.precision not in (None, precision):
                 continue
             for row in rows_of(model, precision, arguments.rounds, arguments.arms.split(";")):

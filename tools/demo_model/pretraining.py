@@ -176,11 +176,11 @@ def train(
             torch._foreach_lerp_([ema[k] for k in floats], [now[k] for k in floats], 1 - keep)
         sums += said
         count += 1
-        if not steps and step in (start + 49, start + 99):
+        if not steps and step in (start + 149, start + 299):  # by then the captions' scenes are known
             sums.tolist()  # waits until the device is ready
             paced = [*paced, time.time()]
             if len(paced) == 2:
-                steps = step + int((began + 60 * minutes - paced[1]) / (paced[1] - paced[0]) * 50 * 0.98)
+                steps = step + int((began + 60 * minutes - paced[1]) / (paced[1] - paced[0]) * 150 * 0.98)
                 decay_from = int(0.6 * steps)
                 print(f"{name}: {steps} steps fit, the rate falls from {decay_from}", flush=True)
         if (step % 50 == 49 or last) and not team.place:
