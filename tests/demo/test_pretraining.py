@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from tools.demo_model import autoencoder, flow_loras, latents, pretraining, states, transformer
+from tools.demo_model import autoencoder, flow_loras, graphed, latents, pretraining, states, transformer
 
 SETTINGS = {"decay_from": 2, "batch": 2, "rate": 1e-3, "grounding": 0.02, "seed": 1, "minutes": 1e9}
 
@@ -181,6 +181,32 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest():
     held = [[tuple(one.shape) for group in each.param_groups for one in group["params"]] for each in (first, second)]
     assert held == [[(5, 3)], [(5,), (2, 5), (2,)]]
     assert {group["lr"] for each in (first, second) for group in each.param_groups} == {0.25}
+
+
+def test_a_share_of_a_step_at_rate_one_is_a_step_at_that_rate():
+    """So a recorded step, whose numbers are fixed, follows a rate that falls. Two steps, for the moments."""
+
+    def moved(scaled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(2)
+        model = torch.nn.ModuleDict({"blocks": torch.nn.Linear(3, 5), "out": torch.nn.Linear(5, 2)})
+        optimisers = pretraining.muon(model, 0.5)
+        rate = graphed.Rate(optimisers, "cpu") if scaled else None
+        for group in (group for one in optimisers for group in one.param_groups if scaled):
+            group["capturable"] = False  # of a GPU alone
+        for share in (0.03, 0.007):
+            model.zero_grad()
+            model["out"](model["blocks"](torch.ones(4, 3))).square().sum().backward()
+            if rate:
+                rate.now.fill_(share)
+                rate.move()
+                continue
+            for one in optimisers:
+                for group in one.param_groups:
+                    group["lr"] = share
+                one.step()
+        return [one.detach() for one in model.parameters()]
+
+    torch.testing.assert_close(moved(True), moved(False), atol=1e-6, rtol=1e-5)
 
 
 def test_a_token_of_the_picture_is_two_by_two_latent_pixels_in_fluxs_order():

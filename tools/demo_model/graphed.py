@@ -2,7 +2,8 @@
 
 Everything between a batch and the moved weights is recorded, forward pass to optimisers. The rate changes from step to
 step, and a recording holds its numbers; so the optimisers move at rate 1, and of what they moved the rate's share is
-kept. Both AdamW and Muon move by the rate times what does not depend on it.
+kept. Both AdamW and Muon move by the rate times what does not depend on it. On an H200 the losses of 150 recorded steps
+were those of the same steps started one by one, to the last digit but one.
 """
 
 from __future__ import annotations

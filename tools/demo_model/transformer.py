@@ -5,14 +5,14 @@ picture of both models differs by its denoiser alone. Its velocities are learned
 matrices are moved by Muon. As for the UNet there is a grounding term, here on the columns of the joint softmax that
 lead from pixels to the bound rows, in the blocks `GROUNDED`.
 
-The committed one took five minutes on an H200: 8,997 steps of 256 pictures, each step played back (`graphed`) in 32 ms,
-where the same operations started one by one took 120. The rate fell in the last two fifths. The loss with objects weighted
-was 0.25 at step 600, 0.17 at 1,800, 0.14 at 4,200 and 0.11 at the end. Of one patterned object in words the detector finds
-33 % right by the strict reading and 88 % by the lenient one; of the UNet's, after 21,800 steps, 81 and 94 %. What the strict
-reading misses is the outline in 58 % of pictures: it is wavy still. More sampling steps or guidance do not change that
-beyond what seeds do. On two CPU cores 6,200 steps of 32 pictures, in an hour, reached a loss of 0.17, and 2 and 44 %. What
-brought nothing there: the guided UNet as teacher (450 steps), the UNet's features as further targets (110 steps). What the
-model shows of LoRAs is in docs/models.md.
+The committed one took five minutes on an H200: 8,997 steps of 256 pictures, each step played back (`graphed`) in 32
+ms, where the same operations started one by one took 120. The rate fell in the last two fifths. The loss with
+objects weighted was 0.25 at step 600, 0.17 at 1,800, 0.14 at 4,200 and 0.11 at the end. Of one patterned object in
+words the detector finds 33 % right by the strict reading and 88 % by the lenient one; of the UNet's, after 21,800
+steps, 81 and 94 %. What the strict reading misses is the outline in 58 % of pictures: it is wavy still. More
+sampling steps or guidance do not change that beyond what seeds do. On two CPU cores 6,200 steps of 32 pictures, in
+an hour, reached a loss of 0.17, and 2 and 44 %. What brought nothing there: the guided UNet as teacher (450 steps),
+the UNet's features as further targets (110 steps). What the model shows of LoRAs is in docs/models.md.
 
     python -m tools.demo_model start --out FOLDER
     python -m tools.demo_model latents --out FOLDER --scenes 16000        (or in parts, see --part)
