@@ -163,15 +163,15 @@ def draw_missing(
 def on_shapes(family: str, args: argparse.Namespace) -> None:
     host, python = newest_host()
     arms = args.arms.split(",") if args.arms else [*shapes.ARMS, *(shapes.FREEFUSE if args.freefuse else ())]
-    drawn = args.cache / f"{family}.json"
-    jobs = shapes.jobs(family, arms, args.steps, args.rounds, args.freefuse, drawn)
+    drawn = args.cache / f"{family}_{args.width}.json"
+    jobs = shapes.jobs(family, arms, args.steps, args.rounds, args.freefuse, drawn, args.width)
     draw_in(host, python, shapes.INSIDE, jobs, args.cache / "jobs.json")
     data = {"host": version(host), "machine": report.machine(), **shapes.described(family, jobs)}
     data |= json.loads(drawn.read_text(encoding="utf-8"))
-    out = args.out or RESULTS / f"host_{family}.json"
-    report.write(out, data)
+    name = f"host_{family}" if args.width == shapes.WIDTH else f"host_{family}_{args.width}"
+    report.write(args.out or RESULTS / f"{name}.json", data)
     print(shapes.table(data))
-    report.fill(args.page, {f"host_{family}": shapes.table(data)})
+    report.fill(args.page, {name: shapes.table(data)})
 
 
 def on_transformer(args: argparse.Namespace) -> None:
@@ -264,6 +264,7 @@ def main() -> int:
     demo.add_argument("--adapters", type=Path, default=run.CACHE, help="cache of the laboratory")
     others = parser.add_argument_group("other models")
     others.add_argument("--steps", type=int, default=10, help="of a picture whose cost is measured")
+    others.add_argument("--width", type=int, default=shapes.WIDTH, help="channels at the top, 320 in the real ones")
     others.add_argument("--rounds", type=int, default=3, help="of timed pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -69,9 +69,13 @@ def cost_jobs(arms: Sequence[str], steps: int) -> dict[str, dict[str, Any]]:
     return found | {"ours, 4 LoRAs": {"arm": "ours", "task": task(4)}}
 
 
-def jobs(family: str, arms: Sequence[str], steps: int, rounds: int, freefuse: Path | None, out: Path) -> dict[str, Any]:
+def jobs(
+    family: str, arms: Sequence[str], steps: int, rounds: int, freefuse: Path | None, out: Path, width: int = WIDTH
+) -> dict[str, Any]:
+    """Of another width than the usual only the cost: what is drawn at all does not depend on it."""
     return {
-        "family": family, "width": WIDTH, "case_width": CASE_WIDTH, "loras": LORAS, "arms": list(arms),
+        "family": family, "width": width, "case_width": CASE_WIDTH, "loras": LORAS,
+        "arms": list(arms) if width == WIDTH else [],
         "rounds": rounds, "costs": cost_jobs(arms, steps), "cases": cases(), "out": str(out.resolve()),
         "freefuse": str(freefuse.resolve()) if freefuse else "",
     }  # fmt: skip
@@ -81,7 +85,7 @@ def described(family: str, jobs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "what_this_shows": "What a picture costs and which inputs are drawn; weights and LoRAs are random.",
         "model": LABELS[family],
-        "width": WIDTH,
+        "width": jobs["width"],
         "case_width": CASE_WIDTH,
         "steps": next(iter(jobs["costs"].values()))["task"]["steps"],
     }
@@ -93,11 +97,11 @@ def seconds(cost: Mapping[str, Any]) -> float:
 
 def table(data: Mapping[str, Any]) -> str:
     machine, merged = data["machine"], data["costs"]["merged"]
+    size = "as wide as the real one" if data["width"] == 320 else f"{data['width']} channels wide at the top, not 320"
     lines = [
-        f"{data['model']} with random weights, {data['width']} channels wide at the top in place of 320 "
-        f"({data['parameters'] / 1e6:,.0f} million parameters), latent {COST_CELLS[0]} × {COST_CELLS[1]}, "
-        f"{data['steps']} steps. ComfyUI {data['host']}, {machine['processor']}, one thread, torch {machine['torch']}; "
-        f"*s*: median of {len(merged['seconds'])}, in turn.\n",
+        f"{data['model']} with random weights, {size} ({data['parameters'] / 1e6:,.0f} million parameters), latent "
+        f"{COST_CELLS[0]} × {COST_CELLS[1]}, {data['steps']} steps. ComfyUI {data['host']}, {machine['processor']}, "
+        f"one thread, torch {machine['torch']}; *s*: median of {len(merged['seconds'])}, in turn.\n",
         "| nodes | UNet calls (rows) | work | operations | s | to merged | more in the first picture, s | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -108,6 +112,8 @@ def table(data: Mapping[str, Any]) -> str:
             f"{seconds(one):.1f} | {seconds(one) / seconds(merged):.2f} | {one['first_seconds']:.1f} | "
             f"{one['peak_mib']:.0f} |"
         )
+    if not data.get("cases"):
+        return "\n".join(lines)
     lines += ["", "| case | " + " | ".join(data["cases"]) + " |", "|---" * (len(data["cases"]) + 1) + "|"]
     for case in next(iter(data["cases"].values())):
         lines.append(f"| {case} | " + " | ".join(rows[case] for rows in data["cases"].values()) + " |")
