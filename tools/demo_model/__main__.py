@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--machine", default="2 CPU cores, no GPU", help="for the exported file")
     parser.add_argument("--note", default="")
     args = parser.parse_args(argv)
+    if args.recorded and not args.device.startswith("cuda"):
+        parser.error("--recorded plays CUDA graphs back: it needs --device cuda")
     torch.set_num_threads(args.threads)
     chosen = ("decay_from", "batch", "rate", "grounding", "seed", "minutes", "workers")
     training = {name: getattr(args, name) for name in chosen}
