@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,19 +203,19 @@ def rows_of(
                 mask[..., side // 2 * index : side // 2 * (index + 1)] = 1.0
                 routed = with_adapter(routed, LoadedAdapter(name, adapter))
                 placed = with_adapter(placed, LoadedAdapter(name, adapter, mask=mask))
-        merged = measured(lambda steps: drawn(base, steps), model.steps, rounds)
-        merged_busy = busy(lambda steps: drawn(base, steps), model.steps)
 
         def with_updates(steps: int) -> Any:
-            return with_loda(routed, LodaConfig(loda_steps=max(1, round(0.2 * steps))), AttentionMaps())
+            loda = LodaConfig(loda_steps=max(1, round(0.2 * steps)))
+            return drawn(with_loda(routed, loda, AttentionMaps()), steps)
 
-        arms = dict(zip(ARMS, (lambda steps: routed, lambda steps: placed, with_updates), strict=True))
-        for arm, patched in arms.items():
+        plain = partial(drawn, base)
+        merged, merged_busy = measured(plain, model.steps, rounds), busy(plain, model.steps)
+        draws = (partial(drawn, routed), partial(drawn, placed), with_updates)
+        for arm, draw in zip(ARMS, draws, strict=True):
             if arm not in wanted:
                 continue
             try:
-                cost = measured(lambda steps, patched=patched: drawn(patched(steps), steps), model.steps, rounds)
-                work = busy(lambda steps, patched=patched: drawn(patched(steps), steps), model.steps)
+                cost, work = measured(draw, model.steps, rounds), busy(draw, model.steps)
             except torch.cuda.OutOfMemoryError as error:
                 yield {"model": model.name, "precision": precision, "what": arm, "failed": str(error).split(".")[0]}
                 continue

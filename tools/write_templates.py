@@ -490,8 +490,8 @@ def two_loras_on_transformer() -> Template:
         "Two LoRAs on a small transformer",
         "The same as *Two LoRAs, two characters*, on a transformer of Flux's kind that comes with the repository: "
         "text and picture are in one attention, and the LoRAs are named as diffusers names those of Flux.\n\nIts "
-        "outlines are less clean than the UNet's: it learned for five minutes. What "
-        "counts is which look stands where.\n\nLODA's updates are off on transformers unless you set loda_steps; the "
+        "outlines are less clean than the UNet's: it learned for five minutes. What counts is which look stands "
+        "where.\n\nLODA's updates are off on transformers unless you set loda_steps; the "
         "parts of the picture are found in a plan all the same.\n\n**Your own:** open *Two LoRAs on Flux.1 dev*, "
         "*Klein*, *Qwen-Image*, *Z-Image-Turbo*, *Krea 2* or *Anima*.",
         {"seed": 1020, "steps": 20, "cfg": 3.0},

@@ -198,6 +198,7 @@ def main() -> None:
     def keep() -> None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
+    cases = found.setdefault("cases", {})
     if "costs" not in found:
         begin(jobs["width"])
         found["parameters"] = sum(p.numel() for p in base()[0].model.diffusion_model.parameters())
@@ -206,11 +207,10 @@ def main() -> None:
             found["costs"] = known
             keep()
             print({name: [f"{s:.2f}" for s in one["seconds"]] for name, one in known.items()}, flush=True)
-    cases = found.setdefault("cases", {})
-    begin(jobs["case_width"])
-    for name in jobs["arms"]:
-        if name in cases:
-            continue
+    missing = [name for name in jobs["arms"] if name not in cases]
+    if missing:
+        begin(jobs["case_width"])
+    for name in missing:
         draw, rows = arm(name, family), {}
         before, own = digest(), inside.stock(Task.read(jobs["cases"][0]["task"]))["samples"]
         for case in jobs["cases"]:

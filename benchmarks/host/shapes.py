@@ -112,7 +112,7 @@ def table(data: Mapping[str, Any]) -> str:
             f"{seconds(one):.1f} | {seconds(one) / seconds(merged):.2f} | {one['first_seconds']:.1f} | "
             f"{one['peak_mib']:.0f} |"
         )
-    if not data.get("cases"):
+    if not data["cases"]:
         return "\n".join(lines)
     lines += ["", "| case | " + " | ".join(data["cases"]) + " |", "|---" * (len(data["cases"]) + 1) + "|"]
     for case in next(iter(data["cases"].values())):

@@ -190,15 +190,15 @@ def test_a_share_of_a_step_at_rate_one_is_a_step_at_that_rate():
         torch.manual_seed(2)
         model = torch.nn.ModuleDict({"blocks": torch.nn.Linear(3, 5), "out": torch.nn.Linear(5, 2)})
         optimisers = pretraining.muon(model, 0.5)
-        rate = graphed.Rate(optimisers, "cpu") if scaled else None
+        moves = graphed.RecordedMoves(optimisers, "cpu") if scaled else None
         for group in (group for one in optimisers for group in one.param_groups if scaled):
             group["capturable"] = False  # of a GPU alone
         for share in (0.03, 0.007):
             model.zero_grad()
             model["out"](model["blocks"](torch.ones(4, 3))).square().sum().backward()
-            if rate:
-                rate.now.fill_(share)
-                rate.move()
+            if moves:
+                moves.at(share)
+                moves.move()
                 continue
             for one in optimisers:
                 for group in one.param_groups:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .graphed import Rate, Recorded
+from .graphed import Learn, Moves, Recorded, RecordedMoves
 from .latents import Data
 from .states import optimiser_state, read, restore_optimiser, save
 from .together import together
@@ -137,22 +137,19 @@ def train(
             restore_optimiser(one, state[key])
         ema = {k: torch.empty_like(v).copy_(state["ema"][k]) for k, v in model.state_dict().items()}
         start, spent = int(state["step"]), float(state["seconds"])
-    scaled = Rate(list(moving.values()), device) if recorded else None
+    optimised = list(moving.values())
+    moves = RecordedMoves(optimised, device) if recorded else Moves(optimised)
 
-    def learn(here: dict[str, torch.Tensor], last: bool = False) -> tuple[torch.Tensor, bool]:
+    def learn(here: dict[str, torch.Tensor], last: bool) -> tuple[torch.Tensor, bool]:
         error, loss, ground = losses(model, here, grounding > 0)
         model.zero_grad(set_to_none=True)
         (loss + grounding * ground).backward()
         last = team.average(list(model.parameters()), last)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if scaled:
-            scaled.move()
-        else:
-            for one in moving.values():
-                one.step()
+        moves.move()
         return torch.stack([error.detach(), loss.detach(), ground.detach()]), last
 
-    played = Recorded(lambda here: learn(here)[0]) if recorded else None
+    taken: Learn = Recorded(learn) if recorded else learn
     began = saved = time.time()
     sums, count = torch.zeros(3, device=device), 0
     paced: list[float] = []
@@ -160,16 +157,10 @@ def train(
     for step, drawn in data.batches(seed, range(start, steps or LIMIT), batch, workers, team.place):
         torch.manual_seed(seed * 1_000_003 + step + (team.place << 40))
         fall = 1.0 if step < decay_from else 0.02 + 0.98 * (steps - step) / max(steps - decay_from, 1)
-        now_rate = rate * fall * min(1.0, (step + 1) / 200)
+        moves.at(rate * fall * min(1.0, (step + 1) / 200))
         here = {k: v.to(device) for k, v in drawn.items()}
         last = step == steps - 1 or time.time() - began > 60 * minutes
-        if scaled and played:
-            scaled.now.fill_(now_rate)
-            said = played(here)
-        else:
-            for group in (group for one in moving.values() for group in one.param_groups):
-                group["lr"] = now_rate
-            said, last = learn(here, last)
+        said, last = taken(here, last)
         keep = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             now = model.state_dict()

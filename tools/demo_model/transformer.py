@@ -19,7 +19,7 @@ the UNet's features as further targets (110 steps). What the model shows of LoRA
     python -m tools.demo_model transformer --name transformer --out FOLDER --device cuda --workers 14 --batch 256 \
         --rate 2e-3 --grounding 0.05 --steps 0 --minutes 4.85 --recorded
     python -m tools.demo_model transformer_samples --name transformer --out FOLDER
-    python -m tools.demo_model transformer_export --name transformer --out FOLDER
+    python -m tools.demo_model transformer_export --name transformer --out FOLDER --machine "one NVIDIA H200"
 
 On a CPU: torchrun --nproc-per-node 2 -m tools.demo_model transformer … --threads 1 --batch 16 --compiled, and a number
 of --steps with --decay-from. To go on from the committed one: --begin and its file, with a --name of its own.
