@@ -28,6 +28,8 @@ TUNING = ("kiku", "tavi", "sumi", "lola", "runo", "dax")
 REPORTING = ("bobo", "lumo", "nero", "pixa", "vento", "ozzy")
 """Settings are chosen on TUNING concepts and seeds below REPORT_FROM, numbers are reported on the others."""
 REPORT_FROM = 10_000
+GUIDANCES = (5, 7)
+"""Beside the laboratory's own, at which LoRAs are drawn: those of usual models."""
 LOOK_FROM = 0.3
 """Share of the schedule from which on "staged" words say the look."""
 
@@ -224,6 +226,19 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_loda_afg_reuse": Arm(loda=replace(on, encoder_reuse=0.4)),
         "described_in_stages": Arm(None, "staged"),
     }
+    # LoRAs that guidance multiplies without limit, by 3 at most (the default), and not at all.
+    for guidance, at in ((None, ""), *((one, f"_guidance_{one}") for one in GUIDANCES)):
+        for kind, config in (("routed", on), ("alone", replace(off, loda_steps=0))):
+            for name, most in (("_conditional", 100.0), ("", config.lora_guidance), ("_unguided", 1.0)):
+                table.setdefault(
+                    f"lora_{kind}{name}{at}",
+                    Arm(
+                        "lora",
+                        loda=replace(config, lora_guidance=most),
+                        guidance=guidance,
+                    ),
+                )
+        table.setdefault(f"lora_merged{at}", Arm("lora", scope="everywhere", guidance=guidance))
     for divergence in DIVERGENCES:
         table[f"tova_loda_{divergence}"] = Arm(loda=replace(off, divergence=divergence, threshold=0.0))
     return table

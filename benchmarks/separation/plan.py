@@ -66,6 +66,18 @@ KINDS = {
     "para": ("para", "para_loda_afg"),
 }
 """Rows of the table of kinds: the arm that draws a concept alone, and the one that draws several by the default."""
+AT_GUIDANCE = {
+    kind: (
+        "lora_merged", f"lora_{kind}", f"lora_{kind}_unguided",
+        *(
+            f"lora_{arm}_guidance_{guidance}"
+            for guidance in methods.GUIDANCES
+            for arm in ("merged", kind, f"{kind}_unguided", f"{kind}_conditional")
+        ),
+    )
+    for kind in ("routed", "alone")
+}  # fmt: skip
+"""Arms of LoRAs, several and each alone, at each guidance."""
 KINDS_OF = ("bobo", "lumo", "nero")
 
 SAYABLE = ("bobo", "pixa", "ozzy")
@@ -128,6 +140,14 @@ FULL = (
         ("lora_routed", "lora_routed_plain_plan", "lora_routed_no_loda", "lora_routed_no_loda_plain_plan"),
     ),
     Group(
+        "loras_guidance", "Ordinary LoRAs, two concepts, by guidance", 2, 4, 24,
+        AT_GUIDANCE["routed"],
+    ),
+    Group(
+        "loras_guidance_alone", "The same, each concept alone", 1, 4, 16,
+        AT_GUIDANCE["alone"],
+    ),
+    Group(
         "as_routed", "LoRAs trained as they will be routed", 2, 2, 24,
         ("lora_routed", "lora_as_routed", "lora_as_routed_masked"),
     ),
@@ -169,6 +189,8 @@ PAIRS = (
     ("lora_routed_no_loda", "tova_loda_afg"), ("lora_routed_more_updates", "lora_routed"),
     ("lora_routed", "lora_routed_slices"), ("lora_routed_no_loda", "lora_merged"), ("lora_and_value", "lora_routed"),
     ("lora_routed_plain_plan", "lora_routed"), ("lora_routed_no_loda_plain_plan", "lora_routed_no_loda"),
+    *((arms[i], arms[j]) for arms in AT_GUIDANCE.values() for i, others in ((1, (2,)), (4, (3, 5, 6)), (8, (7, 9, 10)))
+      for j in others),
     ("lora_and_value", "tova_loda_afg"), ("lora_whole_routed", "lora_whole_merged"),
     ("lora_whole_routed", "lora_routed"),
     ("tova_loda_afg", "tova_loda_afg_undivided"),

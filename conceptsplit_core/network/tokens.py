@@ -15,22 +15,36 @@ from .hooks import Scope
 from .site import TokenSequence
 
 
+def weights_of(rows: Tensor) -> Tensor:
+    """A concept's weight in each text, [B, n] of a row mask [B, L, n]: of all its rows' weights, which may be negative,
+    the one that is largest."""
+    return rows.take_along_dim(rows.abs().argmax(dim=1, keepdim=True), dim=1).squeeze(1)
+
+
 class CallTokens:
-    """Pixels by each concept's area, in the batch rows whose prompt binds it; text rows as the row mask says.
+    """Pixels by each concept's area, in the batch rows where it acts; text rows as the row mask says.
 
     Args:
         rows: [b, L, n], whose text rows are whose in this call's batch.
         areas: [b, n, h, w] in 0…1 of each batch row; None where no area is known, and concepts own all pixels.
         latent: (h, w) that the call sees.
         sequence: a transformer's; None for a UNet, whose layers have grids of many sizes.
+        unbound: [b, n], the weight with which concepts act on the pixels of a batch row whose text does not bind them:
+            those of the unconditional branch. None is nowhere.
     """
 
     def __init__(
-        self, rows: Tensor, areas: Tensor | None, latent: tuple[int, int], sequence: TokenSequence | None = None
+        self,
+        rows: Tensor,
+        areas: Tensor | None,
+        latent: tuple[int, int],
+        sequence: TokenSequence | None = None,
+        unbound: Tensor | None = None,
     ):
         self.rows = rows
-        # A concept's weight in each prompt, which may be negative: of all its rows' the one that is largest.
-        self.bound = rows.take_along_dim(rows.abs().argmax(dim=1, keepdim=True), dim=1).squeeze(1)
+        self.bound = weights_of(rows)
+        if unbound is not None:
+            self.bound = torch.where(self.bound == 0, unbound.to(self.bound), self.bound)
         self.areas = areas
         self.latent = latent
         self.sequence = sequence
@@ -38,7 +52,7 @@ class CallTokens:
 
     @cached_property
     def owners(self) -> Rows:
-        """Batch rows whose prompt binds a concept."""
+        """Batch rows in which some concept acts."""
         found = self.bound.to("cpu").any(dim=1).nonzero().flatten()
         rows = range(int(found[0]), int(found[-1]) + 1) if len(found) else range(0)
         return rows if len(rows) == len(found) else found.to(self.bound.device)

@@ -220,6 +220,17 @@ class LodaConfig:
         "Switch it off to halve the work of the plan; the demo model found its regions as well without.",
         advanced=True,
     )
+    lora_guidance: float = option(
+        3.0,
+        "LoRA guidance",
+        "How strongly guidance may multiply what LoRAs do in their regions. Where pictures are guided more strongly, "
+        "LoRAs act without the prompt too, as far as it takes; 1 is as strongly as with it, like merged LoRAs.",
+        "Lower it when pictures look overdone, raise it when LoRAs are too weak.",
+        low=1,
+        high=100,
+        step=0.1,
+        advanced=True,
+    )
 
     def __post_init__(self) -> None:
         check(self, "LODA")
@@ -239,6 +250,16 @@ class LodaConfig:
     def acts(self) -> bool:
         """Whether LODA or AFG would change anything; suppression needs no stage of a run."""
         return self.loda_steps != 0 and (self.loda_strength != 0 or self.afg)
+
+    def unguided_share(self, guidance: float | None) -> float:
+        """How strongly LoRAs act in the unconditional branch, in 0…1 of their strength. What they add alike in both
+        branches is multiplied by g − (g − 1)·share, which is `lora_guidance` at most.
+
+        guidance: g; where it is not known (None), the share is 1 and nothing is multiplied.
+        """
+        if guidance is None:
+            return 1.0
+        return (guidance - self.lora_guidance) / (guidance - 1) if guidance > self.lora_guidance else 0.0
 
     def reusing(self, total: int) -> frozenset[int]:
         """The steps (0-based) of a run of `total` that reuse encoder features."""

@@ -58,6 +58,7 @@ LODA = {
     "suppression": 0.6875,
     "encoder_reuse": 0.1875,
     "plan_guidance": False,
+    "lora_guidance": 4.25,
 }
 TRAIN = {
     "steps": 11,

@@ -214,7 +214,8 @@ CELLS = {
     "divergence": "bhattacharyya", "threshold": "0.75", "map_smoothing": "2.5", "map_downscale": "4", "AFG": "Off",
     "map_part": "down", "afg_inside": "1.25", "afg_outside": "9.5", "afg_region": "0.375", "afg_smoothing": "0.5",
     "afg_end": "0.25", "plan_steps": "3", "afg_rule": "by_place", "area_rule": "top", "suppression": "0.6875",
-    "encoder_reuse": "0.125", "plan_guidance": "no", "gate_bias": "0.5", "gate temperature": "0.25",
+    "encoder_reuse": "0.125", "plan_guidance": "no", "lora_guidance": "4.25",
+    "gate_bias": "0.5", "gate temperature": "0.25",
     "correction": "0.375", "correction-sharpness": "5",
 }  # fmt: skip
 

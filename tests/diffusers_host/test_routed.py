@@ -155,6 +155,46 @@ def test_a_region_of_the_whole_picture_is_merged_weights_in_the_conditional_bran
     assert (merged[1] - base[1]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("lora_guidance, guidance", [(1.0, 6.0), (3.0, 2.5), (4.0, 6.0)])
+def test_guidance_multiplies_a_lora_by_so_much_at_most(load, lora_guidance, guidance):
+    """A lone LoRA of the last layer: the picture of one step is a linear function of what it adds to each branch."""
+    model = load(dtype=torch.float64)
+    adapter, _ = lora(model, ["conv_out"])
+    options = {"seeds": (1, 2), "steps": 1, "guidance": guidance, "size": (96, 160)}
+    prompt = host.encode_text(model, "a photo of a <rex>", [REX])
+    config = LodaConfig(loda_steps=0, afg=False, lora_guidance=lora_guidance)
+
+    def drawn(strength, **change):
+        return host.sample(model, [prompt], adapters={"rex": (adapter, strength)}, **{**options, **change}).latents
+
+    base = drawn(0.0)
+    conditional = drawn(0.3, loda=replace(config, lora_guidance=100.0)) - base
+    other = drawn(0.3, loda=replace(config, lora_guidance=1.0)) - base - conditional
+    share = max(0.0, (guidance - lora_guidance) / (guidance - 1))
+    torch.testing.assert_close(drawn(0.3, loda=config) - base, conditional + share * other, rtol=1e-6, atol=1e-6)
+    assert other.abs().max() > 1e-3 < conditional.abs().max()
+
+
+def test_a_lone_lora_that_guidance_does_not_multiply_is_merged_weights(load):
+    """Of layers that read pixels, at any guidance; otherwise it is something else."""
+    model = load(dtype=torch.float64)
+    adapter, dense = lora(model, sites_of("sd15", text=False))
+    options = {"seeds": (1, 2), "steps": 3, "guidance": 6.0, "size": (96, 160)}
+    prompt = host.encode_text(model, "a photo of a <rex>", [REX])
+    out = {
+        most: host.sample(
+            model, [prompt], adapters={"rex": (adapter, 0.3)},
+            loda=LodaConfig(loda_steps=0, afg=False, lora_guidance=most), **options,
+        ).latents
+        for most in (1.0, 3.0, 100.0)
+    }  # fmt: skip
+    wanted = host.sample(merge(load(dtype=torch.float64), dense, 0.3), [prompt], **options).latents
+    torch.testing.assert_close(out[1.0], wanted, rtol=1e-7, atol=1e-8)
+    assert not torch.allclose(out[100.0], wanted, rtol=0.01, atol=0.01)
+    assert not torch.allclose(out[3.0], wanted, rtol=0.01, atol=0.01)
+    assert not torch.allclose(out[3.0], out[100.0], rtol=0.01, atol=0.01)
+
+
 @every_family
 def test_text_rows_of_others_stay_bit_equal(load, family):
     model, text, pooled, mask = setting(load, family)

@@ -30,6 +30,8 @@ from .model import KEY, network_map
 from .run import Run
 
 ROWS = "conceptsplit_rows"
+UNBOUND = "conceptsplit_unbound"
+"""Keywords of a call: the row masks of its batch, and what `CallTokens` calls unbound."""
 
 
 class RowMasks:
@@ -136,7 +138,7 @@ def apply_model(
     **kwargs: Any,
 ) -> Any:
     """APPLY_MODEL: takes the row masks out of the call's keywords and puts them into force."""
-    rows = kwargs.pop(ROWS, None)
+    rows, unbound = kwargs.pop(ROWS, None), kwargs.pop(UNBOUND, None)
     options = transformer_options or {}
     run: Run | None = options.get(KEY)
     if run is None or rows is None:
@@ -146,7 +148,7 @@ def apply_model(
     run.hooks.install(run.network, run.concepts.groups)
     alone = run.reading is not None and _alone(run, executor, options)
     gradients = torch.is_grad_enabled()
-    with _in_force(run, rows.to(x.device), x, t, options, alone) as inner, _features(run, x, t, options):
+    with _in_force(run, rows.to(x.device), unbound, x, t, options, alone) as inner, _features(run, x, t, options):
         try:
             return executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
         except PassDone:
@@ -197,12 +199,13 @@ def _alone(run: Run, executor: Any, options: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _in_force(
-    run: Run, rows: Tensor, x: Tensor, t: Tensor, options: dict[str, Any], alone: bool
+    run: Run, rows: Tensor, unbound: Tensor | None, x: Tensor, t: Tensor, options: dict[str, Any], alone: bool
 ) -> Iterator[dict[str, Any]]:
     """Everything of ours that acts during one call of the UNet.
 
     Args:
         rows: the row masks of this very batch, [b, L, 2n].
+        unbound: of `CallTokens`, [b, n].
         x: [b, C, h, w].
         alone: whether the pass may be left as soon as its maps are read.
     """
@@ -215,7 +218,7 @@ def _in_force(
         if run.reading is not None:
             run.reading.asked = True
         if groups := () if run.planning else run.concepts.groups_at(t):
-            tokens = CallTokens(text.given.adapters.weights, _areas(run, x, options), latent, sequence)
+            tokens = CallTokens(text.given.adapters.weights, _areas(run, x, options), latent, sequence, unbound)
             # Where another pack changes the text on its way into a layer, each layer looks at its own. A transformer's
             # rows change from block to block and step to step.
             kept = None if text.patched or sequence is not None else run.kept

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...errors import ConceptSplitError
+from ...network.tokens import weights_of
 from ...settings import LodaConfig
 from ...text.binding import Binding
 from ...text.concepts import meant
@@ -172,6 +174,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 mask = sequence.filled(mask)
             cond["model_conds"] = {**cond["model_conds"], call.ROWS: comfy.conds.CONDCrossAttn(mask.unsqueeze(0))}
             run.texts.own.append((cond["cross_attn"], mask))
+    if share := (patch.loda or LodaConfig()).unguided_share(_guidance(guider)):
+        _in_other_branches(guider.conds, share)
     options[KEY] = run
     _strip_compile(options)
     try:
@@ -180,6 +184,40 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run.hooks.remove()
     run.notes.warn(run, taken_in - mentioned)
     return out
+
+
+def _in_other_branches(conds: Mapping[str, Sequence[dict[str, Any]]], share: float) -> None:
+    """Lets adapters act on the pixels of the other branches too, with a share of their strength in the mean of the
+    prompts. Where a prompt has a place or a time of its own, the other branches are left as they are."""
+    held = [cond for cond in conds.get("positive", ()) if call.ROWS in cond["model_conds"]]
+    if not all(map(_whole, held)):
+        return
+    shares = torch.tensor([float(cond.get("strength", 1.0)) for cond in held])
+    if not float(shares.sum()) > 0:
+        return
+    masks = [cond["model_conds"][call.ROWS].cond.chunk(2, dim=-1)[0] for cond in held]
+    weights = torch.cat([weights_of(mask) for mask in masks])  # [prompts, n]
+    unbound = share * (weights * (shares / shares.sum())[:, None].to(weights)).sum(dim=0, keepdim=True)
+    for kind, others in conds.items():
+        for cond in others:
+            if call.ROWS in cond["model_conds"]:
+                acts = torch.zeros_like(unbound) if kind == "positive" else unbound
+                cond["model_conds"] = {**cond["model_conds"], call.UNBOUND: comfy.conds.CONDRegular(acts)}
+
+
+def _guidance(guider: Any) -> float | None:
+    """How strongly a guider guides, the larger where it has two scales; None where it does not say."""
+    scales = [getattr(guider, name, None) for name in ("cfg", "cfg1", "cfg2")]
+    return max((float(scale) for scale in scales if scale is not None), default=None)
+
+
+def _whole(cond: Mapping[str, Any]) -> bool:
+    """Whether a conditioning is for the whole picture and the whole run."""
+    starts, ends = ([float(cond.get(clip + key, at)) for clip in ("", "clip_")] for key, at in _SPAN.items())
+    return all(cond.get(key) is None for key in ("area", "mask")) and max(starts) <= 0.0 and min(ends) >= 1.0
+
+
+_SPAN = {"start_percent": 0.0, "end_percent": 1.0}
 
 
 def _run(guider: Any, patch: Patch, names: tuple[str, ...], encoders: list[Any]) -> Run:

@@ -18,6 +18,7 @@ from ...method.regions import region_bias
 from ...method.timeline import Timeline
 from ...network.features import EncoderFeatures
 from ...network.grid import aggregate, choose_layers, level_sizes
+from ...network.tokens import weights_of
 from ...settings import LodaConfig
 from ...text.binding import row_mask
 from .model import DiffusersModel
@@ -126,6 +127,7 @@ class Drawing:
         self.planning = False
         self.areas: Tensor | None = None
         self.reusing = config.reusing(steps)
+        self.unguided_share = config.unguided_share(guidance)
         self.features = EncoderFeatures(encoder_stages(model.unet))
         self.restart()
 
@@ -182,7 +184,11 @@ class Drawing:
         if areas is not None:
             areas = areas.to(self.model.device).expand(self.batch.mask.shape[0], -1, -1, -1)
             areas = areas.repeat(count // areas.shape[0], 1, 1, 1)
-        self.patch.publish(None if self.planning else batch.mask, areas, self.latent)
+        unbound = None
+        if batch is self.guided and self.unguided_share > 0:
+            own = self.unguided_share * weights_of(self.batch.mask)
+            unbound = torch.cat([own, torch.zeros_like(own)])  # the unconditional rows come first
+        self.patch.publish(None if self.planning else batch.mask, areas, self.latent, unbound)
 
     def _features(self, index: int) -> AbstractContextManager[None]:
         """Keeps or takes the features of the way down in a step; nothing without the option."""

@@ -66,11 +66,18 @@ class Patch:
         self._kept = kept
         self._suppression: tuple[Tensor, float, tuple[int, int]] | None = None
 
-    def publish(self, mask: Tensor | None, areas: Tensor | None = None, latent: tuple[int, int] | None = None) -> None:
+    def publish(
+        self,
+        mask: Tensor | None,
+        areas: Tensor | None = None,
+        latent: tuple[int, int] | None = None,
+        unbound: Tensor | None = None,
+    ) -> None:
         """Lets the adapters act in the passes to come; None silences them.
 
         Args:
             mask: rows [B, L, n] of the passes' batch; batch rows that bind nothing stay as they are.
+            unbound: of `CallTokens`.
             areas: [B, n, h, w] in 0…1, where adapters with a region act; everywhere when None.
             latent: (h, w) of the passes, needed with areas.
         """
@@ -82,7 +89,7 @@ class Patch:
         def of_text(text: Tensor) -> TokenMask | None:
             return rows if mask.shape[:2] == text.shape[:2] else None
 
-        tokens = CallTokens(mask, areas, latent or (0, 0))
+        tokens = CallTokens(mask, areas, latent or (0, 0), unbound=unbound)
         self._hooks.plan = PassPlan(self.groups, of_text, tokens.pixels, kept=self._kept)
 
     @contextmanager

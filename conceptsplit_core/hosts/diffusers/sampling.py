@@ -103,7 +103,7 @@ def sample(
     if loda is not None and not several:
         if loda.acts:
             notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
-        config = LodaConfig(encoder_reuse=loda.encoder_reuse).for_schedule(steps)
+        config = LodaConfig(encoder_reuse=loda.encoder_reuse, lora_guidance=loda.lora_guidance).for_schedule(steps)
         loda = None
 
     loaded = [adapters.get(name, (None, 0.0)) for name in names]

@@ -238,38 +238,117 @@ def chunk(call: dict[str, Any], name: str, kind: int, what: str = "gives") -> Te
     return value[at * share : (at + 1) * share]
 
 
-@pytest.mark.parametrize("width, height", [(72, 40), (104, 64)])
-def test_half_a_picture_changes_inside_only(sd, write, width, height):
-    """The first layer by an independent sum, and bit-equal outside; the unconditional rows in all layers."""
+@pytest.mark.parametrize("width, height, cfg", [(72, 40, 2.5), (104, 64, 7.0)])
+def test_half_a_picture_changes_inside_only(sd, write, width, height, cfg):
+    """The first layer by an independent sum, and bit-equal outside; above guidance 3 in the other branch too."""
     state = only(sd.model, torch.Generator().manual_seed(3), FIRST)
     name = write(state)
     mask = drawn(width, height, 0, width // 2 + 4)
     model, clip, _ = load(sd, name, strength=0.7, mask=mask)
     conds, image = (encode(clip, "a <anna> at sea"), encode(clip, "blurry")), latent(width, height)
     with calls_of(sd.model, [FIRST]) as stock:
-        sample(sd.model, *conds, image, steps=2)
+        sample(sd.model, *conds, image, steps=2, cfg=cfg)
     with calls_of(sd.model, [FIRST]) as ours:
-        sample(model, *conds, image, steps=2)
+        sample(model, *conds, image, steps=2, cfg=cfg)
     assert len(ours) == len(stock) == 2, "a given place needs no plan"
-    base, got = chunk(stock[0], FIRST, 0), chunk(ours[0], FIRST, 0)
     share = mask.unfold(1, 8, 8).unfold(2, 8, 8).mean(dim=(-1, -2)).flatten()  # of each latent cell
     down, up = (state[f"{kohya(FIRST)}.lora_{side}.weight"] for side in ("down", "up"))
-    wanted = base + 0.7 * share[None, :, None] * (chunk(stock[0], FIRST, 0, "reads") @ down.t() @ up.t())
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-    changed = (got != base).any(dim=-1)[0]
-    assert torch.equal(changed, share > 0) and 0 < int(changed.sum()) < changed.numel()
-    assert torch.equal(chunk(ours[0], FIRST, 1), chunk(stock[0], FIRST, 1))
+    for kind in (0, 1):
+        base, got = chunk(stock[0], FIRST, kind), chunk(ours[0], FIRST, kind)
+        if kind == 1 and cfg < 3:
+            assert torch.equal(got, base)
+            continue
+        strength = 0.7 if kind == 0 else 0.7 * 4 / 6
+        wanted = base + strength * share[None, :, None] * (chunk(stock[0], FIRST, kind, "reads") @ down.t() @ up.t())
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        changed = (got != base).any(dim=-1)[0]
+        assert torch.equal(changed, share > 0) and 0 < int(changed.sum()) < changed.numel()
+
+
+def pixels_alone(sd: Any, write: Any, **options: Any) -> tuple[Any, Any, Any]:
+    """(MODEL, CLIP, the host's own merge) of a LoRA whose layers read pixels alone."""
+    layers = FIRST, FIRST.replace("to_q", "to_out.0"), FIRST.replace("attn1.to_q", "attn2.to_q")
+    name = write(only(sd.model, torch.Generator().manual_seed(3), *layers, size=2.0))
+    merged, _ = run("LoraLoader", model=sd.model, clip=sd.clip, lora_name=name, strength_model=0.7, strength_clip=0.0)
+    return (*load(sd, name, strength=0.7, **options)[:2], merged)
+
+
+@pytest.mark.parametrize("most, cfg", [(1.0, 6.0), (1.0, 2.5), (3.0, 6.0), (100.0, 6.0), (3.0, 2.5)])
+def test_a_lone_lora_that_guidance_does_not_multiply_is_the_hosts_merge(sd, write, most, cfg):
+    model, clip, merged = pixels_alone(sd, write)
+    conds = encode(clip, "a <anna> at sea"), encode(clip, "blurry")
+    wanted = sample(merged, *conds, latent(72, 40), cfg=cfg)
+    out, _ = sample_loda(model, *conds, latent(72, 40), cfg=cfg, lora_guidance=most)
+    assert close(out, wanted) is (most == 1.0)
+    assert not close(sample(sd.model, *conds, latent(72, 40), cfg=cfg), wanted)
+
+
+def test_a_guider_of_two_scales_counts_as_the_larger(sd, write):
+    """And both of its other branches have their share."""
+    model, clip, _ = pixels_alone(sd, write)
+    named, middle, negative = (encode(clip, text) for text in ("a <anna> at sea", "a harbour", "blurry"))
+    given = {"cond1": named, "cond2": middle, "negative": negative, "style": "regular"}
+    run_ = {
+        "noise": run("RandomNoise", noise_seed=3)[0],
+        "sampler": run("KSamplerSelect", sampler_name="euler")[0],
+        "sigmas": run("BasicScheduler", model=model, scheduler="normal", steps=1, denoise=1.0)[0],
+        "latent_image": latent(72, 40),
+    }
+    calls = {}
+    for key, cfgs in (("stock", (1.5, 5.0)), ("weak", (1.5, 2.5)), ("strong", (1.5, 5.0))):
+        used = sd.model if key == "stock" else model
+        (guider,) = run("DualCFGGuider", model=used, cfg_conds=cfgs[0], cfg_cond2_negative=cfgs[1], **given)
+        with calls_of(sd.model, [FIRST]) as found:
+            run("SamplerCustomAdvanced", guider=guider, **run_)
+        calls[key] = {kind: chunk(call, FIRST, kind) for call in found for kind in call["kinds"]}
+    positive = 2  # the guider's order is negative, middle, positive
+    changes = {key: {kind: calls[key][kind] - calls["stock"][kind] for kind in (0, 1, 2)} for key in ("weak", "strong")}
+    assert not changes["weak"][0].any() and not changes["weak"][1].any()
+    for kind in (0, 1):  # of its first layer all branches read the same
+        torch.testing.assert_close(changes["strong"][kind], 0.5 * changes["strong"][positive], atol=1e-4, rtol=1e-4)
+    assert float(changes["strong"][positive].abs().max()) > 0.05
+
+
+def test_other_prompts_share_what_the_unconditional_branch_is_given(sd, write):
+    """Of two combined prompts one names the concept: half of it in the other branch. With places or times of their own
+    the branch is left as it is."""
+    model, clip, _ = pixels_alone(sd, write)
+    named, other, negative = (encode(clip, text) for text in ("a <anna> at sea", "a harbour", "blurry"))
+    strong = run("ConditioningSetAreaStrength", conditioning=other, strength=3.0)[0]
+    late = run("ConditioningSetTimestepRange", conditioning=other, start=0.25, end=1.0)[0]
+    always = run("ConditioningSetTimestepRange", conditioning=other, start=0.0, end=1.0)[0]
+    area = run("ConditioningSetArea", conditioning=other, width=32, height=40, x=40, y=0, strength=1.0)[0]
+    mask = run("ConditioningSetMask", conditioning=other, mask=drawn(72, 40, 30, 72), strength=1.0,
+               set_cond_area="default")[0]  # fmt: skip
+
+    def change(*conds: Any) -> Tensor:
+        """What the first step's unconditional rows gain in the first layer, [1, T, d]."""
+        both = run("ConditioningCombine", conditioning_1=named, conditioning_2=conds[0])[0] if conds else named
+        given = []
+        for one in (sd.model, model):
+            with calls_of(sd.model, [FIRST]) as calls:
+                sample(one, both, negative, latent(72, 40), steps=1)
+            given.append(next(chunk(call, FIRST, 1) for call in calls if 1 in call["kinds"]))
+        return given[1] - given[0]
+
+    whole = change()
+    assert float(whole.abs().max()) > 0.05
+    for conds, share in (((named,), 1.0), ((other,), 0.5), ((strong,), 0.25), ((always,), 0.5)):
+        torch.testing.assert_close(change(*conds), share * whole, atol=1e-5, rtol=1e-4)
+    for conds in ((late,), (area,), (mask,)):
+        assert not change(*conds).any()
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_unconditional_rows_are_bit_equal_in_every_layer(sd, write, given):
+    """Where the guidance is as low as LoRAs may feel it."""
     masks = (drawn(72, 40, 0, 30), drawn(72, 40, 30, 72)) if given else (None, None)
     model, *conds = two(sd, write, masks)
     names = list(shapes(sd.model))
     with calls_of(sd.model, names) as stock:
         sample(sd.model, *conds, latent(72, 40, 2), steps=4)
     with calls_of(sd.model, names) as ours:
-        sample_loda(model, *conds, latent(72, 40, 2), steps=4, **NO_AFG)
+        sample_loda(model, *conds, latent(72, 40, 2), steps=4, lora_guidance=5.0, **NO_AFG)
     first = ours[0 if given else -4]
     for name in names:
         assert torch.equal(chunk(first, name, 1), chunk(stock[0], name, 1)), name

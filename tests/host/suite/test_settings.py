@@ -37,6 +37,7 @@ LODA_RARE = {
     "suppression": 0.6875,
     "encoder_reuse": 0.1875,
     "plan_guidance": False,
+    "lora_guidance": 5.5,
 }
 LOADER = {"concept_name": "fido", "strength": 0.625, "class_word": "cat", "start_percent": 0.25, "end_percent": 0.75}
 TRAIN_BASIC = {
