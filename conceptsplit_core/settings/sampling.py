@@ -223,8 +223,8 @@ class LodaConfig:
     lora_guidance: float = option(
         3.0,
         "LoRA guidance",
-        "How strongly guidance may multiply what LoRAs do in their regions. Where pictures are guided more strongly, "
-        "LoRAs act without the prompt too, as far as it takes; 1 is as strongly as with it, like merged LoRAs.",
+        "Guidance up to which it strengthens what LoRAs do in their regions. Above it they act in part in the pass "
+        "without the prompt too; at 1 they do so fully, like merged LoRAs.",
         "Lower it when pictures look overdone, raise it when LoRAs are too weak.",
         low=1,
         high=100,

@@ -90,6 +90,34 @@ def test_a_plan_without_guidance_is_said_as_it_was_measured():
         assert " | ".join(f"{ratio:.{digits}f}" for ratio in ratios) in (ROOT / "docs" / name).read_text()
 
 
+def test_guidance_is_said_as_it_was_measured():
+    groups = charts.load("separation_guidance")["groups"]
+    page = " ".join((ROOT / "docs" / "separation" / "details.md").read_text(encoding="utf-8").split())
+
+    def shares(arm: str, group: str = "loras_guidance") -> list[str]:
+        row = groups[group]["arms"][f"lora_{arm}"]
+        assert row["pictures"] == 96
+        return [f"{100 * row[one]['mean']:.0f}" for one in ("success", "loose_success")]
+
+    def both(arm: str) -> str:
+        return " / ".join(shares(arm))
+
+    assert f"{both('routed')} %, acting alike in both branches {both('routed_unguided')} %" in page
+    conditional, unguided = (f"routed_{name}_guidance_" for name in ("conditional", "unguided"))
+    assert f"overdoes them: {both(conditional + '7')} against {both(unguided + '7')} %" in page
+    assert f"{both('routed_guidance_5')} % at 5 and {both('routed_guidance_7')} % at 7" in page
+    assert f"gives {both(conditional + '5')} and {both(conditional + '7')} (p" in page
+    assert f"both alike {both(unguided + '5')} and {both(unguided + '7')} (p" in page
+    for words, kind, first in (
+        ("{}, {} and {} % strict at 3, 5 and 7", "alone", "alone"),
+        ("branch alone {}, {} and {} %", "alone_conditional", "alone"),
+        ("both alike {}, {} and {} %", "alone_unguided", "alone_unguided"),
+        ("merged {}, {} and {} %", "merged", "merged"),
+    ):
+        arms = first, f"{kind}_guidance_5", f"{kind}_guidance_7"
+        assert words.format(*(shares(arm, "loras_guidance_alone")[0] for arm in arms)) in page
+
+
 def test_a_plan_of_half_the_size_is_said_as_it_was_measured():
     arms = charts.load("separation_half_plan")["arms"]
     half, whole = (
