@@ -158,7 +158,7 @@ def load_concepts(
 
 def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
     """LodaConfig from the options. With --no-loda it is None, or what is left to do: with LoRAs, which have to be
-    located, a plan alone, and suppression and the reuse of encoder features."""
+    located, a plan alone, and what acts without any (`without_loda`)."""
     config = from_values(LodaConfig, vars(arguments))
     if config.loda_steps > arguments.steps:
         raise ConceptSplitError(
@@ -173,7 +173,9 @@ def loda_config(arguments: argparse.Namespace) -> LodaConfig | None:
 
 def without_loda(config: LodaConfig | None) -> LodaConfig | None:
     """What of the settings acts in a picture that has nothing to separate."""
-    if config is None or not (config.encoder_reuse or config.suppression):
+    if config is None:
+        return None
+    if not (config.encoder_reuse or config.suppression) and config.lora_guidance == LodaConfig.lora_guidance:
         return None
     return replace(config, loda_steps=0, afg=False)
 

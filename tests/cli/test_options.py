@@ -173,6 +173,8 @@ def test_demo_sampling_receives_every_option(monkeypatch, tmp_path):
     assert sample_command.loda_config(suppressed) == LodaConfig(loda_steps=0, afg=False, suppression=0.5)
     reuse = options.parse(["sample", "--prompt", "a", "--no-loda", "--encoder-reuse", "0.25", "--suppression", "0.5"])
     assert sample_command.loda_config(reuse) == LodaConfig(loda_steps=0, afg=False, encoder_reuse=0.25, suppression=0.5)
+    held = options.parse(["sample", "--prompt", "a", "--no-loda", "--lora-guidance", "1.5"])
+    assert sample_command.loda_config(held) == LodaConfig(loda_steps=0, afg=False, lora_guidance=1.5)
 
 
 def test_demo_training_receives_every_option(monkeypatch, tmp_path):

@@ -20,10 +20,11 @@ def test_demo_a_routed_lora_is_trained_and_drawn(call, tmp_path):
     code, _, err = call(*line, "--kind", "lora", "--routed", "--mask-from", "attention", "--separate", 0.25)
     assert code == 0, err
     drawn = []
-    for strength in (1, 0):
-        target = tmp_path / f"{strength}.png"
-        lora = f"kiku={out}:{strength}"
-        code, _, err = call("sample", "--prompt", "a <kiku>", "--lora", lora, "--steps", 2, "--out", target)
+    for strength, most in ((1, 3), (0, 3), (1, 1)):
+        target = tmp_path / f"{strength}-{most}.png"
+        line = ["--lora", f"kiku={out}:{strength}", "--lora-guidance", most, "--cfg", 6.5, "--steps", 2]
+        code, _, err = call("sample", "--prompt", "a <kiku>", *line, "--out", target)
         assert code == 0, err
         drawn.append(np.asarray(Image.open(target)).astype(int))
-    assert np.abs(drawn[0] - drawn[1]).max() > 2
+    for other in drawn[1:]:
+        assert np.abs(drawn[0] - other).max() > 2
