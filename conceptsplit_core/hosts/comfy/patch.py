@@ -174,7 +174,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 mask = sequence.filled(mask)
             cond["model_conds"] = {**cond["model_conds"], call.ROWS: comfy.conds.CONDCrossAttn(mask.unsqueeze(0))}
             run.texts.own.append((cond["cross_attn"], mask))
-    if share := (patch.loda or LodaConfig()).unguided_share(_guidance(guider)):
+    share = (patch.loda or LodaConfig()).unguided_share(_guidance(guider))
+    if share > 0 and run.concepts.routed:
         _in_other_branches(guider.conds, share)
     options[KEY] = run
     _strip_compile(options)
@@ -188,16 +189,16 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _in_other_branches(conds: Mapping[str, Sequence[dict[str, Any]]], share: float) -> None:
     """Lets adapters act on the pixels of the other branches too, with a share of their strength in the mean of the
-    prompts. Where a prompt has a place or a time of its own, the other branches are left as they are."""
+    prompts. Where these have places of their own, or bind other concepts at other times, the other branches are left as
+    they are."""
     held = [cond for cond in conds.get("positive", ()) if call.ROWS in cond["model_conds"]]
-    if not all(map(_whole, held)):
+    strengths = torch.tensor([float(cond.get("strength", 1.0)) for cond in held])
+    if not float(strengths.sum()) > 0 or any(cond.get(key) is not None for cond in held for key in ("area", "mask")):
         return
-    shares = torch.tensor([float(cond.get("strength", 1.0)) for cond in held])
-    if not float(shares.sum()) > 0:
+    weights = torch.cat([weights_of(cond["model_conds"][call.ROWS].cond.chunk(2, dim=-1)[0]) for cond in held])
+    if not torch.equal(weights, weights[:1].expand_as(weights)) and not all(map(_always, held)):
         return
-    masks = [cond["model_conds"][call.ROWS].cond.chunk(2, dim=-1)[0] for cond in held]
-    weights = torch.cat([weights_of(mask) for mask in masks])  # [prompts, n]
-    unbound = share * (weights * (shares / shares.sum())[:, None].to(weights)).sum(dim=0, keepdim=True)
+    unbound = share * (strengths / strengths.sum()).to(weights)[None] @ weights
     for kind, others in conds.items():
         for cond in others:
             if call.ROWS in cond["model_conds"]:
@@ -205,19 +206,17 @@ def _in_other_branches(conds: Mapping[str, Sequence[dict[str, Any]]], share: flo
                 cond["model_conds"] = {**cond["model_conds"], call.UNBOUND: comfy.conds.CONDRegular(acts)}
 
 
+def _always(cond: Mapping[str, Any]) -> bool:
+    """Whether a conditioning is for the whole run."""
+    starts = [float(cond.get(key, 0.0)) for key in ("start_percent", "clip_start_percent")]
+    ends = [float(cond.get(key, 1.0)) for key in ("end_percent", "clip_end_percent")]
+    return max(starts) <= 0.0 and min(ends) >= 1.0
+
+
 def _guidance(guider: Any) -> float | None:
     """How strongly a guider guides, the larger where it has two scales; None where it does not say."""
     scales = [getattr(guider, name, None) for name in ("cfg", "cfg1", "cfg2")]
     return max((float(scale) for scale in scales if scale is not None), default=None)
-
-
-def _whole(cond: Mapping[str, Any]) -> bool:
-    """Whether a conditioning is for the whole picture and the whole run."""
-    starts, ends = ([float(cond.get(clip + key, at)) for clip in ("", "clip_")] for key, at in _SPAN.items())
-    return all(cond.get(key) is None for key in ("area", "mask")) and max(starts) <= 0.0 and min(ends) >= 1.0
-
-
-_SPAN = {"start_percent": 0.0, "end_percent": 1.0}
 
 
 def _run(guider: Any, patch: Patch, names: tuple[str, ...], encoders: list[Any]) -> Run:

@@ -310,8 +310,8 @@ def test_a_guider_of_two_scales_counts_as_the_larger(sd, write):
 
 
 def test_other_prompts_share_what_the_unconditional_branch_is_given(sd, write):
-    """Of two combined prompts one names the concept: half of it in the other branch. With places or times of their own
-    the branch is left as it is."""
+    """Of two combined prompts one names the concept: half of it in the other branch. With places of their own, or
+    other concepts at other times, the branch is left as it is."""
     model, clip, _ = pixels_alone(sd, write)
     named, other, negative = (encode(clip, text) for text in ("a <anna> at sea", "a harbour", "blurry"))
     strong = run("ConditioningSetAreaStrength", conditioning=other, strength=3.0)[0]
@@ -337,6 +337,9 @@ def test_other_prompts_share_what_the_unconditional_branch_is_given(sd, write):
         torch.testing.assert_close(change(*conds), share * whole, atol=1e-5, rtol=1e-4)
     for conds in ((late,), (area,), (mask,)):
         assert not change(*conds).any()
+    again = encode(clip, "a <anna> in a harbour")
+    again = run("ConditioningSetTimestepRange", conditioning=again, start=0.5, end=1.0)[0]
+    torch.testing.assert_close(change(again), whole, atol=1e-5, rtol=1e-4)  # bound alike at all times
 
 
 @pytest.mark.parametrize("given", [True, False])
