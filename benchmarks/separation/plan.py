@@ -144,7 +144,7 @@ FULL = (
         AT_GUIDANCE["routed"],
     ),
     Group(
-        "loras_guidance_alone", "The same, each concept alone", 1, 4, 16,
+        "loras_guidance_alone", "The same, each concept alone", 1, 3, 16,
         AT_GUIDANCE["alone"],
     ),
     Group(
