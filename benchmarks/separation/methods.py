@@ -226,19 +226,17 @@ def arms(loda: LodaConfig, steps: int = Sampling.steps) -> dict[str, Arm]:
         "tova_loda_afg_reuse": Arm(loda=replace(on, encoder_reuse=0.4)),
         "described_in_stages": Arm(None, "staged"),
     }
-    # LoRAs that guidance multiplies without limit, by 3 at most (the default), and not at all.
-    for guidance, at in ((None, ""), *((one, f"_guidance_{one}") for one in GUIDANCES)):
-        for kind, config in (("routed", on), ("alone", replace(off, loda_steps=0))):
-            for name, most in (("_conditional", 100.0), ("", config.lora_guidance), ("_unguided", 1.0)):
-                table.setdefault(
-                    f"lora_{kind}{name}{at}",
-                    Arm(
-                        "lora",
-                        loda=replace(config, lora_guidance=most),
-                        guidance=guidance,
-                    ),
-                )
-        table.setdefault(f"lora_merged{at}", Arm("lora", scope="everywhere", guidance=guidance))
+    # LoRAs that guidance multiplies by 3 at most (the default), not at all, and without limit.
+    alone = replace(off, loda_steps=0)
+    table["lora_alone"] = Arm("lora", loda=alone)
+    for kind, config in (("routed", on), ("alone", alone)):
+        unguided, conditional = (replace(config, lora_guidance=most) for most in (1.0, 100.0))
+        table[f"lora_{kind}_unguided"] = Arm("lora", loda=unguided)
+        for guidance in GUIDANCES:
+            at = f"_guidance_{guidance}"
+            table[f"lora_merged{at}"] = replace(table["lora_merged"], guidance=guidance)
+            for name, chosen in (("", config), ("_unguided", unguided), ("_conditional", conditional)):
+                table[f"lora_{kind}{name}{at}"] = Arm("lora", loda=chosen, guidance=guidance)
     for divergence in DIVERGENCES:
         table[f"tova_loda_{divergence}"] = Arm(loda=replace(off, divergence=divergence, threshold=0.0))
     return table

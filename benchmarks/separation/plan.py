@@ -139,14 +139,8 @@ FULL = (
         "loras_plan", "Ordinary LoRAs, two concepts, a plan without guidance", 2, 4, 64,
         ("lora_routed", "lora_routed_plain_plan", "lora_routed_no_loda", "lora_routed_no_loda_plain_plan"),
     ),
-    Group(
-        "loras_guidance", "Ordinary LoRAs, two concepts, by guidance", 2, 4, 24,
-        AT_GUIDANCE["routed"],
-    ),
-    Group(
-        "loras_guidance_alone", "The same, each concept alone", 1, 3, 16,
-        AT_GUIDANCE["alone"],
-    ),
+    Group("loras_guidance", "Ordinary LoRAs, two concepts, by guidance", 2, 4, 24, AT_GUIDANCE["routed"]),
+    Group("loras_guidance_alone", "The same, each concept alone", 1, 3, 16, AT_GUIDANCE["alone"]),
     Group(
         "as_routed", "LoRAs trained as they will be routed", 2, 2, 24,
         ("lora_routed", "lora_as_routed", "lora_as_routed_masked"),
@@ -189,8 +183,13 @@ PAIRS = (
     ("lora_routed_no_loda", "tova_loda_afg"), ("lora_routed_more_updates", "lora_routed"),
     ("lora_routed", "lora_routed_slices"), ("lora_routed_no_loda", "lora_merged"), ("lora_and_value", "lora_routed"),
     ("lora_routed_plain_plan", "lora_routed"), ("lora_routed_no_loda_plain_plan", "lora_routed_no_loda"),
-    *((arms[i], arms[j]) for arms in AT_GUIDANCE.values() for i, others in ((1, (2,)), (4, (3, 5, 6)), (8, (7, 9, 10)))
-      for j in others),
+    ("lora_routed", "lora_routed_unguided"), ("lora_alone", "lora_alone_unguided"),
+    *(
+        (f"lora_{kind}_guidance_{guidance}", f"lora_{other}_guidance_{guidance}")
+        for kind in AT_GUIDANCE
+        for guidance in methods.GUIDANCES
+        for other in ("merged", f"{kind}_unguided", f"{kind}_conditional")
+    ),
     ("lora_and_value", "tova_loda_afg"), ("lora_whole_routed", "lora_whole_merged"),
     ("lora_whole_routed", "lora_routed"),
     ("tova_loda_afg", "tova_loda_afg_undivided"),

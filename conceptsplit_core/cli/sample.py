@@ -175,7 +175,8 @@ def without_loda(config: LodaConfig | None) -> LodaConfig | None:
     """What of the settings acts in a picture that has nothing to separate."""
     if config is None:
         return None
-    if not (config.encoder_reuse or config.suppression) and config.lora_guidance == LodaConfig.lora_guidance:
+    acts = config.encoder_reuse or config.suppression or config.lora_guidance != LodaConfig.lora_guidance
+    if not acts:
         return None
     return replace(config, loda_steps=0, afg=False)
 

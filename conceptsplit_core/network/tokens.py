@@ -43,9 +43,9 @@ class CallTokens:
     ):
         self.rows = rows
         self.bound = weights_of(rows)
-        self.everywhere = unbound is not None
         if unbound is not None:
             self.bound = torch.where(self.bound == 0, unbound.to(self.bound), self.bound)
+            self.owners = range(len(rows))  # a look at the numbers would wait for the device
         self.areas = areas
         self.latent = latent
         self.sequence = sequence
@@ -54,8 +54,6 @@ class CallTokens:
     @cached_property
     def owners(self) -> Rows:
         """Batch rows in which some concept may act."""
-        if self.everywhere:
-            return range(len(self.bound))  # no look at the numbers, which would wait for the device
         found = self.bound.to("cpu").any(dim=1).nonzero().flatten()
         rows = range(int(found[0]), int(found[-1]) + 1) if len(found) else range(0)
         return rows if len(rows) == len(found) else found.to(self.bound.device)

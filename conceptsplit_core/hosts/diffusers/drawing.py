@@ -52,21 +52,30 @@ def scheduler(model: DiffusersModel, name: str, steps: int) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the UNet is told in a pass: text [B, L, d], row mask [B, L, n], pooled text [B, p] or None."""
+    """What the UNet is told in a pass: text [B, L, d], row mask [B, L, n], pooled text [B, p] or None.
+
+    unbound: of `CallTokens`, [B, n].
+    """
 
     context: Tensor
     mask: Tensor
     pooled: Tensor | None
+    unbound: Tensor | None = None
 
-    def guided(self, negative: Conditioning, names: Sequence[str], count: int) -> Batch:
-        """The same behind as many unconditional rows, which bind what the negative prompt binds: most bind nothing."""
+    def guided(self, negative: Conditioning, names: Sequence[str], count: int, share: float = 0.0) -> Batch:
+        """The same behind as many unconditional rows, which bind what the negative prompt binds: most bind nothing.
+
+        share: of `LodaConfig.unguided_share`.
+        """
         length = self.context.shape[1]
         mask = _tile(row_mask(negative.bindings, names, negative.context.shape[1])[None], length).to(self.mask)
         context = torch.cat([_tile(negative.context, length).expand(count, -1, -1).to(self.context), self.context])
         pooled = None
         if self.pooled is not None and negative.pooled is not None:
             pooled = torch.cat([negative.pooled.expand(count, -1).to(self.pooled), self.pooled])
-        return Batch(context, torch.cat([mask.expand(count, -1, -1), self.mask]), pooled)
+        own = weights_of(self.mask)
+        unbound = torch.cat([share * own, torch.zeros_like(own)]) if share > 0 else None
+        return Batch(context, torch.cat([mask.expand(count, -1, -1), self.mask]), pooled, unbound)
 
 
 def batched(model: DiffusersModel, positive: Sequence[Conditioning], names: Sequence[str], length: int) -> Batch:
@@ -127,7 +136,6 @@ class Drawing:
         self.planning = False
         self.areas: Tensor | None = None
         self.reusing = config.reusing(steps)
-        self.unguided_share = config.unguided_share(guidance)
         self.features = EncoderFeatures(encoder_stages(model.unet))
         self.restart()
 
@@ -184,11 +192,7 @@ class Drawing:
         if areas is not None:
             areas = areas.to(self.model.device).expand(self.batch.mask.shape[0], -1, -1, -1)
             areas = areas.repeat(count // areas.shape[0], 1, 1, 1)
-        unbound = None
-        if batch is self.guided and self.unguided_share > 0:
-            own = self.unguided_share * weights_of(self.batch.mask)
-            unbound = torch.cat([own, torch.zeros_like(own)])  # the unconditional rows come first
-        self.patch.publish(None if self.planning else batch.mask, areas, self.latent, unbound)
+        self.patch.publish(None if self.planning else batch.mask, areas, self.latent, batch.unbound)
 
     def _features(self, index: int) -> AbstractContextManager[None]:
         """Keeps or takes the features of the way down in a step; nothing without the option."""

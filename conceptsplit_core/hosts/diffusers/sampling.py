@@ -94,10 +94,6 @@ def sample(
     rows = [c.context.shape[1] for found in prompts for c in found]
     length = math.lcm(*rows, *([neg.context.shape[1]] if guidance != 1.0 else []))
     batches = [batched(model, found, names, length) for found in prompts]
-    stages = [
-        Stage(start, batch, batch.guided(neg, names, len(seeds)) if guidance != 1.0 else None)
-        for start, batch in zip(starts, batches, strict=True)
-    ]
     several = int((batches[0].mask.amax(dim=1) > 0).sum(dim=1).max()) >= 2
     config = (loda or LodaConfig()).for_schedule(steps)
     if loda is not None and not several:
@@ -105,6 +101,11 @@ def sample(
             notes.append("LODA needs two bound concepts or more in the prompt: sampling runs without it.")
         config = LodaConfig(encoder_reuse=loda.encoder_reuse, lora_guidance=loda.lora_guidance).for_schedule(steps)
         loda = None
+    share = config.unguided_share(guidance)
+    stages = [
+        Stage(start, batch, batch.guided(neg, names, len(seeds), share) if guidance != 1.0 else None)
+        for start, batch in zip(starts, batches, strict=True)
+    ]
 
     loaded = [adapters.get(name, (None, 0.0)) for name in names]
     acts_in = [(scopes or {}).get(name) for name in names]
